@@ -1,0 +1,63 @@
+"""What flows between the rooms: a sum that remembers its weight, and the terms of a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Average:
+    r"""A weighted mean that is kept as its sum and its weight, so that averages can be added exactly.
+
+    .. math:: \text{mean} = \frac{\sum_i w_i x_i}{\sum_i w_i}
+
+    Adding the averages of two micro-batches, or of two ranks, gives the average of the rows of both together,
+    which the mean of their means does not when the parts count differently many rows.
+
+    Args:
+        total: the weighted sum, a scalar tensor; it carries the gradient.
+        weight: the sum of the weights, a scalar tensor.
+
+    Example:
+        >>> from torch import tensor
+        >>> three = Average(tensor(6.0), tensor(3.0))
+        >>> one = Average(tensor(10.0), tensor(1.0))
+        >>> (three + one).mean
+        tensor(4.)
+        >>> Average(tensor(0.0), tensor(0.0)).mean  # no row counts: nothing to learn, and no NaN
+        tensor(0.)
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """``total / weight``; 0, with gradient 0, where no row counts."""
+        return self.total / torch.where(self.weight == 0, torch.ones_like(self.weight), self.weight)
+
+    def __add__(self, other: Average) -> Average:
+        return Average(self.total + other.total, self.weight + other.weight)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The loss of one batch and what it is made of.
+
+    Args:
+        loss: ``ce + alpha * kl``, a scalar tensor; it alone carries the gradient.
+        ce: the task loss, a mean over the rows of all views; detached, for the log.
+        kl: the consistency of the views, a mean over the same rows; detached, for the log.
+        prediction: the first view's prediction, detached, so that a training metric needs no further forward.
+        examples: B, the number of examples of the batch (not of its views): the batch size to log with.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    prediction: Any = None
+    examples: int | None = None

@@ -1,0 +1,375 @@
+"""The stochastic layers of a network: find them, set them, switch them on, and say why two views agree."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Real
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+_REDRAWS = 16
+_DROPS = re.compile(r"(?!_?rdrop).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)  # rdrop_alpha is none of them
+_DROPS_EXAMPLES = re.compile(r"drop_?path|drop_?connect|stochastic_?depth", re.IGNORECASE)
+_DROPS_BATCHES = re.compile(r"layer_?drop(?!out)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StochasticLayer:
+    """A place where a network draws random numbers.
+
+    Args:
+        name: where it is: a module (``encoder.drop``), or the number that a module hands to a functional dropout
+            (``encoder.attention.dropout``, ``encoder.config.layerdrop``).
+        kind: the class of the module, with the name of the number (``MultiheadAttention.dropout``) if it is one.
+        scope: what one random number decides: an ``"element"`` (or a channel), a branch for an ``"example"``
+            (DropPath, row-wise StochasticDepth), or a branch for the whole ``"batch"``, all views included
+            (LayerDrop, batch-wise StochasticDepth).
+        trained: whether its part of the network is being trained: the nearest enclosing module with parameters has
+            one that requires a gradient.
+        module: the module whose mode decides whether it drops.
+        attribute: where that module keeps the probability.
+    """
+
+    name: str
+    kind: str
+    scope: Literal["element", "example", "batch"]
+    trained: bool
+    module: nn.Module = field(repr=False)
+    attribute: str = field(repr=False)
+
+    @property
+    def p(self) -> float:
+        """The probability with which it drops, as it is now."""
+        return float(attrgetter(self.attribute)(self.module))
+
+    @property
+    def active(self) -> bool:
+        """Whether it drops anything now: p > 0, and its module is in training mode."""
+        return self.p > 0 and self.module.training
+
+
+def stochastic_layers(network: nn.Module) -> list[StochasticLayer]:
+    """Every stochastic layer that can be seen from outside, in the order of the modules.
+
+    These are torch's dropout modules, timm's DropPath and torchvision's StochasticDepth, and the numbers that modules
+    keep for a functional dropout: ``dropout`` of MultiheadAttention and of LSTM and GRU (with more than one layer),
+    the probabilities that Hugging Face's layers copied from their config, or read there in ``forward``. A number
+    written inside a user's ``forward`` cannot be seen: :func:`diagnose` has the last word.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.LSTM(4, 4, num_layers=2, dropout=0.2))
+        >>> [(layer.name, layer.kind, layer.p) for layer in stochastic_layers(network)]
+        [('1', 'Dropout', 0.1), ('2.dropout', 'LSTM.dropout', 0.2)]
+    """
+    modules = dict(network.named_modules())
+    layers = []
+    for path, module in modules.items():
+        trained = _is_trained(modules, path)
+        for attribute in _probabilities(module):
+            suffix = "" if attribute in ("p", "prob", "drop_prob") else f".{attribute}"
+            kind = type(module).__name__ + suffix
+            name = (path + suffix).removeprefix(".")
+            layers.append(StochasticLayer(name, kind, _scope(kind, module), trained, module, attribute))
+    return layers
+
+
+def set_probability(network: nn.Module, p: float | Mapping[str, float]) -> dict[str, float]:
+    """Set the probability of dropout, and return the earlier ones, which a second call puts back.
+
+    A number is for all layers that drop elements or channels. DropPath, StochasticDepth and LayerDrop, whose
+    probabilities mean another thing, are set by name only. What no ``forward`` reads in a Hugging Face config says
+    how the model was built, and stays.
+
+    Args:
+        network: changed in place.
+        p: a probability, 0 <= p < 1; or several by name, with the names of :func:`stochastic_layers`.
+
+    Returns:
+        the earlier probabilities by name, plain floats.
+
+    Raises:
+        ValueError: ``p`` out of its range, or a name that is not there.
+
+    Example:
+        >>> network = nn.Sequential(nn.Dropout(0.1), nn.MultiheadAttention(4, 2, dropout=0.2))
+        >>> earlier = set_probability(network, 0.3)
+        >>> earlier, network[1].dropout
+        ({'0': 0.1, '1.dropout': 0.2}, 0.3)
+        >>> set_probability(network, earlier), network[1].dropout
+        ({'0': 0.3, '1.dropout': 0.3}, 0.2)
+    """
+    layers = {layer.name: layer for layer in stochastic_layers(network)}
+    if not isinstance(p, Mapping):
+        if not 0 <= p < 1:
+            raise ValueError(f"p must be a probability, 0 <= p < 1 (0.3 is the recommended dropout), got {p!r}.")
+        p = {layer.name: float(p) for layer in layers.values() if layer.scope == "element"}
+    unknown = _few(name for name in p if name not in layers)
+    if unknown:
+        raise ValueError(f"The network has no stochastic layer {unknown}; it has {_few(layers) or 'none at all'}.")
+    earlier = {name: layers[name].p for name in p}
+    for name, value in p.items():
+        holder, _, attribute = layers[name].attribute.rpartition(".")
+        setattr(attrgetter(holder)(layers[name].module) if holder else layers[name].module, attribute, value)
+    return earlier
+
+
+def switch_on(network: nn.Module) -> list[str]:
+    """Put everything that is being trained into training mode, so that dropout is alive.
+
+    Left as they are: normalisation with running statistics (BatchNorm), and frozen parts, in which no parameter
+    requires a gradient, with the dropout inside them.
+
+    Returns:
+        the names of the stochastic layers with p > 0 that this switched on.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1)).eval()
+        >>> switch_on(network), network[1].training
+        (['2'], False)
+    """
+    dead = dead_layers(network)
+    modules = dict(network.named_modules())
+    for path, module in modules.items():
+        if getattr(module, "running_mean", None) is None and _is_trained(modules, path):
+            module.training = True
+    return [layer.name for layer in dead]
+
+
+def dead_layers(network: nn.Module) -> list[StochasticLayer]:
+    """The stochastic layers with p > 0 that are in eval mode inside a part that is being trained.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1).eval())
+        >>> [layer.name for layer in dead_layers(network)]
+        ['1']
+    """
+    return [layer for layer in stochastic_layers(network) if layer.p > 0 and layer.trained and not layer.active]
+
+
+def as_table(network: nn.Module) -> str:
+    """The stochastic layers as text, a line each.
+
+    Example:
+        >>> print(as_table(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.MultiheadAttention(4, 2).eval())))
+        module     kind                          p  mode
+        1          Dropout                     0.1  train
+        2.dropout  MultiheadAttention.dropout    0  eval
+    """
+    rows = [("module", "kind", "p", "mode")]
+    for layer in stochastic_layers(network):
+        mode = ("train" if layer.module.training else "eval") + ("" if layer.trained else ", frozen")
+        rows.append((layer.name, layer.kind, f"{layer.p:g}", mode))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows)
+
+
+def explain_dead(network: nn.Module) -> str | None:
+    """Names the dead layers (see :func:`dead_layers`) and the line that wakes them; ``None`` if there are none.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)).eval()
+        >>> "model.train()" in explain_dead(network)
+        True
+    """
+    dead = dead_layers(network)
+    return _wake(network, dead) if dead else None
+
+
+def explain(network: nn.Module, *, shared: bool = False) -> str:
+    """Why the views of a batch agree: the names of the layers, and the line to write.
+
+    Args:
+        network: as it stood when the views were drawn.
+        shared: two passes differed although the views of each agreed, so that all rows share their random numbers.
+
+    Example:
+        >>> "no stochastic layer" in explain(nn.Linear(4, 2))
+        True
+    """
+    agree = "The views are identical, so that R-Drop costs a second pass and changes nothing. "
+    layers = stochastic_layers(network)
+    if shared:
+        culprits = _few(layer.name for layer in layers if layer.scope == "batch" and layer.active)
+        return (
+            f"{agree}Two passes differ, the views of one pass do not: the whole batch shares the random numbers of "
+            f'{culprits or "some layer"}. Give each view a pass of its own: rdrop_passes="separate".'
+        )
+    usable = [layer for layer in layers if layer.p > 0 or layer.scope == "element"]  # LayerDrop is mostly 0 on purpose
+    if not usable:
+        return (
+            f"{agree}The network has no stochastic layer. Put nn.Dropout(0.3) in front of its head, or train it "
+            "plainly: rdrop_views=1."
+        )
+    asleep = [layer for layer in usable if layer.trained and not layer.module.training]
+    reasons = [_wake(network, asleep)] if asleep else []
+    if zero := _few(layer.name for layer in usable if layer.trained and layer.p == 0):
+        reasons.append(f"With p = 0: {zero}. Write lightning_rdrop.dropout.set_probability(model, 0.3).")
+    if frozen := _few(layer.name for layer in usable if not layer.trained and not layer.active):
+        reasons.append(
+            f"Off inside a frozen part, which is left as it is: {frozen}. "
+            "Put nn.Dropout(0.3) into a part that is trained, for instance in front of the head."
+        )
+    if idle := _few(layer.name for layer in usable if layer.active):
+        reasons.append(f"On, but without any effect on the prediction: {idle}. Does the prediction come from there?")
+    return agree + " ".join(reasons)
+
+
+def same(first: Tensor, second: Tensor) -> bool:
+    """Whether two predictions agree up to rounding.
+
+    The same row at two places of a batch may differ in its last bits, because the tail of a matrix product is summed
+    in another order. Two numbers agree within a tolerance relative to themselves, or to the median of what differs
+    (which a few classes masked with -1e9 do not move): 100 eps, 1e-5 in float32, where deep networks show 2e-6; 2 eps
+    in half precision, whose products are summed in float32 and rounded once. Dropout makes differences of per cents.
+    NaN equals NaN, and an infinity itself.
+
+    Example:
+        >>> from torch import tensor
+        >>> same(tensor([1.0, 2.0]), tensor([1.000001, 2.0])), same(tensor([1.0, 2.0]), tensor([1.001, 2.0]))
+        (True, False)
+    """
+    if first.shape != second.shape:
+        return False
+    # in pieces: a real difference shows in the first one, and the logits of a vocabulary fill the memory as it is
+    pieces = (torch.split(tensor.detach().flatten(), 2**20) for tensor in (first, second))
+    return all(torch.equal(one, other) or _close(one, other) for one, other in zip(*pieces, strict=True))
+
+
+def diagnose(network: nn.Module, draw: Callable[[], Tensor], views: Tensor) -> str | None:
+    """Whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
+
+    Equal views can be chance (one row, a small p, LayerDrop), and a weight that starts at zero (LoRA, a zero head)
+    hides the dropout before it on the first batch. So they are drawn again, up to 16 times, with noise in the place
+    of trained parameters that are all zero. Nothing remains of this: parameters, buffers such as the statistics of
+    BatchNorm, and torch's random state are as before.
+
+    Args:
+        network: the module whose parts the reason names.
+        draw: predicts the same batch again, (K, N, ...).
+        views: the predictions at hand, (K, N, ...).
+
+    Example:
+        >>> network, batch = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.ones(2, 3, 4)
+        >>> diagnose(network, lambda: network(batch), network(batch)) is None
+        True
+        >>> network = network.eval()
+        >>> "model.train()" in diagnose(network, lambda: network(batch), network(batch))
+        True
+    """
+    if not _agree(views):
+        return None
+    devices = [views.get_device()] if views.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _stand_ins(network):
+        first = draw()
+        shared = False
+        for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
+            if not _agree(again):
+                return None
+            shared = shared or not same(first[0], again[0])
+    return explain(network, shared=shared)
+
+
+def _probabilities(module: nn.Module) -> list[str]:
+    """The attributes in which a module keeps probabilities to drop something."""
+    if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+        return []  # its dropout is between layers
+    own = ("p", "prob") if isinstance(module, _DropoutNd) or _DROPS.match(type(module).__name__) else ()
+    kept = [name for name in vars(module) if name in own or _DROPS.match(name)]
+    if hasattr(module, "config"):
+        kept += [f"config.{name}" for name in _read_from_config(type(module).forward) if hasattr(module.config, name)]
+    return [name for name in kept if _is_probability(attrgetter(name)(module))]
+
+
+@functools.cache
+def _read_from_config(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """What ``forward`` may drop by ``self.config``, without a copy: Falcon's dropout, the LayerDrop of wav2vec 2.0."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    pairs = itertools.pairwise(step.argval for step in dis.get_instructions(code)) if code else ()
+    return tuple(sorted({after for before, after in pairs if before == "config" and _DROPS.match(str(after))}))
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+
+
+def _scope(kind: str, module: nn.Module) -> Literal["element", "example", "batch"]:
+    if _DROPS_BATCHES.search(kind) or getattr(module, "mode", None) == "batch":
+        return "batch"
+    return "example" if _DROPS_EXAMPLES.search(kind) else "element"
+
+
+def _is_trained(modules: Mapping[str, nn.Module], path: str) -> bool:
+    while path and next(modules[path].parameters(), None) is None:
+        path = path.rpartition(".")[0]
+    gradients = [parameter.requires_grad for parameter in modules[path].parameters()]
+    return any(gradients) or not gradients
+
+
+def _wake(network: nn.Module, layers: list[StochasticLayer]) -> str:
+    asleep = {path for path, module in network.named_modules() if not module.training}
+    calls = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        outermost = next(path for end in range(len(parts) + 1) if (path := ".".join(parts[:end])) in asleep)
+        owner = re.sub(r"\.(\d+)", r"[\1]", f"self.{outermost}") if outermost else "model"
+        calls[f"{owner}.train()"] = layer
+    return (
+        f"In eval mode inside a part that is being trained: {_few(layer.name for layer in layers)}. "
+        "Since Lightning 2.2, fit keeps each submodule's mode, and from_pretrained hands models out in eval mode. "
+        f"Write {_few(calls)} before the training, or lightning_rdrop.dropout.switch_on(model), which leaves "
+        "BatchNorm and frozen parts as they are."
+    )
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _agree(views: Tensor) -> bool:
+    return all(same(views[0], view) for view in views[1:])
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    if not first.is_floating_point():
+        return False
+    eps = torch.finfo(first.dtype).eps
+    tolerance = eps * (2 if eps > 1e-4 else 100)
+    wide = torch.promote_types(first.dtype, torch.float32)
+    first, second = first.to(wide), second.to(wide)
+    differing = first[(first != second) & first.isfinite() & second.isfinite()].abs()
+    scale = float(differing.median()) if len(differing) else 0.0
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+@contextmanager
+def _stand_ins(network: nn.Module) -> Iterator[None]:
+    """For a while: copies in the place of buffers, and noise in that of trained parameters that are all zero.
+
+    The originals are put aside, not written back: the graph of the step still holds them.
+    """
+    modules = list(network.modules())
+    kept = [(dict(module._buffers), dict(module._parameters)) for module in modules]
+    try:
+        for module, (buffers, parameters) in zip(modules, kept, strict=True):
+            module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+            for name, parameter in parameters.items():
+                # an empty parameter is one that is sharded away
+                if parameter is not None and parameter.requires_grad and parameter.numel() and not parameter.any():
+                    module._parameters[name] = nn.Parameter(0.1 * torch.randn_like(parameter))
+        yield
+    finally:
+        for module, (buffers, parameters) in zip(modules, kept, strict=True):
+            module._buffers.update(buffers)
+            module._parameters.update(parameters)

@@ -1,0 +1,141 @@
+"""The R-Drop loss: views of a prediction, a target and alpha become the terms of a loss."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.terms import Average, Terms
+
+
+class RDropLoss(nn.Module):
+    r"""Task loss plus alpha times the consistency of K predictions of the same rows.
+
+    .. math::
+        \text{loss} = \text{ce} + \alpha\,\text{kl}, \qquad
+        \text{ce} = \operatorname*{mean}_{k,n} D(y_n, f_{kn}), \qquad
+        \text{kl} = \tfrac12 \operatorname*{mean}_{n,\,j<k} \tfrac12 [D(f_{jn}, f_{kn}) + D(f_{kn}, f_{jn})]
+
+    Both means are per row, so the loss has the scale of the plain task loss and alpha is that of the paper's formula:
+    with two views and :class:`~lightning_rdrop.Categorical` this is exactly half of
+    :math:`CE_1 + CE_2 + \tfrac\alpha2 [KL_{12} + KL_{21}]`. One view is ordinary training, kl = 0.
+
+    Args:
+        distance: D; ``None`` is :class:`~lightning_rdrop.Categorical`.
+
+    Shapes:
+        predictions (K, N, ...), views first; target (N, ...), what the distance takes.
+
+    Source: Liang et al. 2021, arXiv 2106.14448; Su Jianlin, spaces.ac.cn/archives/8496.
+
+    Example:
+        >>> from torch import tensor
+        >>> views = tensor([[[0.5, 0.2, 0.3]], [[0.5, 0.3, 0.2]]]).log()  # K = 2, N = 1, C = 3
+        >>> terms = RDropLoss()(views, tensor([0]), alpha=4.0)
+        >>> terms.ce, terms.kl, terms.loss  # ln 2, ln(1.5) / 20, ce + 4 kl
+        (tensor(0.6931), tensor(0.0203), tensor(0.7742))
+    """
+
+    def __init__(self, distance: Distance | None = None) -> None:
+        super().__init__()
+        self.distance = Categorical() if distance is None else distance
+
+    def forward(self, predictions: Tensor, target: Tensor, alpha: float | Tensor) -> Terms:
+        ce, kl = self.averages(predictions, target)
+        task, consistency = ce.mean, kl.mean / 2
+        return Terms(
+            loss=task + alpha * consistency,
+            ce=task.detach(),
+            kl=consistency.detach(),
+            prediction=predictions[0].detach(),
+        )
+
+    def averages(self, predictions: Tensor, target: Tensor) -> tuple[Average, Average]:
+        """D to the target over the rows of all views, and D between the views over all pairs of them (not halved)."""
+        views = predictions.shape[0]
+        ce = self.distance.to_target(predictions.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)))
+        kl = Average(ce.total.new_zeros(()), ce.total.new_zeros(()))
+        for j, k in combinations(range(views), 2):
+            kl = kl + self.distance.between(predictions[j], predictions[k], target)
+        return ce, kl
+
+
+class _Source(NamedTuple):
+    """Another code's total loss: ``ce * CE + alpha * j * J``, where J may be multiplied by B or divided by C."""
+
+    ce: float
+    j: float
+    size: Literal["batch_size", "num_classes"] | None = None
+
+
+_SOURCES = {
+    "paper": _Source(2, 1 / 2),
+    "fairseq": _Source(2, 1 / 2),
+    "official-sum": _Source(1, 1 / 2, "batch_size"),
+    "official-mean": _Source(1, 1 / 2, "num_classes"),
+    "official-glue": _Source(2, 1 / 2, "batch_size"),
+    "official-vit": _Source(2, 1, "batch_size"),
+    "su": _Source(1, 1 / 4),
+    "ofa": _Source(1, 1 / 4),
+    "bert4torch": _Source(1, 1 / 4, "num_classes"),
+    "paddlenlp-sum": _Source(1, 1 / 2, "batch_size"),
+    "paddlenlp-batchmean": _Source(1, 1 / 2),
+    "paddlenlp-mean": _Source(1, 1 / 2, "num_classes"),
+}
+
+
+def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, num_classes: int | None = None) -> float:
+    r"""The alpha here that weighs the two terms as another code's alpha does there.
+
+    With J the mean over examples of :math:`KL_{12} + KL_{21}` and CE the mean over the rows of both views, the loss
+    here is :math:`CE + \tfrac\alpha4 J`. A source whose total is :math:`c\,CE + \alpha\,k\,J` therefore has
+
+    .. math:: \alpha_\text{here} = 4\,\frac{k}{c}\,\alpha
+
+    Its total is c times the loss here: with plain SGD, multiply the learning rate by c.
+
+    | source | its total loss |
+    |---|---|
+    | ``paper``, ``fairseq``: the paper's formula, the criterion for fairseq (per token) | 2 CE + alpha/2 J |
+    | ``official-sum``: the snippet of the official README, ``kl.sum()`` | CE + alpha/2 B J |
+    | ``official-mean``: the same with ``kl.mean()`` | CE + alpha/(2C) J |
+    | ``official-glue``: the official code for BERT | 2 CE + alpha/2 B J |
+    | ``official-vit``: the official code for ViT, B its micro-batch | 2 CE + alpha B J |
+    | ``su``, ``ofa``: bojone/r-drop, OFA | CE + alpha/4 J |
+    | ``bert4torch`` | CE + alpha/(4C) J |
+    | ``paddlenlp-sum``, ``-batchmean``, ``-mean``: CE + alpha RDropLoss | B J/2, J/2, J/(2C) |
+
+    Args:
+        alpha: the weight in the source's code, >= 0.
+        source: a name of the table.
+        batch_size: B, the examples of a batch (not of its views), where the table has B.
+        num_classes: C, where the table has C.
+
+    Raises:
+        ValueError: an unknown source, an alpha out of range, or a missing size.
+
+    Example:
+        >>> convert_alpha(5.0, "paper")
+        5.0
+        >>> convert_alpha(1.0, "official-sum", batch_size=32)
+        64.0
+    """
+    if source not in _SOURCES:
+        near = difflib.get_close_matches(source, _SOURCES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"source {source!r} is unknown: {hint}There are {', '.join(_SOURCES)}.")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be a finite number >= 0, got {alpha!r}.")
+    ce, j, size = _SOURCES[source]
+    factor = 4 * j / ce
+    if size is None:
+        return factor * alpha
+    value = batch_size if size == "batch_size" else num_classes
+    if value is None or value < 1:
+        raise ValueError(f"The alpha of {source!r} depends on {size}: give {size}=..., an int >= 1, got {value!r}.")
+    return factor * alpha * value if size == "batch_size" else factor * alpha / value

@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from lightning_rdrop import Categorical, RDropLoss, convert_alpha
+from lightning_rdrop.views import split
+from tests import reference
+
+
+def two_views(rows=6, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    predictions = torch.randn(2, rows, classes, generator=generator, dtype=torch.float64) * 2
+    return predictions.requires_grad_(), torch.arange(rows) % classes
+
+
+def gradient(loss, of):
+    return torch.autograd.grad(loss, of, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 4.0])
+def test_it_is_half_of_the_papers_formula(alpha):
+    predictions, target = two_views()
+    terms = RDropLoss()(predictions, target, alpha)
+    paper = reference.paper_loss(predictions[0], predictions[1], target, alpha)
+    torch.testing.assert_close(terms.loss, paper / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        gradient(terms.loss, predictions), gradient(paper / 2, predictions), rtol=1e-10, atol=1e-14
+    )
+
+
+def test_it_is_sus_keras_loss_in_both_layouts():
+    predictions, target = two_views()
+    interleaved = predictions.movedim(0, 1).flatten(0, 1)
+    block = predictions.flatten(0, 1)
+    su = reference.su_loss(interleaved, target, 4.0)
+    for rows, layout in ((block, "block"), (interleaved, "interleaved")):
+        terms = RDropLoss()(split(rows, 2, len(target), layout=layout), target, 4.0)
+        torch.testing.assert_close(terms.loss, su, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient(terms.loss, predictions), gradient(su, predictions))
+
+
+def test_by_hand():
+    """p = (1/2, 1/5, 3/10) and q = (1/2, 3/10, 1/5): J = 2 (0.1 ln 1.5), kl = J / 4, ce = ln 2."""
+    predictions = torch.tensor([[[0.5, 0.2, 0.3]], [[0.5, 0.3, 0.2]]], dtype=torch.float64).log()
+    terms = RDropLoss()(predictions, torch.tensor([0]), 4.0)
+    assert terms.ce.item() == pytest.approx(math.log(2), rel=1e-14)
+    assert terms.kl.item() == pytest.approx(0.05 * math.log(1.5), rel=1e-13)
+    assert terms.loss.item() == pytest.approx(math.log(2) + 0.2 * math.log(1.5), rel=1e-14)
+
+
+def test_gradcheck():
+    predictions, target = two_views(rows=3)
+    assert torch.autograd.gradcheck(lambda p: RDropLoss()(p, target, 4.0).loss, predictions)
+    assert torch.autograd.gradgradcheck(lambda p: RDropLoss()(p, target, 4.0).loss, predictions)
+
+
+def test_the_gradient_flows_through_both_views_of_the_divergence():
+    predictions, target = two_views()
+    loss = RDropLoss()
+    consistency = loss(predictions, target, 1.0).loss - loss(predictions, target, 0.0).loss
+    expected = gradient(reference.both_ways(*predictions).sum(-1).mean() / 4, predictions)
+    torch.testing.assert_close(gradient(consistency, predictions), expected, rtol=1e-9, atol=1e-14)
+    assert expected.abs().amin(dim=(1, 2)).gt(0).all()
+
+
+def test_only_the_loss_carries_a_gradient():
+    predictions, target = two_views()
+    terms = RDropLoss()(predictions, target, 4.0)
+    assert terms.loss.requires_grad
+    assert not any(term.requires_grad for term in (terms.ce, terms.kl, terms.prediction))
+    assert torch.equal(terms.prediction, predictions[0])
+
+
+def test_one_view_is_the_task_loss():
+    predictions, target = two_views()
+    terms = RDropLoss()(predictions[:1], target, 4.0)
+    torch.testing.assert_close(terms.loss, F.cross_entropy(predictions[0], target))
+    assert terms.kl == 0
+
+
+def test_more_views_are_the_mean_over_pairs():
+    predictions = torch.randn(3, 5, 4, dtype=torch.float64)
+    terms = RDropLoss()(predictions, torch.arange(5) % 4, 1.0)
+    pairs = [reference.both_ways(predictions[j], predictions[k]).sum(-1).mean() for j, k in ((0, 1), (0, 2), (1, 2))]
+    torch.testing.assert_close(terms.kl, sum(pairs) / 3 / 4)
+
+
+def test_cross_entropy_is_torchs_on_the_rows_of_all_views_together():
+    predictions, target = two_views()
+    target[2] = 9
+    arguments = {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64), "label_smoothing": 0.1}
+    terms = RDropLoss(Categorical(ignore_index=9, **arguments))(predictions, target, 4.0)
+    ce = F.cross_entropy(predictions.flatten(0, 1), target.repeat(2), ignore_index=9, **arguments)
+    torch.testing.assert_close(terms.ce, ce)
+
+
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 2**16))
+def test_padding_and_order_do_not_matter(rows, padding, seed):
+    predictions, target = two_views(rows, seed=seed)
+    order = torch.randperm(rows + padding)
+    junk = 100 * torch.randn(2, padding, 4, dtype=torch.float64)
+    padded = torch.cat([predictions, junk], 1)[:, order]
+    labels = torch.cat([target, torch.full((padding,), -100)])[order]
+    plain, shuffled = RDropLoss()(predictions, target, 4.0), RDropLoss()(padded, labels, 4.0)
+    for name in ("loss", "ce", "kl"):
+        torch.testing.assert_close(getattr(shuffled, name), getattr(plain, name))
+
+
+def test_nothing_to_learn_from_is_zero_and_not_nan():
+    predictions, target = two_views()
+    terms = RDropLoss()(predictions, torch.full_like(target, -100), 4.0)
+    assert terms.loss == terms.ce == terms.kl == 0
+    assert (gradient(terms.loss, predictions) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    predictions, target = two_views()
+    half = predictions.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = RDropLoss()(half, target, 4.0)
+    exact = RDropLoss()(half.detach().double(), target, 4.0)
+    assert terms.loss.dtype == torch.float32
+    for name in ("loss", "ce", "kl"):
+        torch.testing.assert_close(getattr(terms, name).double(), getattr(exact, name), rtol=1e-5, atol=0)
+
+
+CODES = {
+    "paper": reference.paper_loss,
+    "fairseq": reference.paper_loss,
+    "official-sum": lambda *args: reference.official_snippet(*args, "sum"),
+    "official-mean": lambda *args: reference.official_snippet(*args, "mean"),
+    "official-glue": reference.official_glue,
+    "official-vit": reference.official_vit,
+    "su": lambda first, second, *args: reference.su_loss(torch.stack([first, second], 1).flatten(0, 1), *args),
+    "ofa": lambda first, second, *args: reference.su_loss(torch.stack([first, second], 1).flatten(0, 1), *args),
+    "bert4torch": reference.bert4torch,
+    "paddlenlp-sum": lambda *args: reference.paddlenlp(*args, "sum"),
+    "paddlenlp-batchmean": lambda *args: reference.paddlenlp(*args, "batchmean"),
+    "paddlenlp-mean": lambda *args: reference.paddlenlp(*args, "mean"),
+}
+
+
+@pytest.mark.parametrize("source", CODES)
+def test_convert_alpha_weighs_the_terms_as_the_source_does(source):
+    predictions, target = two_views(rows=7, classes=5)
+    doubled = 2 if source in ("paper", "fairseq", "official-glue", "official-vit") else 1
+    theirs = CODES[source](predictions[0], predictions[1], target, 0.3)
+    alpha = convert_alpha(0.3, source, batch_size=7, num_classes=5)
+    ours = RDropLoss()(predictions, target, alpha).loss
+    torch.testing.assert_close(
+        gradient(theirs, predictions), doubled * gradient(ours, predictions), rtol=1e-9, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.0, "offical-sum"), "'offical-sum' is unknown: did you mean official-sum"),
+        ((1.0, "zzz"), "There are paper, fairseq"),
+        ((-1.0, "su"), r"alpha must be a finite number >= 0, got -1\.0"),
+        ((math.nan, "su"), "alpha must be"),
+        ((1.0, "official-sum"), "depends on batch_size: give batch_size="),
+        ((1.0, "bert4torch"), "depends on num_classes: give num_classes="),
+    ],
+)
+def test_convert_alpha_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert_alpha(*arguments)

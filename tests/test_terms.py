@@ -1,0 +1,18 @@
+import torch
+
+from lightning_rdrop import Average
+
+
+def test_averages_of_parts_add_to_that_of_the_whole():
+    x, w = torch.rand(10, dtype=torch.float64), torch.rand(10, dtype=torch.float64)
+    parts = [Average((x[part] * w[part]).sum(), w[part].sum()) for part in (slice(0, 3), slice(3, 4), slice(4, 10))]
+    whole = parts[0] + parts[1] + parts[2]
+    torch.testing.assert_close(whole.mean, (x * w).sum() / w.sum())
+
+
+def test_nothing_averages_to_zero_with_a_gradient_of_zero():
+    x = torch.ones(3, requires_grad=True)
+    mean = Average((x * 0).sum(), torch.tensor(0.0)).mean
+    mean.backward()
+    assert mean == 0
+    assert (x.grad == 0).all()

@@ -1,0 +1,224 @@
+"""RDropMixin: the one place where the loss meets Lightning."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rdrop import dropout, views
+from lightning_rdrop._lightning import MixinBase
+from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.loss import RDropLoss
+from lightning_rdrop.terms import Terms
+
+TARGET_KEYS = ("labels", "label", "target")
+"""Under one of these names a mapping carries its target."""
+
+
+class RDropMixin(MixinBase):
+    r"""Makes a LightningModule train with R-Drop: it supplies ``training_step``, the class keeps all the rest.
+
+    .. math:: \text{loss} = \text{ce} + \alpha\,\text{kl}
+
+    over K predictions of every example under K dropout masks; see :class:`~lightning_rdrop.RDropLoss` for the two
+    terms. Inherit it first, pass ``**kwargs`` on, and return logits from ``forward`` (or an object with ``.logits``).
+    It logs ``train/loss``, ``train/ce``, ``train/kl`` and ``train/alpha``; validation and prediction run once.
+
+    Args:
+        rdrop_alpha: the weight of the consistency, >= 0; a plain attribute, which callbacks set.
+        rdrop_views: K, the predictions of an example; 1 is ordinary training.
+        rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. It is not saved
+            among the hyper-parameters: give it again to ``load_from_checkpoint``.
+        rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
+            randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
+        rdrop_guard: what happens where the views cannot differ, and R-Drop would be paid for and do nothing:
+            ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch of each training.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: an unknown ``rdrop_`` argument, or the mixin after LightningModule in the bases.
+
+    Source: Liang et al. 2021, arXiv 2106.14448; Su Jianlin, spaces.ac.cn/archives/8496.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> class Classifier(RDropMixin, pl.LightningModule):
+        ...     def __init__(self, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+        ...     def forward(self, x):
+        ...         return self.network(x)
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.AdamW(self.parameters())
+        >>> module = Classifier(rdrop_alpha=4.0)
+        >>> terms = module.rdrop_step((torch.randn(5, 8), torch.tensor([0, 1, 2, 0, 1])))
+        >>> terms.prediction.shape, bool(terms.kl > 0), bool(terms.loss == terms.ce + 4.0 * terms.kl)
+        (torch.Size([5, 3]), True, True)
+    """
+
+    _rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance",)
+
+    def __init__(
+        self,
+        *args: Any,
+        rdrop_alpha: float = 4.0,
+        rdrop_views: int = 2,
+        rdrop_distance: Distance | None = None,
+        rdrop_passes: Literal["joint", "separate"] = "joint",
+        rdrop_guard: Literal["error", "warn", "off"] = "error",
+        **kwargs: Any,
+    ) -> None:
+        _refuse_unknown(kwargs)
+        super().__init__(*args, **kwargs)
+        self.rdrop_alpha = _check_alpha(rdrop_alpha)
+        if isinstance(rdrop_views, bool) or not isinstance(rdrop_views, int) or rdrop_views < 1:
+            raise ValueError(f"rdrop_views must be an int >= 1 (1 is ordinary training), got {rdrop_views!r}.")
+        self.rdrop_views = rdrop_views
+        if not isinstance(rdrop_distance, (Distance, type(None))):
+            raise TypeError(f"rdrop_distance must be a Distance or None, got {rdrop_distance!r}.")
+        self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
+        self.rdrop_passes = _check_choice("rdrop_passes", rdrop_passes, ("joint", "separate"))
+        self.rdrop_guard = _check_choice("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
+        self._rdrop_own_alpha = self.rdrop_alpha
+        self._rdrop_guarded: list[bool] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(RDropMixin)]
+        if nn.Module in before:
+            others = ", ".join(base.__name__ for base in cls.__bases__ if not issubclass(base, RDropMixin))
+            raise TypeError(
+                f"{cls.__name__} inherits RDropMixin after {others}, which would hide its training_step. "
+                f"Put the mixin first: class {cls.__name__}(RDropMixin, {others})"
+            )
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """One R-Drop step, logged."""
+        terms = self.rdrop_step(batch)
+        self.rdrop_log(terms)
+        return {"loss": terms.loss, "ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
+
+    def rdrop_step(self, batch: Any) -> Terms:
+        """The whole computation without logging, for manual optimisation or a training_step of one's own."""
+        alpha = _check_alpha(self.rdrop_alpha)
+        inputs, target = self.rdrop_unpack(batch)
+        predictions = self._rdrop_predictions(inputs)
+        self._rdrop_guard_views(predictions, inputs)
+        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha)
+        examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
+        return dataclasses.replace(terms, examples=examples)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
+    def rdrop_log(self, terms: Terms) -> None:
+        """Log the terms of a step, with the number of examples (never of views) as the batch size."""
+        task, consistency = self.rdrop_distance.term_names
+        self.log("train/loss", terms.loss, batch_size=terms.examples)
+        for name, value in ((task, terms.ce), (consistency, terms.kl), ("alpha", self.rdrop_alpha)):
+            self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)
+
+    def rdrop_unpack(self, batch: Any) -> tuple[Any, Any]:
+        """Hook: the inputs of the network and the target, out of a batch.
+
+        Reads a pair ``(inputs, target)``, and mappings with ``labels``, ``label`` or ``target``, whose other entries
+        are the inputs.
+
+        Raises:
+            ValueError: the batch is neither.
+        """
+        if isinstance(batch, Mapping):
+            keys = [key for key in TARGET_KEYS if key in batch]
+            if len(keys) == 1:
+                return {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
+            found = f"a mapping with the keys {list(batch)}"
+        elif isinstance(batch, (tuple, list)):
+            if len(batch) == 2:
+                return batch[0], batch[1]
+            found = f"a {type(batch).__name__} of {len(batch)} elements"
+        else:
+            found = f"a {type(batch).__name__}"
+        raise ValueError(
+            f"The batch is {found}, in which no target can be told from the inputs. A batch is a pair (inputs, target) "
+            f"or a mapping with one of the keys {', '.join(TARGET_KEYS)}; for anything else override "
+            "rdrop_unpack(self, batch) to return (inputs, target)."
+        )
+
+    def rdrop_predict(self, inputs: Any) -> Any:
+        """Hook: the prediction for some inputs; calls ``forward``, and takes ``.logits`` of a model output."""
+        output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
+        return getattr(output, "logits", output)
+
+    def save_hyperparameters(
+        self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
+    ) -> None:
+        """As Lightning's, without the modules among the arguments that would make a checkpoint unsafe to load
+        (``weights_only=True`` refuses them). Where the CLI gives them, as plain configuration, they are kept."""
+        current = inspect.currentframe()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f"Attribute '({'|'.join(self._rdrop_unsaved)})'")
+            super().save_hyperparameters(
+                *args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger
+            )
+        saved: Any
+        for saved in (self._hparams, self._hparams_initial):
+            for name in self._rdrop_unsaved:
+                if isinstance(saved.get(name), nn.Module):
+                    del saved[name]
+
+    def _rdrop_predictions(self, inputs: Any) -> Tensor:
+        """K predictions of the same inputs, (K, N, ...)."""
+        if self.rdrop_passes == "separate":
+            return torch.stack([self.rdrop_predict(inputs) for _ in range(self.rdrop_views)])
+        prediction = self.rdrop_predict(views.duplicate(inputs, self.rdrop_views))
+        return views.split(prediction, self.rdrop_views, views.batch_size(inputs))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _rdrop_guard_views(self, predictions: Tensor, inputs: Any) -> None:
+        """On the first batch, and after a change of mode: that the views differ, or the reason why they do not."""
+        if self.rdrop_guard == "off" or self.rdrop_views == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
+            return  # with alpha = 0 on purpose, equal views cost nothing but time
+        modes = [module.training for module in self._rdrop_modules]
+        if modes == self._rdrop_guarded:
+            return
+        self._rdrop_guarded = modes
+        reason = dropout.diagnose(self, lambda: self._rdrop_predictions(inputs), predictions)
+        if reason is not None and self.rdrop_guard == "error":
+            raise RuntimeError(reason)
+        reason = reason or dropout.explain_dead(self)  # a live head hides a dead backbone
+        if reason is not None:
+            warnings.warn(reason, stacklevel=2)
+
+    @functools.cached_property
+    def _rdrop_modules(self) -> list[nn.Module]:
+        """A list: some microseconds a step, where a walk through the modules would take hundreds."""
+        return list(self.modules())
+
+
+def _check_alpha(alpha: float) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"rdrop_alpha must be a finite number >= 0 (4.0 is the default), got {alpha!r}.")
+    return alpha
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    known = [name for name in inspect.signature(RDropMixin.__init__).parameters if name.startswith("rdrop_")]
+    for name in kwargs:
+        if name.startswith("rdrop"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
+            raise TypeError(f"{name} is no argument of RDropMixin. {hint}")

@@ -1,0 +1,377 @@
+import csv
+import dataclasses
+import math
+from collections import UserDict
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rdrop import Categorical, Distance, RDropMixin
+from lightning_rdrop.terms import Average
+from tests.reference import paper_loss
+
+
+def batch_of(examples=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(examples, 8, generator=generator), torch.arange(examples) % 3
+
+
+class Capture:
+    """The views that a module made, through a forward hook on its head."""
+
+    def __init__(self, module):
+        self.rows = []
+        module.network.register_forward_hook(lambda network, inputs, output: self.rows.append(output))
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 4.0])
+def test_loss_and_gradients_are_the_formula_on_the_captured_views(small, passes, alpha):
+    module, (x, y) = small(rdrop_alpha=alpha, rdrop_passes=passes).double(), batch_of()
+    captured = Capture(module)
+    terms = module.rdrop_step((x.double(), y))
+    views = torch.cat(captured.rows).unflatten(0, (2, 5))
+    expected = paper_loss(views[0], views[1], y, alpha) / 2
+    parameters = list(module.parameters())
+    wanted = torch.autograd.grad(expected, parameters, retain_graph=True)
+    given = torch.autograd.grad(terms.loss, parameters)
+    torch.testing.assert_close(terms.loss, expected)
+    torch.testing.assert_close(given, wanted)
+    torch.testing.assert_close(terms.prediction, views[0])
+    assert not terms.prediction.requires_grad
+
+
+def test_the_number_of_forward_passes(small):
+    x, y = batch_of()
+    rows = {}
+    for passes, views in (("joint", 1), ("joint", 2), ("joint", 3), ("separate", 3)):
+        module = small(rdrop_passes=passes, rdrop_views=views)
+        captured = Capture(module)
+        module.rdrop_step((x, y))
+        rows[passes, views] = [len(output) for output in captured.rows]
+    assert rows == {("joint", 1): [5], ("joint", 2): [10], ("joint", 3): [15], ("separate", 3): [5, 5, 5]}
+
+
+def test_one_view_is_ordinary_training(small):
+    x, y = batch_of()
+    torch.manual_seed(3)
+    terms = small(rdrop_views=1).rdrop_step((x, y))
+    torch.manual_seed(3)
+    plain = F.cross_entropy(small()(x), y)
+    assert terms.loss == terms.ce == plain
+    assert terms.kl == 0
+
+
+def test_three_views_by_hand(small):
+    module, (x, y) = small(rdrop_views=3, rdrop_alpha=2.0).double(), batch_of()
+    captured = Capture(module)
+    terms = module.rdrop_step((x.double(), y))
+    log_p = captured.rows[0].log_softmax(-1).unflatten(0, (3, 5))
+    ce = sum(F.nll_loss(log_p[r], y) for r in range(3)) / 3
+    kl = 0
+    for r in range(3):  # row r takes half the mean over the other views j of KL(p_j || p_r)
+        for j in {0, 1, 2} - {r}:
+            kl += 0.5 * (log_p[j].exp() * (log_p[j] - log_p[r])).sum(-1).mean() / 2 / 3
+    torch.testing.assert_close(terms.kl, kl)
+    torch.testing.assert_close(terms.loss, ce + 2.0 * kl)
+
+
+class Named(RDropMixin, pl.LightningModule):
+    """A forward with names, as that of a Hugging Face model, which counts what it was given."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = nn.Embedding(50, 16)
+        self.network = nn.Sequential(nn.Dropout(0.3), nn.Linear(16, 3))
+
+    def forward(self, input_ids, attention_mask=None, options=None):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = self.network((self.embedding(input_ids) * mask.unsqueeze(-1)).mean(1))
+        return type("Output", (), {"logits": logits})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def named_inputs():
+    return {"input_ids": torch.arange(20).view(4, 5), "attention_mask": torch.ones(4, 5)}
+
+
+@dataclasses.dataclass
+class Example:
+    inputs: dict
+    target: torch.Tensor
+
+
+def of_kind(kind):
+    inputs, y = named_inputs(), torch.tensor([0, 1, 2, 0])
+    if kind == "nested":
+        return (inputs | {"options": {"names": ["a", "b", "c", "d"], "scale": 2.0}}, y)
+    if kind == "BatchEncoding":
+        transformers = pytest.importorskip("transformers")
+        return transformers.BatchEncoding(inputs | {"labels": y})
+    return {
+        "tuple": (inputs["input_ids"], y),
+        "list": [inputs["input_ids"], y],
+        "labels": inputs | {"labels": y},
+        "label": inputs | {"label": y},
+        "UserDict": UserDict(inputs | {"target": y}),
+        "pair of mapping": (inputs, y),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["tuple", "list", "labels", "label", "UserDict", "pair of mapping", "nested", "BatchEncoding"]
+)
+def test_batches_of_every_kind_in_a_trainer(fit, kind, tmp_path):
+    batch = of_kind(kind)
+    module = Named()
+    before = module.embedding.weight.detach().clone()
+    logger = CSVLogger(tmp_path, name="")
+    fit(module, DataLoader([batch] * 3, batch_size=None), logger=logger, log_every_n_steps=1)
+    assert (module.embedding.weight != before).any()
+    assert all(float(row["train/kl"]) > 0 for row in logged(logger))
+
+
+def test_a_batch_of_an_own_kind_needs_one_hook(fit):
+    class Own(Named):
+        def rdrop_unpack(self, batch):
+            return batch.inputs, batch.target
+
+    batch = Example(named_inputs(), torch.tensor([0, 1, 2, 0]))
+    trainer = fit(Own(), DataLoader([batch], batch_size=None))
+    assert trainer.callback_metrics["train/kl"] > 0
+    with pytest.raises(ValueError, match=r"The batch is a Example, .* override rdrop_unpack"):
+        Named().rdrop_step(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.ones(2, 8),), "a tuple of 1 elements"),
+        ([torch.ones(2, 8)] * 3, "a list of 3 elements"),
+        ({"input_ids": torch.ones(2, 8)}, r"a mapping with the keys \['input_ids'\]"),
+        ({"x": torch.ones(2, 8), "label": 1, "labels": 1}, "a mapping with the keys"),
+        (torch.ones(2, 8), "a Tensor"),
+    ],
+)
+def test_a_batch_without_a_target_is_refused(small, batch, message):
+    with pytest.raises(ValueError, match=message + ".*labels, label, target.*override rdrop_unpack"):
+        small().rdrop_step(batch)
+
+
+def logged(logger):
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_logged_loss_is_ce_plus_alpha_kl_in_every_row(fit, small, rows, tmp_path):
+    from lightning_rdrop import AlphaScheduler
+
+    logger = CSVLogger(tmp_path, name="")
+    fit(small(), rows, [AlphaScheduler(ramp=8)], logger=logger, log_every_n_steps=1, max_epochs=2)
+    table = logged(logger)
+    assert len(table) == 16
+    for row in table:
+        loss, ce, kl, alpha = (float(row[f"train/{name}"]) for name in ("loss", "ce", "kl", "alpha"))
+        assert loss == pytest.approx(ce + alpha * kl, rel=1e-6)
+        assert kl > 0
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+def test_the_logged_batch_size_counts_examples_not_views(fit, small, rows, passes):
+    sizes = []
+
+    class Watched(small):
+        def log(self, name, value, *args, batch_size=None, **kwargs):
+            sizes.append((name, batch_size))
+            super().log(name, value, *args, batch_size=batch_size, **kwargs)
+
+    fit(Watched(rdrop_views=3, rdrop_passes=passes), rows)
+    for name in ("train/loss", "train/ce", "train/kl", "train/alpha"):
+        assert [size for logged, size in sizes if logged == name] == [4] * 7 + [2]
+
+
+def test_the_step_returns_its_terms_and_a_prediction_for_metrics(fit, small, rows):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(outputs)
+            assert outputs["prediction"].shape == (len(batch[0]), 3)
+            assert not any(value.requires_grad for value in outputs.values())
+
+    fit(small(), rows, [Watch()])
+    assert len(seen) == 8
+    assert set(seen[0]) == {"loss", "ce", "kl", "prediction"}
+
+
+def test_a_distance_of_ones_own_names_its_terms(fit, small):
+    class Squared(Distance):
+        term_names = ("mse", "gap")
+
+        def to_target(self, prediction, target):
+            return Average((prediction - target).square().sum(), torch.tensor(float(target.numel())))
+
+        def between(self, first, second, target=None):
+            return self.to_target(first, second)
+
+    loader = DataLoader(TensorDataset(torch.randn(8, 8), torch.randn(8, 3)), batch_size=4)
+    module = small(rdrop_distance=Squared(), rdrop_alpha=0.5)
+    metrics = fit(module, loader).callback_metrics
+    assert set(metrics) == {"train/loss", "train/mse", "train/gap", "train/alpha"}
+    torch.testing.assert_close(metrics["train/loss"], metrics["train/mse"] + 0.5 * metrics["train/gap"])
+
+
+@pytest.mark.parametrize("guard", ["error", "warn", "off"])
+@pytest.mark.parametrize("case", ["eval", "p = 0"])
+def test_dead_dropout_is_never_silent(fit, small, rows, case, guard):
+    module = small(rdrop_guard=guard, p=0.0 if case == "p = 0" else 0.3)
+    if case == "eval":
+        module.network.eval()  # as from_pretrained hands it out; fit keeps it since Lightning 2.2
+    culprit = {"eval": r"eval mode .*network\.2.*\.train\(\)", "p = 0": r"p = 0: network\.2.*set_probability"}[case]
+    if guard == "error":
+        with pytest.raises(RuntimeError, match=culprit):
+            fit(module, rows)
+    elif guard == "warn":
+        with pytest.warns(UserWarning, match=culprit):
+            fit(module, rows)
+    else:
+        fit(module, rows)
+
+
+def test_the_guard_looks_again_when_the_mode_changes(fit, small, rows):
+    class Switch(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.network.eval()
+
+    with pytest.raises(RuntimeError, match=r"network\.2"):
+        fit(small(), rows, [Switch()], max_epochs=2)
+
+
+def test_the_guard_leaves_alpha_0_and_one_view_in_peace(fit, small, rows):
+    fit(small(p=0.0, rdrop_alpha=0.0), rows)
+    fit(small(p=0.0, rdrop_views=1), rows)
+
+
+def test_the_guard_draws_nothing_where_the_views_differ(small):
+    module, captured = small(), None
+    captured = Capture(module)
+    for seed in range(3):
+        module.rdrop_step(batch_of(seed=seed))
+    assert len(captured.rows) == 3
+
+
+@pytest.mark.parametrize("alpha", [-1.0, math.nan, math.inf, "4", True, None])
+def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
+    with pytest.raises(ValueError, match=r"rdrop_alpha must be a finite number >= 0.*" + repr(alpha)):
+        small(rdrop_alpha=alpha)
+    module = small()
+    module.rdrop_alpha = alpha
+    with pytest.raises(ValueError, match="rdrop_alpha must be"):
+        module.rdrop_step(batch_of())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rdrop_views": 0}, ValueError, "rdrop_views must be an int >= 1.*got 0"),
+        ({"rdrop_views": 2.0}, ValueError, r"rdrop_views must be an int >= 1.*got 2\.0"),
+        ({"rdrop_passes": "both"}, ValueError, "rdrop_passes must be one of 'joint', 'separate', got 'both'"),
+        ({"rdrop_guard": "none"}, ValueError, "rdrop_guard must be one of 'error', 'warn', 'off', got 'none'"),
+        ({"rdrop_distance": "kl"}, TypeError, "rdrop_distance must be a Distance or None, got 'kl'"),
+        ({"rdrop_alhpa": 4.0}, TypeError, "rdrop_alhpa is no argument of RDropMixin. Did you mean rdrop_alpha?"),
+        (
+            {"rdrop_0123456789": 4.0},
+            TypeError,
+            "rdrop_0123456789 is no argument of RDropMixin. There are rdrop_alpha, rdrop_views",
+        ),
+    ],
+)
+def test_bad_arguments(small, arguments, error, message):
+    with pytest.raises(error, match=message):
+        small(**arguments)
+
+
+def test_the_mixin_comes_first():
+    with pytest.raises(TypeError, match=r"class Wrong\(RDropMixin, LightningModule\)"):
+
+        class Wrong(pl.LightningModule, RDropMixin):
+            pass
+
+
+def test_it_works_under_lightning_pytorch(rows, fit):
+    from lightning_rdrop import AlphaScheduler
+
+    class Module(RDropMixin, lightning.pytorch.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
+
+        def forward(self, x):
+            return self.network(x)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = fit(Module(), rows, [AlphaScheduler("linear", ramp=4)], lightning=lightning.pytorch)
+    assert trainer.callback_metrics["train/alpha"] == 4.0
+    assert trainer.callback_metrics["train/kl"] > 0
+
+
+def test_a_checkpoint_is_safe_to_load_and_has_the_keys_of_the_plain_class(fit, small, rows, tmp_path):
+    class Plain(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+
+    module = small(rdrop_alpha=2.5, rdrop_distance=Categorical(weight=torch.tensor([1.0, 2.0, 3.0])))
+    trainer = fit(module, rows)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    Plain().load_state_dict(saved["state_dict"])
+    assert saved["hyper_parameters"] == {"p": 0.3, "rdrop_alpha": 2.5}
+    again = small.load_from_checkpoint(tmp_path / "last.ckpt", rdrop_distance=Categorical())
+    assert again.rdrop_alpha == 2.5
+
+
+def test_manual_optimization_with_the_step_and_its_log(fit, small, rows):
+    class Manual(small):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            terms = self.rdrop_step(batch)
+            self.rdrop_log(terms)
+            self.optimizers().zero_grad()
+            self.manual_backward(terms.loss)
+            self.optimizers().step()
+
+    module = Manual()
+    before = module.network[0].weight.detach().clone()
+    trainer = fit(module, rows)
+    assert (module.network[0].weight != before).any()
+    assert set(trainer.callback_metrics) == {"train/loss", "train/ce", "train/kl", "train/alpha"}
+
+
+def test_validation_runs_once(fit, small, rows):
+    seen = []
+
+    class Evaluated(small):
+        def validation_step(self, batch, batch_idx):
+            seen.append(len(self(batch[0])))
+
+        def val_dataloader(self):
+            return rows
+
+    fit(Evaluated(), rows, num_sanity_val_steps=0)
+    assert seen == [4] * 7 + [2]

@@ -1,0 +1,6 @@
+"""What moves or watches R-Drop during the training: a callback a file."""
+
+from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
+from lightning_rdrop.callbacks.curves import Curves
+
+__all__ = ["AlphaScheduler", "Curves"]

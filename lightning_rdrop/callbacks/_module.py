@@ -1,0 +1,24 @@
+"""What every callback asks first: is this a module that R-Drop trains?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_rdrop.mixin import RDropMixin
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import Callback, LightningModule
+
+
+def require_rdrop(callback: Callback, module: LightningModule) -> RDropMixin:
+    """The module, if it has the mixin.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if isinstance(module, RDropMixin):
+        return module
+    raise TypeError(
+        f"{type(callback).__name__} works on a module that inherits RDropMixin, and {type(module).__name__} does not. "
+        f"Write: class {type(module).__name__}(RDropMixin, LightningModule)"
+    )

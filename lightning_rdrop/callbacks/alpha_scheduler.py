@@ -1,0 +1,136 @@
+"""Alpha as a function of how far the training has come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_rdrop._lightning import Callback
+from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.schedule import SHAPES, cyclical
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import LightningModule, Trainer
+
+
+class AlphaScheduler(Callback):
+    r"""Raises the module's ``rdrop_alpha`` from 0 to its peak.
+
+    .. math:: \alpha(s) = \text{peak} \cdot \text{shape}\left(\min\left(1, \frac{s - \text{delay}}{\text{ramp}}\right)
+        \right), \qquad \alpha(s) = 0 \text{ while } s < \text{delay}
+
+    with s the number of batches after which the optimizer has stepped. A cyclical shape starts anew every ``ramp``
+    instead of staying at its end. The alpha of a step depends on s alone, so an interrupted run resumes with the same
+    alphas to the bit; when the training is over, the module has its own alpha back.
+
+    Args:
+        shape: ``"constant"``, ``"linear"``, ``"sigmoid"``, ``"cosine"``, ``"cyclical"`` (see
+            :mod:`lightning_rdrop.schedule`), or any function from progress in [0, 1] to a factor in [0, 1].
+        ramp: how long the rise takes: an int counts optimizer steps, a float in [0, 1] is a share of the training.
+        delay: how long alpha stays 0 before the rise, likewise.
+        peak: alpha at the end of the rise; ``None`` takes the module's ``rdrop_alpha``.
+
+    Raises:
+        ValueError: an argument out of its range, a shape that leaves [0, 1], or a share of a training whose length is
+            unknown.
+        TypeError: the module is no ``RDropMixin``.
+
+    Example:
+        >>> scheduler = AlphaScheduler("linear", ramp=100, delay=50, peak=4.0)
+        >>> [scheduler.alpha_at(step) for step in (0, 50, 100, 150, 1000)]
+        [0.0, 0.0, 2.0, 4.0, 4.0]
+        >>> AlphaScheduler(ramp=0.1)  # with a Trainer: the first tenth of the training
+        AlphaScheduler(shape='sigmoid', ramp=0.1, delay=0, peak=None)
+    """
+
+    def __init__(
+        self,
+        shape: Literal["constant", "linear", "sigmoid", "cosine", "cyclical"] | Callable[[float], float] = "sigmoid",
+        *,
+        ramp: int | float = 0.1,
+        delay: int | float = 0,
+        peak: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(shape) and shape not in SHAPES:
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a function of progress, got {shape!r}.")
+        if peak is not None and not (math.isfinite(peak) and peak >= 0):
+            raise ValueError(f"peak must be a finite number >= 0, or None for the module's rdrop_alpha, got {peak!r}.")
+        self.shape = shape
+        self.ramp = _check_duration("ramp", ramp)
+        self.delay = _check_duration("delay", delay)
+        self.peak = peak
+        self._own_alpha: float | None = None
+        self._training_steps: int | None = None
+
+    def alpha_at(self, step: int) -> float:
+        """Alpha after ``step`` optimizer steps, in the training that is under way (steps alone need none)."""
+        delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
+        if step < delay:
+            return 0.0
+        shape = self.shape if callable(self.shape) else SHAPES[self.shape]
+        elapsed = (step - delay) / ramp if ramp else 1.0
+        progress = elapsed % 1.0 if shape is cyclical and ramp else min(1.0, elapsed)
+        factor = float(shape(progress))
+        if not 0.0 <= factor <= 1.0:
+            raise ValueError(
+                f"shape {self.shape!r} returned {factor} at progress {progress}: a shape maps [0, 1] to [0, 1]. "
+                "Say how high alpha rises with peak."
+            )
+        peak = self._own_alpha if self.peak is None else self.peak
+        if peak is None:
+            raise ValueError("peak is None, and there is no module under training to take rdrop_alpha from.")
+        return peak * factor
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._own_alpha = require_rdrop(self, pl_module).rdrop_alpha
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(self.ramp, float) or isinstance(self.delay, float):
+            steps = trainer.estimated_stepping_batches
+            self._training_steps = int(steps) if 0 <= steps < math.inf else None
+        self.alpha_at(0)  # what is wrong with the schedule shows before the first step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not global_step: that counts the steps of every optimizer. Lightning's loggers count this one too.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        require_rdrop(self, pl_module).rdrop_alpha = self.alpha_at(step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._put_back(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._put_back(pl_module)
+
+    def _put_back(self, pl_module: LightningModule) -> None:
+        if self._own_alpha is not None:
+            require_rdrop(self, pl_module).rdrop_alpha = self._own_alpha
+            self._own_alpha = self._training_steps = None
+
+    def _in_steps(self, name: str, duration: int | float) -> float:
+        if isinstance(duration, int):
+            return duration
+        if self._training_steps is None:
+            raise ValueError(
+                f"{name}={duration} is a share of the training, whose length is unknown here (a data loader or a "
+                f"Trainer without an end). Give {name} as an int, a number of optimizer steps, or set the Trainer's "
+                "max_steps."
+            )
+        return duration * self._training_steps
+
+    def __repr__(self) -> str:
+        return f"AlphaScheduler(shape={self.shape!r}, ramp={self.ramp}, delay={self.delay}, peak={self.peak})"
+
+
+def _check_duration(name: str, duration: int | float) -> int | float:
+    if isinstance(duration, bool) or not isinstance(duration, (int, float)):
+        raise TypeError(f"{name} must be an int (optimizer steps) or a float (a share of training), got {duration!r}.")
+    if duration < 0 or (isinstance(duration, float) and not duration <= 1):
+        raise ValueError(
+            f"{name} must be an int >= 0, a number of optimizer steps, or a float in [0, 1], a share of the training; "
+            f"got {duration!r}. For {duration:g} steps write an int."
+            if duration > 1
+            else f"{name} must not be negative or NaN, got {duration!r}."
+        )
+    return duration

@@ -1,0 +1,45 @@
+"""The pictures."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def curves(metrics: str | Path, panels: dict[str, list[str]] | None = None) -> Figure:
+    """Logged quantities over the optimizer steps, a panel each.
+
+    Args:
+        metrics: the ``metrics.csv`` of a Lightning ``CSVLogger``.
+        panels: title -> the columns drawn in it; ``None`` is one panel for each of ``train/ce``, ``train/kl``,
+            ``train/alpha`` and ``val/accuracy``, as far as they were logged.
+
+    Raises:
+        ValueError: a column that was never logged.
+    """
+    from matplotlib.figure import Figure
+
+    with Path(metrics).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    logged = {name for row in rows for name, value in row.items() if value}
+    if panels is None:
+        usual = ("train/ce", "train/kl", "train/alpha", "val/accuracy")
+        panels = {name: [name] for name in usual if name in logged}
+    missing = sorted({name for names in panels.values() for name in names} - logged)
+    if missing or not panels:
+        raise ValueError(f"{metrics}: nothing was logged as {missing or list(usual)}, only {sorted(logged)}.")
+
+    figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in names:
+            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None, linewidth=1.2)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    return figure

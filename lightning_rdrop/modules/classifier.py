@@ -1,0 +1,45 @@
+"""Classification with any network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from lightning_rdrop.divergence import log_probabilities
+from lightning_rdrop.modules.task import Task
+
+
+class Classifier(Task):
+    """One of several classes, by any network that returns logits.
+
+    Validation and test log the cross-entropy, the accuracy and the macro F1; prediction gives class probabilities.
+
+    Args:
+        network: returns logits (N, C) for the inputs of a batch.
+        num_classes: C.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`.
+
+    Example:
+        >>> import torch
+        >>> network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+        >>> module = Classifier(network, num_classes=3, rdrop_alpha=4.0)
+        >>> module.eval().predict_step(torch.randn(5, 8), 0).sum(-1)
+        tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, **kwargs: Any) -> None:
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+                "f1": MulticlassF1Score(num_classes, average="macro"),
+            }
+        )
+        super().__init__(network, metrics, **kwargs)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities, (N, C)."""
+        logits: Tensor = super().predict_step(batch, batch_idx)
+        return log_probabilities(logits).exp()

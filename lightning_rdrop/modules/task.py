@@ -1,0 +1,77 @@
+"""What every ready-made module shares: a network, its optimizer, and an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_rdrop.mixin import TARGET_KEYS, RDropMixin
+
+
+class Task(RDropMixin, pl.LightningModule):
+    """A network trained with R-Drop by AdamW and evaluated with torchmetrics, as ``val/...`` and ``test/...``.
+
+    For another optimizer, or a learning rate schedule, use the CLI's ``--optimizer`` and ``--lr_scheduler``, or
+    override ``configure_optimizers``.
+
+    Args:
+        network: called with the inputs of a batch; returns predictions, or an object with ``.logits``.
+        metrics: what validation and test measure, beside the task loss.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        rdrop: the arguments of :class:`~lightning_rdrop.RDropMixin`.
+    """
+
+    _rdrop_unsaved = ("rdrop_distance", "network", "metrics")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        metrics: MetricCollection,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        **rdrop: Any,
+    ) -> None:
+        super().__init__(**rdrop)
+        self.save_hyperparameters()
+        self.network = network
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The prediction for a batch, which may carry targets or be the inputs alone."""
+        targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
+        bare = isinstance(batch, Tensor) or targetless
+        return self.rdrop_predict(batch if bare else self.rdrop_unpack(batch)[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(
+            (parameter for parameter in self.parameters() if parameter.requires_grad),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+        )
+
+    def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
+        inputs, target = self.rdrop_unpack(batch)
+        prediction: Tensor = self.rdrop_predict(inputs)
+        loss = self.rdrop_distance.to_target(prediction, target).mean
+        metrics.update(prediction, target)
+        self.log(f"{stage}/{self.rdrop_distance.term_names[0]}", loss, batch_size=len(target), sync_dist=True)
+        self.log_dict(metrics, batch_size=len(target), prog_bar=stage == "val")

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+
+from lightning_rdrop.data import TextDataModule, read_table
+
+
+class Words(TextDataModule):
+    """Reads words of one table as their lengths."""
+
+    def __init__(self, **kwargs):
+        super().__init__("words", **kwargs)
+
+    def encode(self, texts, pairs):
+        lengths = [[len(word) for word in text.split()] for text in texts]
+        width = max(map(len, lengths))
+        return {"input_ids": torch.tensor([row + [0] * (width - len(row)) for row in lengths])}
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(name, rows):
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / name).write_text(text, encoding="utf8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_json_lines_split_at_newlines_only(table):
+    rows = [{"sentence": "one\u2028line", "label": "a"}, {"sentence": "two", "label": "b"}]
+    assert read_table(table("train.json", rows)) == rows
+
+
+def test_tsv_takes_quotes_as_they_are_and_csv_does_not(tmp_path):
+    (tmp_path / "t.tsv").write_text('sentence\tlabel\n"half a quote\t1\n', encoding="utf8")
+    (tmp_path / "t.csv").write_text('sentence,label\n"a, b",1\n', encoding="utf8")
+    assert read_table(tmp_path / "t.tsv") == [{"sentence": '"half a quote', "label": "1"}]
+    assert read_table(tmp_path / "t.csv") == [{"sentence": "a, b", "label": "1"}]
+
+
+def test_bad_tables(tmp_path):
+    (tmp_path / "t.json").write_text('{"sentence": "a"}\nnonsense\n')
+    with pytest.raises(ValueError, match="line 2: not a JSON object: 'nonsense'"):
+        read_table(tmp_path / "t.json")
+    with pytest.raises(ValueError, match=r"\.tsv or \.csv, got '\.xlsx'"):
+        read_table(tmp_path / "t.xlsx")
+
+
+def test_batches(table):
+    rows = [{"sentence": "a bb ccc", "label": 10}, {"sentence": "dd", "label": 9}]
+    data = Words(train=table("train.json", rows), batch_size=2)
+    data.setup("fit")
+    assert data.labels == ["9", "10"]  # sorted as the numbers that they are
+    (batch,) = data.train_dataloader()
+    order = batch["labels"].argsort(descending=True)
+    assert batch["labels"][order].tolist() == [1, 0]
+    assert batch["input_ids"][order].tolist() == [[1, 2, 3], [2, 0, 0]]
+    assert data.val_dataloader() == []
+
+
+def test_prediction_needs_no_labels(table):
+    data = Words(predict=table("new.json", [{"sentence": "a bb"}]))
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert set(batch) == {"input_ids"}
+
+
+def test_labels_come_from_the_training_table(table):
+    train = table("train.json", [{"sentence": "a", "label": "x"}, {"sentence": "b", "label": "y"}])
+    test = table("test.json", [{"sentence": "c", "label": "y"}])
+    data = Words(train=train, test=test)
+    data.setup("test")
+    (batch,) = data.test_dataloader()
+    assert batch["labels"].tolist() == [1]
+
+
+def test_what_is_missing_is_named(table):
+    rows = [{"sentence": "a", "label": "x"}, {"sentence": "b", "label": "z"}]
+    with pytest.raises(ValueError, match=r"no train table: give train="):
+        Words().setup("fit")
+    with pytest.raises(ValueError, match=r"row 0: no column 'review', only sentence, label"):
+        Words(train=table("t.json", rows), text="review").setup("fit")
+    data = Words(train=table("t.json", rows), labels=["x", "y"])
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"train table, row 1: label 'z' is none of the 2 labels \(x, y\)"):
+        data.train_dataloader()
+
+
+def test_a_hugging_face_tokenizer_from_a_folder(table, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "好", "吃"]))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
+    rows = [{"first": "好吃", "second": "好", "label": 0}, {"first": "好", "second": "吃", "label": 1}]
+    data = TextDataModule(
+        str(tmp_path / "tokenizer"), table("train.json", rows), text="first", pair="second", batch_size=2
+    )
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch["input_ids"].shape == (2, 6)  # [CLS] 好 吃 [SEP] 好 [SEP]
+    assert batch["attention_mask"].sum() == 6 + 5
+    assert batch["token_type_ids"].sum() == 2 + 2

@@ -1,0 +1,21 @@
+"""R-Drop for PyTorch Lightning: inherit the mixin, add the callback, or use the command line."""
+
+from lightning_rdrop.callbacks import AlphaScheduler
+from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.divergence import symmetric_kl
+from lightning_rdrop.loss import RDropLoss, convert_alpha
+from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.terms import Average, Terms
+
+__all__ = [
+    "AlphaScheduler",
+    "Average",
+    "Categorical",
+    "Distance",
+    "RDropLoss",
+    "RDropMixin",
+    "Terms",
+    "convert_alpha",
+    "symmetric_kl",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+from lightning_rdrop.cli import main
+
+main()

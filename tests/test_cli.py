@@ -1,0 +1,97 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+NETWORK = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import pytorch_lightning as pl
+
+class Network(nn.Sequential):
+    def __init__(self, p: float = 0.3):
+        super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(p), nn.Linear(16, 3))
+
+class Data(pl.LightningDataModule):
+    def __init__(self, rows: int = 32):
+        super().__init__()
+        x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0))
+        self.rows = TensorDataset(x, x[:, :3].argmax(-1))
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=8)
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+"""
+
+CONFIG = {
+    "model": {
+        "class_path": "Classifier",
+        "init_args": {"network": {"class_path": "mine.Network"}, "num_classes": 3, "rdrop_alpha": 2.0},
+    },
+    "data": {"class_path": "mine.Data"},
+    "callbacks": {
+        "alpha": {"class_path": "AlphaScheduler", "init_args": {"shape": "linear", "ramp": 4}},
+        "best": {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/accuracy", "mode": "max"}},
+        "curves": {"class_path": "Curves"},
+    },
+    "test_after_fit": True,
+    "trainer": {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": "run"}},
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of a user's own, with a network and a configuration."""
+    (tmp_path / "mine.py").write_text(NETWORK)
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def run(folder, *arguments, command=None, fails=False):
+    script = Path(sys.executable).with_name("lightning-rdrop")
+    start = [str(script)] if script.exists() and command is None else [sys.executable, "-m", "lightning_rdrop"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"}
+    done = subprocess.run([*start, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def alphas(folder, version=0):
+    with (folder / f"logs/run/version_{version}/metrics.csv").open() as file:
+        return [float(row["train/alpha"]) for row in csv.DictReader(file) if row["train/alpha"]]
+
+
+def test_fit_from_another_folder_trains_tests_and_draws(folder):
+    printed = run(folder, "fit", "--config", "experiment.yaml")
+    assert alphas(folder) == [0, 0.5, 1, 1.5, 2, 2, 2, 2]
+    assert "test/accuracy" in printed
+    assert (folder / "logs/run/version_0/curves.png").stat().st_size > 10_000
+
+    # a callback is overridden by its name, in a second config and on the command line
+    (folder / "later.yaml").write_text("callbacks: {alpha: {init_args: {delay: 2}}, curves: null}")
+    override = "--callbacks.alpha.init_args.ramp=2"
+    run(folder, "fit", "--config", "experiment.yaml", "--config", "later.yaml", override, command="module")
+    assert alphas(folder, 1) == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert not (folder / "logs/run/version_1/curves.png").exists()
+
+    checkpoint = next((folder / "logs/run/version_0/checkpoints").glob("*.ckpt"))
+    for subcommand in ("validate", "test", "predict"):
+        printed = run(folder, subcommand, "--config", "experiment.yaml", "--ckpt_path", str(checkpoint))
+        assert subcommand == "predict" or "accuracy" in printed
+
+
+def test_errors_reach_the_user(folder):
+    dead = run(folder, "fit", "--config", "experiment.yaml", "--model.init_args.network.init_args.p=0", fails=True)
+    assert "network.2" in dead
+    typo = run(folder, "fit", "--config", "experiment.yaml", "--model.init_args.rdrop_alhpa=1", fails=True)
+    assert "rdrop_alhpa" in typo

@@ -24,5 +24,5 @@ def test_shapes(name, at_zero, at_quarter, at_one):
 def test_shapes_never_fall_and_stay_between_0_and_1(shape):
     factors = [shape(i / 1000) for i in range(1001)]
     assert factors == sorted(factors)
-    assert 0 <= factors[0]
+    assert factors[0] >= 0
     assert factors[-1] == 1

@@ -1,8 +1,16 @@
 """R-Drop for PyTorch Lightning: inherit the mixin, add the callback, or use the command line."""
 
 from lightning_rdrop.callbacks import AlphaScheduler
-from lightning_rdrop.distance import Categorical, Distance
-from lightning_rdrop.divergence import symmetric_kl
+from lightning_rdrop.distance import (
+    Bernoulli,
+    Categorical,
+    Cosine,
+    Distance,
+    FromDistribution,
+    Gaussian,
+    JensenShannon,
+)
+from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.loss import RDropLoss, convert_alpha
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.terms import Average, Terms
@@ -10,12 +18,19 @@ from lightning_rdrop.terms import Average, Terms
 __all__ = [
     "AlphaScheduler",
     "Average",
+    "Bernoulli",
     "Categorical",
+    "Cosine",
     "Distance",
+    "FromDistribution",
+    "Gaussian",
+    "JensenShannon",
     "RDropLoss",
     "RDropMixin",
     "Terms",
     "convert_alpha",
+    "jensen_shannon",
+    "symmetric_bernoulli_kl",
     "symmetric_kl",
 ]
 __version__ = "0.1.0"

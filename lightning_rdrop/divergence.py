@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,62 @@ def symmetric_kl(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
     masked = (log_p == -torch.inf) & (log_q == -torch.inf)
     difference = log_p.masked_fill(masked, 0) - log_q.masked_fill(masked, 0)
     return ((log_p.exp() - log_q.exp()) * difference).sum(dim) / 2
+
+
+def symmetric_bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
+    r"""Symmetric Kullback-Leibler divergence of two yes-or-no predictions, element by element.
+
+    .. math::
+        \tfrac12 \left[ KL(p \| q) + KL(q \| p) \right] = \tfrac12 (p - q)(z_1 - z_2)
+
+    with p and q the sigmoid of the logits :math:`z_1, z_2`: both halves of the KL, that of yes and that of no.
+
+    Args:
+        first: logits, any shape.
+        second: logits, same shape.
+
+    Returns:
+        nats per element; float32, or float64 for float64 logits. Exactly 0 for equal logits, infinite ones included.
+
+    Example:
+        >>> from torch import tensor
+        >>> symmetric_bernoulli_kl(tensor([0.0]), tensor([3.0]).log())  # p = 1/2, q = 3/4: ln 3 / 8
+        tensor([0.1373])
+    """
+    first, second = at_least_float32(first), at_least_float32(second)
+    equal = first == second  # also where both are infinite
+    first, second = first.masked_fill(equal, 0), second.masked_fill(equal, 0)
+    # near 1 the digits are in 1 - p
+    near_one = (second.neg().sigmoid() - first.neg().sigmoid(), first.sigmoid() - second.sigmoid())
+    return torch.where(first + second > 0, *near_one) * (first - second) / 2
+
+
+def jensen_shannon(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
+    r"""Jensen-Shannon divergence of two categorical predictions, row by row.
+
+    .. math::
+        \tfrac12 \left[ KL(p \| m) + KL(q \| m) \right], \qquad m = \tfrac12 (p + q)
+
+    Args:
+        first: logits, shape (..., C, ...).
+        second: logits, same shape.
+        dim: the dimension of the classes.
+
+    Returns:
+        nats per row, at most ln 2, the shape of ``first`` without ``dim``; also where -inf masks a class in one view.
+
+    Source: Lin, Divergence measures based on the Shannon entropy, 1991.
+
+    Example:
+        >>> from torch import tensor, inf
+        >>> jensen_shannon(tensor([0.0, -inf]), tensor([-inf, 0.0]))  # nothing in common: ln 2
+        tensor(0.6931)
+    """
+    log_p, log_q = log_probabilities(first, dim).clamp(min=-1e30), log_probabilities(second, dim).clamp(min=-1e30)
+
+    def to_middle(log_p: Tensor, log_q: Tensor) -> Tensor:
+        gap = log_q - log_p  # KL(p || m) = -sum p log((1 + exp(gap)) / 2), written so that a gap of 0 gives 0
+        log_ratio = torch.where(gap > 15, gap - math.log(2), torch.log1p(torch.expm1(gap.clamp(max=15)) / 2))
+        return -(log_p.exp() * log_ratio).sum(dim)
+
+    return (to_middle(log_p, log_q) + to_middle(log_q, log_p)) / 2

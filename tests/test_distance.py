@@ -1,8 +1,21 @@
+import mpmath
 import pytest
 import torch
+from torch import distributions, inf
 from torch.nn import functional as F
 
-from lightning_rdrop import Categorical, symmetric_kl
+from lightning_rdrop import (
+    Bernoulli,
+    Categorical,
+    Cosine,
+    FromDistribution,
+    Gaussian,
+    JensenShannon,
+    RDropLoss,
+    jensen_shannon,
+    symmetric_bernoulli_kl,
+    symmetric_kl,
+)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -66,3 +79,166 @@ def test_label_smoothing_is_a_share():
 
 def test_weights_stay_out_of_checkpoints():
     assert Categorical(weight=torch.ones(3)).state_dict() == {}
+
+
+def numbers(*shape):
+    return torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+
+
+def bernoulli_kl(p, q):
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def test_bernoulli_by_hand():
+    first, second = numbers(6, 3)
+    target = torch.randint(2, (6, 3))
+    p, q = first.sigmoid(), second.sigmoid()
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    bce = -(weight * target * p.log() + (1 - target) * (1 - p).log())
+    torch.testing.assert_close(Bernoulli(pos_weight=weight).to_target(first, target).mean, bce.mean())
+    kl = (bernoulli_kl(p, q) + bernoulli_kl(q, p)) / 2
+    torch.testing.assert_close(Bernoulli().between(first, second).mean, kl.mean())
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("where", [0.0, 15.0, -15.0])
+def test_bernoulli_keeps_its_digits_in_float32(gap, where):
+    first, second = torch.tensor([where], requires_grad=True), torch.tensor([where + gap])
+    with mpmath.workdps(60):
+        (z,), (w,) = first.tolist(), second.tolist()
+        sigmoid = [1 / (1 + mpmath.exp(-mpmath.mpf(x))) for x in (z, w)]
+        exact = float((sigmoid[0] - sigmoid[1]) * (z - w) / 2)
+    divergence = symmetric_bernoulli_kl(first, second)
+    assert divergence.item() == pytest.approx(exact, rel=1e-3)
+    assert torch.autograd.grad(divergence, first)[0].isfinite().all()
+
+
+def test_bernoulli_with_infinite_logits():
+    logits = torch.tensor([inf, -inf, 1.0], requires_grad=True)
+    divergence = symmetric_bernoulli_kl(logits, logits.detach())
+    assert (divergence == 0).all()
+    assert (torch.autograd.grad(divergence.sum(), logits)[0] == 0).all()
+
+
+def test_squared_error_by_hand():
+    first, second = numbers(6)
+    target = torch.randn(6, dtype=torch.float64)
+    torch.testing.assert_close(Gaussian().to_target(first, target).mean, F.mse_loss(first, target))
+    terms = RDropLoss(Gaussian())(torch.stack([first, second]), target, 4.0)
+    torch.testing.assert_close(terms.ce, (F.mse_loss(first, target) + F.mse_loss(second, target)) / 2)
+    torch.testing.assert_close(terms.kl, (first - second).square().mean() / 2)
+
+
+def test_normal_with_predicted_variance_against_torch_distributions():
+    first, second = numbers(6, 2)
+    target = torch.randn(6, dtype=torch.float64)
+    p, q = (distributions.Normal(view[:, 0], (view[:, 1] / 2).exp()) for view in (first, second))
+    distance = Gaussian(log_variance=True)
+    torch.testing.assert_close(distance.to_target(first, target).mean, -p.log_prob(target).mean())
+    kl = (distributions.kl_divergence(p, q) + distributions.kl_divergence(q, p)) / 2
+    torch.testing.assert_close(distance.between(first, second).mean, kl.mean())
+    assert distance.term_names == ("nll", "kl")
+
+
+def test_cosine_by_hand():
+    first, second = numbers(6, 4)
+    cosine = F.cosine_similarity(first, second)
+    torch.testing.assert_close(Cosine().between(first, second).mean, (1 - cosine).mean())
+    torch.testing.assert_close(Cosine().to_target(first, second).mean, (1 - cosine).mean())
+
+
+def test_jensen_shannon_by_hand():
+    first, second = numbers(6, 4)
+    p, q = first.softmax(-1), second.softmax(-1)
+    m = (p + q) / 2
+    js = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+    torch.testing.assert_close(jensen_shannon(first, second), js)
+    torch.testing.assert_close(jensen_shannon(first.mT, second.mT, dim=0), js)
+    target = torch.tensor([0, 1, -100, 2, -100, 3])
+    torch.testing.assert_close(JensenShannon().between(first, second, target).mean, js[target >= 0].mean())
+    assert JensenShannon(class_dim=-1).to_target(first, target).mean == Categorical().to_target(first, target).mean
+
+
+@pytest.mark.parametrize("gap", [1e-2, 30.0, 1e4])
+def test_jensen_shannon_in_float32(gap):
+    first = torch.tensor([[1.0, 0.0, -inf, -inf]], requires_grad=True)
+    second = torch.tensor([[1.0 + gap, 0.0, 0.5, -inf]])
+    exact = jensen_shannon(first.detach().double(), second.double())
+    divergence = jensen_shannon(first, second)
+    torch.testing.assert_close(divergence.double(), exact, rtol=1e-5, atol=1e-7)
+    assert torch.autograd.grad(divergence.sum(), first)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda x: distributions.Categorical(logits=x), 5),
+        (lambda x: distributions.Poisson(x.exp()[:, 0]), 1),
+        (lambda x: distributions.Beta(x.exp()[:, 0], x.exp()[:, 1]), 2),
+        (lambda x: distributions.MultivariateNormal(x, torch.eye(3, dtype=x.dtype)), 3),
+    ],
+    ids=["Categorical", "Poisson", "Beta", "MultivariateNormal"],
+)
+def test_any_distribution_of_torch(make, size):
+    first, second = numbers(6, size)
+    p, q = make(first), make(second)
+    target = p.sample()
+    distance = FromDistribution(make)
+    torch.testing.assert_close(distance.to_target(first, target).mean, -p.log_prob(target).mean())
+    kl = (distributions.kl_divergence(p, q) + distributions.kl_divergence(q, p)) / 2
+    torch.testing.assert_close(distance.between(first, second).mean, kl.mean())
+
+
+def test_from_distribution_refuses():
+    with pytest.raises(TypeError, match=r"make must return a torch\.distributions\.Distribution, got tensor"):
+        FromDistribution(lambda x: x).to_target(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(TypeError, match="no KL divergence between two StudentT: register one"):
+        FromDistribution(distributions.StudentT).between(torch.ones(3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"shape \(3,\), and got a target \(3, 1\); nothing broadcasts"):
+        FromDistribution(distributions.Poisson).to_target(torch.ones(3), torch.ones(3, 1))
+
+
+EVERY = {
+    "Categorical": (Categorical(), (5,)),
+    "JensenShannon": (JensenShannon(), (5,)),
+    "Bernoulli": (Bernoulli(), (5,)),
+    "Gaussian": (Gaussian(), ()),
+    "Gaussian with variance": (Gaussian(log_variance=True), (2,)),
+    "Cosine": (Cosine(), (5,)),
+    "FromDistribution": (FromDistribution(lambda x: distributions.Categorical(logits=x)), (5,)),
+}
+
+
+@pytest.mark.parametrize(("distance", "shape"), EVERY.values(), ids=EVERY)
+def test_every_distance_is_symmetric_zero_at_home_and_differentiable(distance, shape):
+    first, second = numbers(4, *shape)
+    between = distance.between(first, second)
+    torch.testing.assert_close(between.mean, distance.between(second, first).mean, rtol=1e-12, atol=0)
+    assert between.mean > 0
+    for dtype in (torch.float64, torch.float32):
+        assert distance.between(first.to(dtype), first.to(dtype).clone()).total == 0
+    assert torch.autograd.gradcheck(lambda p, q: distance.between(p, q).mean, (first, second))
+
+
+@pytest.mark.parametrize(("distance", "shape"), EVERY.values(), ids=EVERY)
+def test_every_distance_computes_half_precision_in_float32(distance, shape):
+    first, second = (view.detach().to(torch.bfloat16) for view in numbers(4, *shape))
+    with torch.autocast("cpu", torch.bfloat16):
+        between = distance.between(first, second).mean
+    assert between.dtype == torch.float32
+    exact = distance.between(first.double(), second.double()).mean
+    torch.testing.assert_close(between.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("distance", [Bernoulli(), Gaussian(), Cosine()], ids=["Bernoulli", "Gaussian", "Cosine"])
+@pytest.mark.parametrize(("prediction", "target"), [((4, 1), (4,)), ((4,), (4, 1)), ((4, 3), (1, 3))])
+def test_nothing_broadcasts(distance, prediction, target):
+    with pytest.raises(ValueError, match=r"with a target of its own shape.*nothing broadcasts"):
+        distance.to_target(torch.zeros(prediction), torch.zeros(target))
+    with pytest.raises(ValueError, match="prediction of floats"):
+        distance.to_target(torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, 3))
+
+
+def test_a_prediction_without_a_variance_is_refused():
+    with pytest.raises(ValueError, match=r"prediction \(N, ..., 2\) of means and log-variances, got \(4, 3\)"):
+        Gaussian(log_variance=True).to_target(torch.zeros(4, 3), torch.zeros(4))

@@ -53,6 +53,7 @@ class RDropLoss(nn.Module):
             ce=task.detach(),
             kl=consistency.detach(),
             prediction=predictions[0].detach(),
+            rows=ce.weight / len(predictions),
         )
 
     def averages(self, predictions: Tensor, target: Tensor) -> tuple[Average, Average]:

@@ -91,6 +91,7 @@ class RDropMixin(MixinBase):
         self.rdrop_guard = _check_choice("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_guarded: list[bool] | None = None
+        self._rdrop_rows: Tensor | None = None  # of the last training step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,6 +107,7 @@ class RDropMixin(MixinBase):
         """One R-Drop step, logged."""
         terms = self.rdrop_step(batch)
         self.rdrop_log(terms)
+        self._rdrop_rows = terms.rows
         return {"loss": terms.loss, "ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
 
     def rdrop_step(self, batch: Any) -> Terms:

@@ -53,6 +53,7 @@ class Terms:
         ce: the task loss, a mean over the rows of all views; detached, for the log.
         kl: the consistency of the views, a mean over the same rows; detached, for the log.
         prediction: the first view's prediction, detached, so that a training metric needs no further forward.
+        rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor.
         examples: B, the number of examples of the batch (not of its views): the batch size to log with.
     """
 
@@ -60,4 +61,5 @@ class Terms:
     ce: Tensor
     kl: Tensor
     prediction: Any = None
+    rows: Tensor | None = None
     examples: int | None = None

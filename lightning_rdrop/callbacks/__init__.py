@@ -2,5 +2,6 @@
 
 from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
 from lightning_rdrop.callbacks.curves import Curves
+from lightning_rdrop.callbacks.exact_accumulation import ExactAccumulation
 
-__all__ = ["AlphaScheduler", "Curves"]
+__all__ = ["AlphaScheduler", "Curves", "ExactAccumulation"]

@@ -1,0 +1,106 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_rdrop import Categorical, RDropMixin
+from lightning_rdrop.callbacks import ExactAccumulation
+
+
+class Tagger(RDropMixin, pl.LightningModule):
+    """Five tags for each token, under a noise that depends on the input and the view alone, not on the batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(rdrop_passes="separate", **kwargs)
+        torch.manual_seed(7)
+        self.network = nn.Linear(4, 5)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        return self.network(x * (1 + 0.5 * torch.sin((10 + self.passes % 2) * x)))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def sentences():
+    """Eight sentences, of one to eight tokens that count."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (8, 1, 3, 2, 7, 1, 5, 4):
+        target = torch.randint(5, (8,), generator=generator)
+        target[length:] = -100
+        rows.append((torch.randn(8, 4, generator=generator), target))
+    return rows
+
+
+def weights(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def trained(fit, batch_size, callbacks=(), **trainer):
+    module = Tagger(rdrop_alpha=2.0)
+    fit(module, DataLoader(sentences(), batch_size), callbacks, **trainer)
+    return weights(module)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_micro_batches_are_the_one_big_batch(fit, clip):
+    big = trained(fit, 8, gradient_clip_val=clip)
+    plain = trained(fit, 2, accumulate_grad_batches=4, gradient_clip_val=clip)
+    exact = trained(fit, 2, [ExactAccumulation()], accumulate_grad_batches=4, gradient_clip_val=clip)
+    torch.testing.assert_close(exact, big)
+    assert (plain - big).abs().max() > 1e-3
+
+
+def test_several_steps_and_a_last_window_that_is_not_full(fit):
+    big = trained(fit, 6, max_epochs=3)
+    exact = trained(fit, 2, [ExactAccumulation()], accumulate_grad_batches=3, max_epochs=3)
+    torch.testing.assert_close(exact, big)
+
+
+class Save(pl.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            torch.save(weights(pl_module), self.path)
+
+
+def test_two_ranks_are_the_one(fit, tmp_path):
+    big = trained(fit, 8, max_epochs=2)
+    module = Tagger(rdrop_alpha=2.0)
+    fit(
+        module,
+        DataLoader(sentences(), 2),  # Lightning shares it out
+        [ExactAccumulation(), Save(tmp_path / "weights.pt")],
+        strategy="ddp_spawn",
+        devices=2,
+        accumulate_grad_batches=2,
+        max_epochs=2,
+    )
+    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), big)
+
+
+def test_the_loss_of_the_big_batch_is_the_weighted_mean_of_the_small_ones():
+    x, y = (torch.stack(column) for column in zip(*sentences(), strict=True))
+    terms = [Tagger().rdrop_step((x[i : i + 2], y[i : i + 2])) for i in range(0, 8, 2)]
+    whole = Tagger().rdrop_step((x, y))
+    assert [int(term.rows) for term in terms] == [9, 5, 8, 9]
+    torch.testing.assert_close(sum(term.loss * term.rows for term in terms) / 31, whole.loss)
+
+
+def test_what_has_two_denominators_is_refused(fit):
+    module = Tagger(rdrop_distance=Categorical(weight=torch.ones(5)))
+    with pytest.raises(ValueError, match=r"class weights.*without Categorical\(weight"):
+        fit(module, DataLoader(sentences(), 2), [ExactAccumulation()])
+
+
+def test_manual_optimization_is_refused(fit):
+    module = Tagger()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="works in automatic optimization"):
+        fit(module, DataLoader(sentences(), 2), [ExactAccumulation()])

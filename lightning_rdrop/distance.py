@@ -35,6 +35,13 @@ class Distance(nn.Module):
         """
         raise NotImplementedError
 
+    def check(self, prediction: Tensor, target: Tensor) -> None:
+        """Look at the values of a first batch, which synchronises the device; shapes are looked at in every step.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         """1/2 [D(second, first) + D(first, second)], summed over the rows that count, with their number.
 
@@ -118,6 +125,17 @@ class Categorical(Distance):
             return _all_count(rows)
         counted = target != self.ignore_index
         return Average(rows.where(counted, 0).sum(), counted.sum().to(rows))
+
+    def check(self, prediction: Tensor, target: Tensor) -> None:
+        if self._counts_indices(prediction, target):
+            classes = prediction.shape[self.class_dim]
+            wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
+            if len(wrong):
+                raise ValueError(
+                    f"The target holds the class {int(wrong[0])}, and the prediction has the {classes} classes 0 to "
+                    f"{classes - 1}. Give the head more classes, or mark rows that do not count with "
+                    f"ignore_index={self.ignore_index}."
+                )
 
     def _divergence(self, first: Tensor, second: Tensor) -> Tensor:
         return symmetric_kl(first, second, self.class_dim)
@@ -204,6 +222,10 @@ class Bernoulli(Distance):
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         return _all_count(symmetric_bernoulli_kl(first, second))
+
+    def check(self, prediction: Tensor, target: Tensor) -> None:
+        if len(wrong := target[~((target >= 0) & (target <= 1))]):
+            raise ValueError(f"The target holds {float(wrong[0])}; a label of Bernoulli is 0, 1 or a probability.")
 
 
 class Gaussian(Distance):

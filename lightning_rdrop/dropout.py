@@ -7,18 +7,15 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from operator import attrgetter
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-_REDRAWS = 16
 _DROPS = re.compile(r"(?!_?rdrop).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)  # rdrop_alpha is none of them
 _DROPS_EXAMPLES = re.compile(r"drop_?path|drop_?connect|stochastic_?depth", re.IGNORECASE)
 _DROPS_BATCHES = re.compile(r"layer_?drop(?!out)", re.IGNORECASE)
@@ -65,7 +62,7 @@ def stochastic_layers(network: nn.Module) -> list[StochasticLayer]:
     These are torch's dropout modules, timm's DropPath and torchvision's StochasticDepth, and the numbers that modules
     keep for a functional dropout: ``dropout`` of MultiheadAttention and of LSTM and GRU (with more than one layer),
     the probabilities that Hugging Face's layers copied from their config, or read there in ``forward``. A number
-    written inside a user's ``forward`` cannot be seen: :func:`diagnose` has the last word.
+    written inside a user's ``forward`` cannot be seen: :func:`lightning_rdrop.guard.diagnose` has the last word.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.LSTM(4, 4, num_layers=2, dropout=0.2))
@@ -225,61 +222,6 @@ def explain(network: nn.Module, *, shared: bool = False) -> str:
     return agree + " ".join(reasons)
 
 
-def same(first: Tensor, second: Tensor) -> bool:
-    """Whether two predictions agree up to rounding.
-
-    The same row at two places of a batch may differ in its last bits, because the tail of a matrix product is summed
-    in another order. Two numbers agree within a tolerance relative to themselves, or to the median of what differs
-    (which a few classes masked with -1e9 do not move): 100 eps, 1e-5 in float32, where deep networks show 2e-6; 2 eps
-    in half precision, whose products are summed in float32 and rounded once. Dropout makes differences of per cents.
-    NaN equals NaN, and an infinity itself.
-
-    Example:
-        >>> from torch import tensor
-        >>> same(tensor([1.0, 2.0]), tensor([1.000001, 2.0])), same(tensor([1.0, 2.0]), tensor([1.001, 2.0]))
-        (True, False)
-    """
-    if first.shape != second.shape:
-        return False
-    # in pieces: a real difference shows in the first one, and the logits of a vocabulary fill the memory as it is
-    pieces = (torch.split(tensor.detach().flatten(), 2**20) for tensor in (first, second))
-    return all(torch.equal(one, other) or _close(one, other) for one, other in zip(*pieces, strict=True))
-
-
-def diagnose(network: nn.Module, draw: Callable[[], Tensor], views: Tensor) -> str | None:
-    """Whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
-
-    Equal views can be chance (one row, a small p, LayerDrop), and a weight that starts at zero (LoRA, a zero head)
-    hides the dropout before it on the first batch. So they are drawn again, up to 16 times, with noise in the place
-    of trained parameters that are all zero. Nothing remains of this: parameters, buffers such as the statistics of
-    BatchNorm, and torch's random state are as before.
-
-    Args:
-        network: the module whose parts the reason names.
-        draw: predicts the same batch again, (K, N, ...).
-        views: the predictions at hand, (K, N, ...).
-
-    Example:
-        >>> network, batch = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.ones(2, 3, 4)
-        >>> diagnose(network, lambda: network(batch), network(batch)) is None
-        True
-        >>> network = network.eval()
-        >>> "model.train()" in diagnose(network, lambda: network(batch), network(batch))
-        True
-    """
-    if not _agree(views):
-        return None
-    devices = [views.get_device()] if views.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _stand_ins(network):
-        first = draw()
-        shared = False
-        for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
-            if not _agree(again):
-                return None
-            shared = shared or not same(first[0], again[0])
-    return explain(network, shared=shared)
-
-
 def _probabilities(module: nn.Module) -> list[str]:
     """The attributes in which a module keeps probabilities to drop something."""
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
@@ -335,41 +277,3 @@ def _wake(network: nn.Module, layers: list[StochasticLayer]) -> str:
 def _few(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _agree(views: Tensor) -> bool:
-    return all(same(views[0], view) for view in views[1:])
-
-
-def _close(first: Tensor, second: Tensor) -> bool:
-    if not first.is_floating_point():
-        return False
-    eps = torch.finfo(first.dtype).eps
-    tolerance = eps * (2 if eps > 1e-4 else 100)
-    wide = torch.promote_types(first.dtype, torch.float32)
-    first, second = first.to(wide), second.to(wide)
-    differing = first[(first != second) & first.isfinite() & second.isfinite()].abs()
-    scale = float(differing.median()) if len(differing) else 0.0
-    return torch.allclose(first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-@contextmanager
-def _stand_ins(network: nn.Module) -> Iterator[None]:
-    """For a while: copies in the place of buffers, and noise in that of trained parameters that are all zero.
-
-    The originals are put aside, not written back: the graph of the step still holds them.
-    """
-    modules = list(network.modules())
-    kept = [(dict(module._buffers), dict(module._parameters)) for module in modules]
-    try:
-        for module, (buffers, parameters) in zip(modules, kept, strict=True):
-            module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
-            for name, parameter in parameters.items():
-                # an empty parameter is one that is sharded away
-                if parameter is not None and parameter.requires_grad and parameter.numel() and not parameter.any():
-                    module._parameters[name] = nn.Parameter(0.1 * torch.randn_like(parameter))
-        yield
-    finally:
-        for module, (buffers, parameters) in zip(modules, kept, strict=True):
-            module._buffers.update(buffers)
-            module._parameters.update(parameters)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop import dropout, views
+from lightning_rdrop import dropout, guard, views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.loss import RDropLoss
@@ -41,8 +41,9 @@ class RDropMixin(MixinBase):
             among the hyper-parameters: give it again to ``load_from_checkpoint``.
         rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
-        rdrop_guard: what happens where the views cannot differ, and R-Drop would be paid for and do nothing:
-            ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch of each training.
+        rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
+            dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a mode
+            changes; NaN is looked for whenever the Trainer logs.
 
     Raises:
         ValueError: an argument out of its range.
@@ -92,6 +93,7 @@ class RDropMixin(MixinBase):
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_guarded: list[bool] | None = None
         self._rdrop_rows: Tensor | None = None  # of the last training step
+        self._rdrop_nan = guard.NanWatch()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -102,9 +104,23 @@ class RDropMixin(MixinBase):
                 f"{cls.__name__} inherits RDropMixin after {others}, which would hide its training_step. "
                 f"Put the mixin first: class {cls.__name__}(RDropMixin, {others})"
             )
+        own = [value.__code__.co_names for value in vars(cls).values() if inspect.isfunction(value)]
+        used = any("rdrop_step" in names or names.count("training_step") for names in own)
+        if "training_step" in vars(cls) and not used:
+            warnings.warn(
+                f"{cls.__name__} has a training_step of its own, which hides the mixin's, and never calls rdrop_step: "
+                "it trains without R-Drop. Delete it, or begin it with terms = self.rdrop_step(batch).",
+                stacklevel=2,
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One R-Drop step, logged."""
+        if not self.automatic_optimization:
+            raise TypeError(
+                "automatic_optimization is False, and the mixin's training_step makes no optimizer step, so the "
+                "weights would never change. Write a training_step of your own: terms = self.rdrop_step(batch), "
+                "self.rdrop_log(terms), self.manual_backward(terms.loss), and the steps of the optimizers."
+            )
         terms = self.rdrop_step(batch)
         self.rdrop_log(terms)
         self._rdrop_rows = terms.rows
@@ -115,7 +131,7 @@ class RDropMixin(MixinBase):
         alpha = _check_alpha(self.rdrop_alpha)
         inputs, target = self.rdrop_unpack(batch)
         predictions = self._rdrop_predictions(inputs)
-        self._rdrop_guard_views(predictions, inputs)
+        self._rdrop_guard_batch(predictions, inputs, target)
         terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha)
         examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
         return dataclasses.replace(terms, examples=examples)
@@ -184,20 +200,34 @@ class RDropMixin(MixinBase):
         return views.split(prediction, self.rdrop_views, views.batch_size(inputs))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _rdrop_guard_views(self, predictions: Tensor, inputs: Any) -> None:
-        """On the first batch, and after a change of mode: that the views differ, or the reason why they do not."""
-        if self.rdrop_guard == "off" or self.rdrop_views == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
-            return  # with alpha = 0 on purpose, equal views cost nothing but time
+    def _rdrop_guard_batch(self, predictions: Tensor, inputs: Any, target: Any) -> None:
+        """Look at values, which waits for the device: on a first batch, after a change of mode, and at each log."""
+        if self.rdrop_guard == "off":
+            return
+        every = getattr(self._trainer, "log_every_n_steps", 1)
+        read = not every or self._rdrop_nan.batches % every == 0
+        self._rdrop_nan.look(predictions)
+        if read:
+            self._rdrop_complain(self._rdrop_nan.reason())
         modes = [module.training for module in self._rdrop_modules]
         if modes == self._rdrop_guarded:
             return
         self._rdrop_guarded = modes
-        reason = dropout.diagnose(self, lambda: self._rdrop_predictions(inputs), predictions)
+        self.rdrop_distance.check(predictions[0], target)
+        self._rdrop_complain(guard.unshifted(inputs, target, getattr(self.rdrop_distance, "ignore_index", -100)))
+        self._rdrop_complain(guard.fed_its_source(self, inputs))
+        if self.rdrop_views == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
+            return  # with alpha = 0 on purpose, equal views cost nothing but time
+        reason = guard.diagnose(self, lambda: self._rdrop_predictions(inputs), predictions)
+        self._rdrop_complain(reason)
+        if reason is None and (dead := dropout.explain_dead(self)):
+            warnings.warn(dead, stacklevel=2)  # a live head hides a dead backbone
+
+    def _rdrop_complain(self, reason: str | None) -> None:
         if reason is not None and self.rdrop_guard == "error":
-            raise RuntimeError(reason)
-        reason = reason or dropout.explain_dead(self)  # a live head hides a dead backbone
+            raise ValueError(reason)
         if reason is not None:
-            warnings.warn(reason, stacklevel=2)
+            warnings.warn(reason, stacklevel=3)
 
     @functools.cached_property
     def _rdrop_modules(self) -> list[nn.Module]:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from lightning_rdrop.dropout import (
     as_table,
     dead_layers,
-    diagnose,
     explain,
     explain_dead,
-    same,
     set_probability,
     stochastic_layers,
     switch_on,
 )
+from lightning_rdrop.guard import diagnose, same
 
 
 @pytest.fixture(autouse=True, scope="module")

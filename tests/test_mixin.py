@@ -238,7 +238,7 @@ def test_dead_dropout_is_never_silent(fit, small, rows, case, guard):
         module.network.eval()  # as from_pretrained hands it out; fit keeps it since Lightning 2.2
     culprit = {"eval": r"eval mode .*network\.2.*\.train\(\)", "p = 0": r"p = 0: network\.2.*set_probability"}[case]
     if guard == "error":
-        with pytest.raises(RuntimeError, match=culprit):
+        with pytest.raises(ValueError, match=culprit):
             fit(module, rows)
     elif guard == "warn":
         with pytest.warns(UserWarning, match=culprit):
@@ -253,7 +253,7 @@ def test_the_guard_looks_again_when_the_mode_changes(fit, small, rows):
             if trainer.current_epoch == 1:
                 pl_module.network.eval()
 
-    with pytest.raises(RuntimeError, match=r"network\.2"):
+    with pytest.raises(ValueError, match=r"network\.2"):
         fit(small(), rows, [Switch()], max_epochs=2)
 
 

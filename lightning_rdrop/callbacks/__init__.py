@@ -2,6 +2,7 @@
 
 from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
 from lightning_rdrop.callbacks.curves import Curves
+from lightning_rdrop.callbacks.dropout_probability import DropoutProbability
 from lightning_rdrop.callbacks.exact_accumulation import ExactAccumulation
 
-__all__ = ["AlphaScheduler", "Curves", "ExactAccumulation"]
+__all__ = ["AlphaScheduler", "Curves", "DropoutProbability", "ExactAccumulation"]

@@ -1,0 +1,61 @@
+"""Another dropout, for the time of a training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_rdrop._lightning import Callback
+from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.dropout import set_probability
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import LightningModule, Trainer
+
+
+class DropoutProbability(Callback):
+    """Sets the probability of every dropout in the module, and puts the earlier ones back when the training is over.
+
+    R-Drop likes more dropout than a pretrained model comes with: 0.3 is recommended. What is set, and what is left
+    (DropPath, LayerDrop), is that of :func:`lightning_rdrop.dropout.set_probability`.
+
+    Args:
+        p: the probability, 0 <= p < 1.
+
+    Raises:
+        ValueError: ``p`` out of its range, or a module without any dropout.
+        TypeError: the module is no ``RDropMixin``.
+
+    Source: Su Jianlin, spaces.ac.cn/archives/8496, for the value.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> trainer = pl.Trainer(callbacks=[DropoutProbability(0.3)], logger=False)
+    """
+
+    def __init__(self, p: float = 0.3) -> None:
+        super().__init__()
+        if isinstance(p, bool) or not 0 <= p < 1:
+            raise ValueError(f"p must be a probability, 0 <= p < 1 (0.3 is recommended), got {p!r}.")
+        self.p = p
+        self._earlier: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._earlier = set_probability(require_rdrop(self, pl_module), self.p)
+        if not self._earlier:
+            raise ValueError(
+                f"{type(pl_module).__name__} has no dropout whose probability could be set to p={self.p}. "
+                "Put nn.Dropout(0.3) in front of its head."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"p": self.p}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._put_back(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._put_back(pl_module)
+
+    def _put_back(self, pl_module: LightningModule) -> None:
+        set_probability(pl_module, self._earlier)
+        self._earlier = {}

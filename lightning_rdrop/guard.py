@@ -1,0 +1,187 @@
+"""What is looked at on the first batch, so that nothing is silently wrong."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rdrop.dropout import explain
+
+_REDRAWS = 16
+
+
+def same(first: Tensor, second: Tensor) -> bool:
+    """Whether two predictions agree up to rounding.
+
+    The same row at two places of a batch may differ in its last bits, because the tail of a matrix product is summed
+    in another order. Two numbers agree within a tolerance relative to themselves, or to the median of what differs
+    (which a few classes masked with -1e9 do not move): 100 eps, 1e-5 in float32, where deep networks show 2e-6; 2 eps
+    in half precision, whose products are summed in float32 and rounded once. Dropout makes differences of per cents.
+    NaN equals NaN, and an infinity itself.
+
+    Example:
+        >>> from torch import tensor
+        >>> same(tensor([1.0, 2.0]), tensor([1.000001, 2.0])), same(tensor([1.0, 2.0]), tensor([1.001, 2.0]))
+        (True, False)
+    """
+    if first.shape != second.shape:
+        return False
+    # in pieces: a real difference shows in the first one, and the logits of a vocabulary fill the memory as it is
+    pieces = (torch.split(tensor.detach().flatten(), 2**20) for tensor in (first, second))
+    return all(torch.equal(one, other) or _close(one, other) for one, other in zip(*pieces, strict=True))
+
+
+def diagnose(network: nn.Module, draw: Callable[[], Tensor], views: Tensor) -> str | None:
+    """Whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
+
+    Equal views can be chance (one row, a small p, LayerDrop), and a weight that starts at zero (LoRA, a zero head)
+    hides the dropout before it on the first batch. So they are drawn again, up to 16 times, with noise in the place
+    of trained parameters that are all zero. Nothing remains of this: parameters, buffers such as the statistics of
+    BatchNorm, and torch's random state are as before.
+
+    Args:
+        network: the module whose parts the reason names.
+        draw: predicts the same batch again, (K, N, ...).
+        views: the predictions at hand, (K, N, ...).
+
+    Example:
+        >>> network, batch = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.ones(2, 3, 4)
+        >>> diagnose(network, lambda: network(batch), network(batch)) is None
+        True
+        >>> network = network.eval()
+        >>> "model.train()" in diagnose(network, lambda: network(batch), network(batch))
+        True
+    """
+    if not _agree(views):
+        return None
+    devices = [views.get_device()] if views.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _stand_ins(network):
+        first = draw()
+        shared = False
+        for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
+            if not _agree(again):
+                return None
+            shared = shared or not same(first[0], again[0])
+    return explain(network, shared=shared)
+
+
+def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
+    """Why a network learns nothing where each target that counts is the token at its own position; else ``None``.
+
+    So it looks where the labels of a causal language model were not shifted: cross-entropy falls to 0 on noise.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7]])
+        >>> "were not shifted" in unshifted({"input_ids": tokens}, tokens)
+        True
+        >>> unshifted(tokens[:, :-1], tokens[:, 1:]) is None
+        True
+    """
+    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if not (isinstance(tokens, Tensor) and isinstance(target, Tensor)) or tokens.shape != target.shape:
+        return None
+    counted = target != ignore_index
+    if tokens.dim() < 2 or tokens.is_floating_point() or not counted.any() or (tokens != target)[counted].any():
+        return None
+    return (
+        "Every target is the token at its own position, which a network only has to copy: the labels of a causal "
+        "language model were not shifted. Override rdrop_unpack(self, batch) to return inputs that end before the "
+        "last token, and targets that begin with the second."
+    )
+
+
+def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
+    """Which Hugging Face seq2seq model got no decoder inputs; ``None`` if none did.
+
+    BART and its kin feed the source to the decoder then, and train happily on the wrong task. A classifier on such a
+    model does so by design, and is left in peace.
+    """
+    if not isinstance(inputs, Mapping) or any(key.startswith("decoder_input") for key in inputs):
+        return None
+    for name, module in network.named_modules():
+        head = getattr(module, "get_output_embeddings", None)
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and head and head() is not None:
+            return (
+                f"{name or type(module).__name__}, a {type(module).__name__}, got no decoder inputs, and would feed "
+                "the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the inputs; "
+                "model.prepare_decoder_input_ids_from_labels(labels) makes them."
+            )
+    return None
+
+
+class NanWatch:
+    """Since which batch a view is NaN: written on the device in every batch, read only where it is asked for.
+
+    Example:
+        >>> watch = NanWatch()
+        >>> watch.look(torch.zeros(2, 3))
+        >>> watch.look(torch.tensor([[0.0], [torch.nan]]))
+        >>> print(watch.reason())
+        The prediction of view 1 is NaN since batch 1. ...
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._since: Tensor | None = None
+
+    def look(self, predictions: Tensor) -> None:
+        """Note which of the K views (K, N, ...) are NaN, without waiting for the device."""
+        # an infinite logit masks a class, so that the sum may be infinite; NaN is NaN in any sum
+        rows = predictions.detach().flatten(1)
+        nan = rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).isnan()
+        since = torch.full_like(nan, -1, dtype=torch.long) if self._since is None else self._since.to(nan.device)
+        self._since = torch.where(nan & (since < 0), self.batches, since)
+        self.batches += 1
+
+    def reason(self) -> str | None:
+        """What to say of a view that is NaN; ``None`` if none is. Waits for the device."""
+        for view, batch in enumerate([] if self._since is None else self._since.tolist()):
+            if batch >= 0:
+                return (
+                    f"The prediction of view {view} is NaN since batch {batch}. Too high a learning rate, a row of the "
+                    "attention mask without a token, or an overflow in half precision are the usual causes."
+                )
+        return None
+
+
+def _agree(views: Tensor) -> bool:
+    return all(same(views[0], view) for view in views[1:])
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    if not first.is_floating_point():
+        return False
+    eps = torch.finfo(first.dtype).eps
+    tolerance = eps * (2 if eps > 1e-4 else 100)
+    wide = torch.promote_types(first.dtype, torch.float32)
+    first, second = first.to(wide), second.to(wide)
+    differing = first[(first != second) & first.isfinite() & second.isfinite()].abs()
+    scale = float(differing.median()) if len(differing) else 0.0
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+@contextmanager
+def _stand_ins(network: nn.Module) -> Iterator[None]:
+    """For a while: copies in the place of buffers, and noise in that of trained parameters that are all zero.
+
+    The originals are put aside, not written back: the graph of the step still holds them.
+    """
+    modules = list(network.modules())
+    kept = [(dict(module._buffers), dict(module._parameters)) for module in modules]
+    try:
+        for module, (buffers, parameters) in zip(modules, kept, strict=True):
+            module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+            for name, parameter in parameters.items():
+                # an empty parameter is one that is sharded away
+                if parameter is not None and parameter.requires_grad and parameter.numel() and not parameter.any():
+                    module._parameters[name] = nn.Parameter(0.1 * torch.randn_like(parameter))
+        yield
+    finally:
+        for module, (buffers, parameters) in zip(modules, kept, strict=True):
+            module._buffers.update(buffers)
+            module._parameters.update(parameters)

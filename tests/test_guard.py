@@ -1,0 +1,352 @@
+"""Wrong set-ups are caught with the name of the culprit and the fix; right ones are left in peace."""
+
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from lightning_rdrop import Bernoulli, Gaussian, RDropMixin
+from lightning_rdrop.guard import NanWatch
+
+
+class Module(RDropMixin, pl.LightningModule):
+    """Any network."""
+
+    def __init__(self, *layers, **kwargs):
+        super().__init__(**kwargs)
+        self.network = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+    def forward(self, *args, **kwargs):
+        return self.network(*args, **kwargs)
+
+
+class LayerDrop(nn.Module):
+    """Skips its layer for the whole batch at once."""
+
+    def __init__(self, layer, layerdrop=0.5):
+        super().__init__()
+        self.layer = layer
+        self.layerdrop = layerdrop
+
+    def forward(self, x):
+        return x if self.training and torch.rand(()) < self.layerdrop else x + self.layer(x)
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1) > self.drop_prob) if self.training else x
+
+
+def rows(examples=6, classes=3):
+    return torch.randn(examples, 8), torch.arange(examples) % classes
+
+
+def mlp(p=0.3, **kwargs):
+    return Module(nn.Linear(8, 16), nn.Dropout(p), nn.Linear(16, 3), **kwargs)
+
+
+def after(module, change):
+    change(module)
+    return module
+
+
+class Shared(nn.Module):
+    """Returns B rows, whatever it is given."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x[: len(x) // 2, :3], 0.3)
+
+
+class Dictionary(nn.Linear):
+    def forward(self, x):
+        return {"scores": super().forward(x)}
+
+
+def hugging_face(kind, **config):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "GPT2":
+        settings = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, **sizes, **config)
+        return Module(transformers.GPT2LMHeadModel(settings).train())
+    settings = transformers.BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16, decoder_start_token_id=2, **sizes, **config,
+    )  # fmt: skip
+    return Module(getattr(transformers, f"Bart{kind}")(settings).train())
+
+
+def tokens():
+    return torch.randint(3, 20, (4, 6))
+
+
+def sentences(labels):
+    ids = tokens()
+    return {"input_ids": ids, "labels": ids if labels == "same" else tokens() if labels == "other" else labels}
+
+
+def padded():
+    batch = sentences("same")
+    batch["labels"] = batch["labels"].masked_fill(torch.arange(6) > 3, -100)
+    return batch
+
+
+WRONG = {
+    "the whole module in eval mode": (lambda: mlp().eval(), rows, r"eval mode.*network\.1.*model\.train\(\)"),
+    "one dropout in eval mode": (
+        lambda: after(mlp(), lambda m: m.network[1].eval()),
+        rows,
+        r"eval mode.*network\.1.*self\.network\[1\]\.train\(\)",
+    ),
+    "p = 0": (lambda: mlp(0.0), rows, r"p = 0: network\.1.*set_probability"),
+    "no dropout at all": (lambda: Module(nn.Linear(8, 3)), rows, r"no stochastic layer.*nn\.Dropout\(0\.3\)"),
+    "three views, p = 0": (lambda: mlp(0.0, rdrop_views=3), rows, r"p = 0: network\.1"),
+    "separate passes, eval mode": (lambda: mlp(rdrop_passes="separate").eval(), rows, r"network\.1"),
+    "dropout in a frozen part only": (
+        lambda: Module(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)).eval().requires_grad_(False), nn.Linear(8, 3)),
+        rows,
+        r"frozen part.*network\.0\.1.*part that is trained",
+    ),
+    "LayerDrop is shared by the batch": (
+        lambda: Module(LayerDrop(nn.Linear(8, 8)), nn.Linear(8, 3)),
+        rows,
+        r'network\.0\.layerdrop.*rdrop_passes="separate"',
+    ),
+    "LSTM with one layer has no dropout": (
+        lambda: _lstm(),
+        rows,
+        "no stochastic layer",
+    ),
+    "attention without dropout": (lambda: Module(_Attention(0.0)), rows, r"p = 0: network\.attention\.dropout"),
+    "dropout that never reaches the prediction": (
+        lambda: Module(_Idle()),
+        rows,
+        r"without any effect on the prediction: network\.dropout",
+    ),
+    "causal language model, labels not shifted": (
+        lambda: hugging_face("GPT2"),
+        lambda: sentences("same"),
+        "labels of a causal language model were not shifted.*rdrop_unpack",
+    ),
+    "the same with padding": (lambda: hugging_face("GPT2"), padded, "were not shifted"),
+    "BART without decoder inputs": (
+        lambda: hugging_face("ForConditionalGeneration"),
+        lambda: sentences("other"),
+        "network, a BartForConditionalGeneration, got no decoder inputs.*decoder_input_ids",
+    ),
+    "one class": (lambda: Module(nn.Dropout(0.3), nn.Linear(8, 1)), lambda: rows(classes=1), "at least 2 classes"),
+    "a column of numbers against a row": (
+        lambda: Module(nn.Dropout(0.3), nn.Linear(8, 1), rdrop_distance=Gaussian()),
+        lambda: (torch.randn(6, 8), torch.randn(6)),
+        r"\(12, 1\).*\(12,\); nothing broadcasts.*squeeze",
+    ),
+    "a class out of range": (mlp, lambda: rows(classes=4), "holds the class 3, and the prediction has the 3 classes"),
+    "a negative class": (mlp, lambda: (torch.randn(2, 8), torch.tensor([0, -1])), "holds the class -1.*ignore_index"),
+    "a label that is no label": (
+        lambda: mlp(rdrop_distance=Bernoulli()),
+        lambda: (torch.randn(2, 8), torch.tensor([[0.0, 1.0, 2.0]] * 2)),
+        r"holds 2\.0; a label of Bernoulli",
+    ),
+    "targets of another length": (
+        mlp,
+        lambda: (torch.randn(6, 8), torch.zeros(5, dtype=torch.long)),
+        r"target of shape \(5,\)",
+    ),
+    "a batch without targets": (mlp, lambda: {"x": torch.randn(6, 8)}, "no target.*rdrop_unpack"),
+    "a prediction that is no tensor": (
+        lambda: Module(nn.Dropout(0.3), Dictionary(8, 3)),
+        rows,
+        r"The prediction is a dict.*\.logits.*rdrop_predict",
+    ),
+    "B rows instead of 2B": (lambda: Module(Shared()), rows, "returned 6 rows .* 2 views of 6 examples, where 12"),
+    "NaN in the weights": (
+        lambda: after(mlp(), lambda m: m.network[0].weight.data.fill_(torch.nan)),
+        rows,
+        "view 0 is NaN since batch 0.*learning rate",
+    ),
+    "NaN in the data": (mlp, lambda: (torch.full((6, 8), torch.nan), rows()[1]), "view 0 is NaN since batch 0"),
+    "a negative alpha": (lambda: after(mlp(), lambda m: setattr(m, "rdrop_alpha", -1.0)), rows, "alpha must be"),
+    "a batch with tensors of two lengths": (
+        mlp,
+        lambda: ({"input": torch.randn(6, 8), "weight": torch.ones(3)}, rows()[1]),
+        r"batch\['input'\] has 6 rows and batch\['weight'\] has 3.*separate",
+    ),
+}
+
+
+def _lstm():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(8, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x.unsqueeze(1))[0][:, -1]
+
+    return Module(Last())
+
+
+class _Attention(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=p, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.unsqueeze(1).expand(-1, 4, -1) * torch.arange(1.0, 5.0).unsqueeze(-1)
+        return self.head(self.attention(x, x, x)[0][:, 0])
+
+
+class _Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        self.dropout(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("make", "batch", "message"), WRONG.values(), ids=WRONG)
+def test_wrong(make, batch, message):
+    with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
+        make().rdrop_step(batch())
+
+
+def test_there_are_at_least_25_of_them():
+    assert len(WRONG) >= 25
+
+
+RIGHT = {
+    "plain dropout": (mlp, rows),
+    "frozen lower layers in eval mode": (
+        lambda: Module(
+            nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)).eval().requires_grad_(False),
+            nn.Dropout(0.3),
+            nn.Linear(8, 3),
+        ),
+        rows,
+    ),
+    "dropout only in the head": (lambda: Module(nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 3)), rows),
+    "dropout 0.1 on 8 units, batches of 1": (lambda: Module(nn.Dropout(0.1), nn.Linear(8, 3)), lambda: rows(1)),
+    "four DropPath of 0.05, batches of 4": (
+        lambda: Module(*[DropPath(0.05) for _ in range(4)], nn.Linear(8, 3)),
+        lambda: rows(4),
+    ),
+    "LayerDrop under separate passes": (
+        lambda: Module(LayerDrop(nn.Linear(8, 8)), nn.Linear(8, 3), rdrop_passes="separate"),
+        rows,
+    ),
+    "three views": (lambda: mlp(rdrop_views=3), rows),
+    "alpha 0 on purpose, without dropout": (lambda: mlp(0.0, rdrop_alpha=0.0), rows),
+    "one view, without dropout": (lambda: mlp(0.0, rdrop_views=1), rows),
+    "a head that starts at zero": (lambda: after(mlp(), lambda m: nn.init.zeros_(m.network[2].weight)), rows),
+    "classes masked with -inf": (
+        lambda: Module(_Masked()),
+        rows,
+    ),
+    "attention dropout alone": (lambda: Module(_Attention(0.3)), rows),
+    "BatchNorm in eval mode": (
+        lambda: after(
+            Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)), lambda m: m.network[1].eval()
+        ),
+        rows,
+    ),
+}
+
+
+class _Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 4))
+
+    def forward(self, x):
+        return self.network(x).masked_fill(torch.arange(4) == 3, -torch.inf)
+
+
+@pytest.mark.parametrize(("make", "batch"), RIGHT.values(), ids=RIGHT)
+def test_right_over_100_seeds(make, batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(100):
+            torch.manual_seed(seed)
+            terms = make().rdrop_step(batch())
+            assert terms.loss.isfinite()
+
+
+def test_a_classifier_on_an_encoder_decoder_model_is_left_in_peace():
+    batch = {"input_ids": torch.cat([tokens(), torch.full((4, 1), 2)], 1), "labels": torch.tensor([0, 1, 2, 0])}
+    assert hugging_face("ForSequenceClassification", num_labels=3).rdrop_step(batch).kl > 0
+
+
+def test_shifted_and_decoded_models_are_left_in_peace():
+    ids = tokens()
+    causal = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].contiguous()}
+    assert hugging_face("GPT2").rdrop_step(causal).kl > 0
+    decoded = {"input_ids": tokens(), "decoder_input_ids": ids[:, :-1], "labels": ids[:, 1:].contiguous()}
+    assert hugging_face("ForConditionalGeneration").rdrop_step(decoded).kl > 0
+
+
+def test_a_dead_backbone_under_a_live_head_is_a_warning_by_name():
+    module = Module(
+        nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)).eval(), nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))
+    )
+    with pytest.warns(UserWarning, match=r"eval mode .*network\.0\.1.*self\.network\[0\]\.train\(\)"):
+        module.rdrop_step(rows())
+
+
+def test_nan_in_the_middle_of_a_training_is_found_at_the_next_log(fit, small, rows):
+    class Poison(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                pl_module.network[0].weight.data.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match="view 0 is NaN since batch 5"):
+        fit(small(), rows, [Poison()], max_epochs=2, log_every_n_steps=4)
+
+
+def test_nan_in_one_view_names_it():
+    watch = NanWatch()
+    for _ in range(3):
+        watch.look(torch.zeros(2, 3, 4))
+    watch.look(torch.tensor([[0.0, 1.0], [torch.nan, 1.0]]))
+    watch.look(torch.full((2, 2), torch.nan))
+    assert watch.reason().startswith("The prediction of view 0 is NaN since batch 4")
+    first_only = NanWatch()
+    first_only.look(torch.tensor([[0.0, -torch.inf], [torch.nan, 1.0]]))
+    assert first_only.reason().startswith("The prediction of view 1 is NaN since batch 0")
+
+
+def test_manual_optimization_with_the_mixins_step_is_refused(fit, small, rows):
+    module = small()
+    module.automatic_optimization = False
+    with pytest.raises(TypeError, match=r"weights would never change.*manual_backward"):
+        fit(module, rows)
+
+
+def test_a_step_of_ones_own_that_hides_the_mixins_is_a_warning(small):
+    with pytest.warns(UserWarning, match=r"Hidden has a training_step of its own.*rdrop_step\(batch\)"):
+
+        class Hidden(small):
+            def training_step(self, batch, batch_idx):
+                return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        class Calls(small):
+            def training_step(self, batch, batch_idx):
+                return self.inner(batch)
+
+            def inner(self, batch):
+                return self.rdrop_step(batch).loss
+
+        class Extends(small):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx)

@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -95,3 +96,26 @@ def test_errors_reach_the_user(folder):
     assert "network.2" in dead
     typo = run(folder, "fit", "--config", "experiment.yaml", "--model.init_args.rdrop_alhpa=1", fails=True)
     assert "rdrop_alhpa" in typo
+
+
+def test_a_pretrained_model_from_a_folder_with_nothing_but_the_command_line(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"好坏很不吃看"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf8")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
+    rows = [
+        {"sentence": text, "label": label} for text, label in (("很好", 1), ("不好吃", 0), ("好看", 1), ("很坏", 0))
+    ]
+    (tmp_path / "train.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    printed = run(
+        tmp_path, "fit", "--model=SequenceClassifier", "--model.pretrained=bert", "--model.num_classes=2",
+        "--data=TextDataModule", "--data.tokenizer=bert", "--data.train=train.json", "--data.val=train.json",
+        "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=logs", "--trainer.logger.name=run", "--trainer.accelerator=cpu",
+    )  # fmt: skip
+    assert "bert was handed out in eval mode. Switched on for the training: 8 dropout layers" in printed
+    assert "network" not in (tmp_path / "logs/run/version_0/hparams.yaml").read_text()
+    with (tmp_path / "logs/run/version_0/metrics.csv").open() as file:
+        assert all(float(row["train/kl"]) > 0 for row in csv.DictReader(file) if row["train/kl"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_rdrop.modules._pretrained import load
 from lightning_rdrop.modules.classifier import Classifier
 
 
@@ -11,8 +12,7 @@ class SequenceClassifier(Classifier):
     """One of several classes for a text, by a Hugging Face sequence classifier.
 
     Args:
-        pretrained: name or folder of the model. It is put into training mode: ``from_pretrained`` hands it out in
-            eval mode, which Lightning's ``fit`` would keep, and R-Drop needs its dropout.
+        pretrained: name or folder of the model; its dropout is switched on.
         num_classes: C of the logits (N, C).
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
     """
@@ -20,5 +20,5 @@ class SequenceClassifier(Classifier):
     def __init__(self, pretrained: str, num_classes: int, **kwargs: Any) -> None:
         from transformers import AutoModelForSequenceClassification  # an extra, needed by this module alone
 
-        network = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=num_classes)
-        super().__init__(network.train(), num_classes, **kwargs)
+        network = load(AutoModelForSequenceClassification, pretrained, num_labels=num_classes)
+        super().__init__(network, num_classes, **kwargs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 Layout = Literal["block", "interleaved"]
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_ATOMS = (*_CONSTANTS, Tensor, PackedSequence)  # never looked into, although some are tuples
 _SEPARATE = 'Or give each view a pass over the batch as it is: rdrop_passes="separate".'
 
 
@@ -28,9 +30,22 @@ def batch_size(batch: Any) -> int:
         >>> batch_size({"x": torch.zeros(4, 8), "scale": torch.tensor(2.0), "name": "train"})
         4
     """
-    sizes = dict(_leading_sizes(batch, "batch"))
+    sizes: dict[str, int] = {}
+    lists: dict[str, Any] = {}
+    for path, leaf in _leaves(batch, "batch"):
+        if isinstance(leaf, Tensor):
+            if leaf.layout != torch.strided or leaf.is_nested:
+                raise _cannot_double(leaf, path, f"is a {'nested' if leaf.is_nested else leaf.layout} tensor")
+            if leaf.dim():
+                sizes[path] = len(leaf)
+        elif _is_list(leaf):
+            lists[path] = leaf
+        elif not isinstance(leaf, _CONSTANTS):
+            raise _cannot_double(leaf, path, "is nothing whose rows are known")
     if not sizes:
-        raise ValueError(f"No tensor in the batch, a {type(batch).__name__}, has rows: a batch is at least (B, ...).")
+        raise ValueError(
+            f"No tensor in the batch, a {type(batch).__name__}, has rows: a batch is at least (B, ...). {_SEPARATE}"
+        )
     (path, size), *others = sizes.items()
     for other, its_size in others:
         if its_size != size:
@@ -39,17 +54,24 @@ def batch_size(batch: Any) -> int:
                 f"tensor of a batch is (B, ...): keep constants in the module, pad what is of different lengths. "
                 f"{_SEPARATE}"
             )
+    for path, items in lists.items():
+        for item in _flat(items) if len(items) != size else ():
+            if not isinstance(item, (*_CONSTANTS, Tensor)):
+                raise _cannot_double(
+                    items, path, f"holds a {type(item).__name__}, and not one thing for each of the {size} examples"
+                )
     return size
 
 
 def duplicate(batch: Any, views: int, *, layout: Layout = "block") -> Any:
     """A batch of B examples as one of K * B rows, K views an example, in the same nesting.
 
-    Tensors are repeated along their first dimension, and so are lists of B other things, such as strings. Tensors
-    without dimensions, other lists, numbers, strings and None are constants. Nothing of the caller's is changed.
+    Tensors are repeated along their first dimension, also those in a list: each is (B, ...), none is an example.
+    Lists of B other things, such as strings, are repeated like tensors. Tensors without dimensions, other lists,
+    numbers, strings and None are constants. Nothing of the caller's is changed.
 
     Args:
-        batch: any nesting of tensors, mappings, lists, tuples, named tuples and dataclasses.
+        batch: any nesting of tensors, dicts (and UserDicts), lists, tuples, named tuples and dataclasses.
         views: K >= 1.
         layout: ``"block"`` is [x; x], a view after the other; ``"interleaved"`` puts the views of an example side by
             side, so that a cut into micro-batches keeps them together.
@@ -79,7 +101,7 @@ def split(prediction: Any, views: int, examples: int, *, layout: Layout = "block
 
     Raises:
         TypeError: the prediction is not a tensor.
-        ValueError: its number of rows is no multiple of K * B.
+        ValueError: its number of rows is no multiple of K * B, or B is 0.
 
     Example:
         >>> split(torch.tensor([1, 2, 10, 20]), 2, 2)
@@ -92,6 +114,8 @@ def split(prediction: Any, views: int, examples: int, *, layout: Layout = "block
             f"The prediction is a {type(prediction).__name__}, where a tensor is needed: return logits, or an object "
             "with .logits, from forward, or override rdrop_predict(self, inputs) to return the tensor."
         )
+    if examples < 1:
+        raise ValueError(f"examples must be >= 1, got {examples}: an empty batch has no views; leave it out.")
     rows = len(prediction) if prediction.dim() else 0
     if rows % (views * examples) or rows == 0:
         raise ValueError(
@@ -111,20 +135,14 @@ def _check(views: int, layout: Layout) -> None:
         raise ValueError(f"layout must be 'block' or 'interleaved', got {layout!r}.")
 
 
-def _leading_sizes(value: Any, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_nested:
-            raise _cannot_double(value, path, "is no plain, dense tensor")
-        if value.dim():
-            yield path, len(value)
-        return
-    parts = _parts(value)
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What the structure of a batch holds, each with its place."""
+    parts = _structure(value)
     if parts is None:
-        if not isinstance(value, _CONSTANTS):
-            raise _cannot_double(value, path, "is nothing whose rows are known")
-    elif _is_container(value):
-        for key, part in parts:
-            yield from _leading_sizes(part, f"{path}{key}")
+        yield path, value
+        return
+    for key, part in parts.items():
+        yield from _leaves(part, f"{path}.{key}" if _is_dataclass(value) else f"{path}[{key!r}]")
 
 
 def _repeat(value: Any, views: int, examples: int, layout: Layout) -> Any:
@@ -132,49 +150,71 @@ def _repeat(value: Any, views: int, examples: int, layout: Layout) -> Any:
         if not value.dim():
             return value
         return torch.cat([value] * views) if layout == "block" else value.repeat_interleave(views, 0)
-    if isinstance(value, Mapping):
-        clone: Any = copy.copy(value)
-        for key in value:
-            clone[key] = _repeat(value[key], views, examples, layout)
-        return clone
-    if dataclasses.is_dataclass(value):
-        clone = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(clone, field.name, _repeat(getattr(value, field.name), views, examples, layout))
-        return clone
-    if not isinstance(value, (list, tuple)) or isinstance(value, torch.Size):
-        return value
-    if _is_container(value):
-        items = [_repeat(item, views, examples, layout) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if len(value) != examples:
+    parts = _structure(value)
+    if parts is not None:
+        return _with_parts(value, {key: _repeat(part, views, examples, layout) for key, part in parts.items()})
+    if not _is_list(value) or len(value) != examples:
         return value
     rows = range(examples * views)
-    return type(value)(value[row % examples if layout == "block" else row // views] for row in rows)
+    return type(value)([value[row % examples if layout == "block" else row // views] for row in rows])
 
 
-def _parts(value: Any) -> list[tuple[str, Any]] | None:
-    """What a nesting holds, each with the way to write where; None for what holds nothing that is known."""
-    if isinstance(value, PackedSequence):
+def _structure(value: Any) -> dict[Any, Any] | None:
+    """The parts of a nesting; None for a leaf, which a list is too that has a thing, but no rows, for each example."""
+    parts = _parts(value)
+    return None if _is_list(value) and not any(map(_has_rows, _flat(value))) else parts
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """What a container holds, by key, index or attribute; None for what is no container that is known."""
+    if isinstance(value, _ATOMS):
         return None
-    if isinstance(value, Mapping):
-        return [(f"[{key!r}]", value[key]) for key in value]
-    if dataclasses.is_dataclass(value):
-        return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, (dict, UserDict)):
+        return {key: value[key] for key in value}
     if isinstance(value, (list, tuple)):
-        return [(f"[{index}]", item) for index, item in enumerate(value)]
+        return dict(enumerate(value))
+    if _is_dataclass(value):
+        # attributes that __post_init__ or a cached property derived from the fields have rows, too
+        names = [field.name for field in dataclasses.fields(value)] + list(getattr(value, "__dict__", ()))
+        return {name: getattr(value, name) for name in dict.fromkeys(names) if hasattr(value, name)}
     return None
 
 
-def _is_container(value: Any) -> bool:
-    """Whether a nesting is part of the batch's structure, rather than a list with one thing for each example."""
-    return type(value) not in (list, tuple) or any(_holds_rows(item) for item in value)
+def _with_parts(value: Any, parts: dict[Any, Any]) -> Any:
+    """Another container of the same type, with these parts."""
+    if type(value) is dict:  # copy.copy of it is beyond torch.compile
+        return parts
+    if isinstance(value, (list, tuple)):
+        return value._make(parts.values()) if hasattr(value, "_make") else type(value)(list(parts.values()))
+    clone = copy.copy(value)
+    for key, part in parts.items():
+        if _is_dataclass(value):
+            object.__setattr__(clone, key, part)  # it may be frozen
+        else:
+            clone[key] = part
+    return clone
 
 
-def _holds_rows(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() > 0
-    return isinstance(value, PackedSequence) or any(_holds_rows(part) for _, part in _parts(value) or ())
+def _flat(value: Any) -> Iterator[Any]:
+    parts = _parts(value)
+    if parts is None:
+        yield value
+    else:
+        for part in parts.values():
+            yield from _flat(part)
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, PackedSequence) or (isinstance(leaf, Tensor) and leaf.dim() > 0)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and not isinstance(value, _ATOMS) and not hasattr(value, "_fields")
+
+
+def _is_dataclass(value: Any) -> bool:
+    """Whether attributes are the parts of a value; a ModelOutput is a dict before all."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict, UserDict))
 
 
 def _cannot_double(value: Any, path: str, why: str) -> TypeError:

@@ -1,7 +1,23 @@
 """Ready-made LightningModules, a task a file: for the CLI, or to be used as they are."""
 
+from lightning_rdrop.modules.causal_lm import CausalLM
 from lightning_rdrop.modules.classifier import Classifier
+from lightning_rdrop.modules.multilabel_classifier import MultilabelClassifier
+from lightning_rdrop.modules.regressor import Regressor
+from lightning_rdrop.modules.seq2seq import Seq2Seq
 from lightning_rdrop.modules.sequence_classifier import SequenceClassifier
+from lightning_rdrop.modules.sequence_regressor import SequenceRegressor
 from lightning_rdrop.modules.task import Task
+from lightning_rdrop.modules.token_classifier import TokenClassifier
 
-__all__ = ["Classifier", "SequenceClassifier", "Task"]
+__all__ = [
+    "CausalLM",
+    "Classifier",
+    "MultilabelClassifier",
+    "Regressor",
+    "Seq2Seq",
+    "SequenceClassifier",
+    "SequenceRegressor",
+    "Task",
+    "TokenClassifier",
+]

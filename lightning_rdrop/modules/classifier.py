@@ -13,12 +13,13 @@ from lightning_rdrop.modules.task import Task
 
 
 class Classifier(Task):
-    """One of several classes, by any network that returns logits.
+    """One of several classes for each example, or for each of its tokens, by any network that returns logits.
 
-    Validation and test log the cross-entropy, the accuracy and the macro F1; prediction gives class probabilities.
+    Validation and test log the cross-entropy, the accuracy and the macro F1 over the rows that count (whose target is
+    not -100); prediction gives class probabilities.
 
     Args:
-        network: returns logits (N, C) for the inputs of a batch.
+        network: returns logits (N, ..., C) for the inputs of a batch.
         num_classes: C.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`.
 
@@ -33,13 +34,16 @@ class Classifier(Task):
     def __init__(self, network: nn.Module, num_classes: int, **kwargs: Any) -> None:
         metrics = MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "f1": MulticlassF1Score(num_classes, average="macro"),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=-100),
+                "f1": MulticlassF1Score(num_classes, average="macro", ignore_index=-100),
             }
         )
         super().__init__(network, metrics, **kwargs)
 
+    def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
+        metrics.update(prediction.flatten(0, -2), target.flatten())
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities, (N, C)."""
+        """Class probabilities, (N, ..., C)."""
         logits: Tensor = super().predict_step(batch, batch_idx)
         return log_probabilities(logits).exp()

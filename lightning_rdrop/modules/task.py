@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_rdrop.mixin import TARGET_KEYS, RDropMixin
 
@@ -45,15 +45,17 @@ class Task(RDropMixin, pl.LightningModule):
         self.weight_decay = weight_decay
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        self.val_loss = MeanMetric()  # weighted, and so exact where batches count unequal numbers of tokens
+        self.test_loss = MeanMetric()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metrics)
+        self.evaluate(batch, self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_metrics)
+        self.evaluate(batch, self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The prediction for a batch, which may carry targets or be the inputs alone."""
@@ -68,10 +70,16 @@ class Task(RDropMixin, pl.LightningModule):
             weight_decay=self.weight_decay,
         )
 
-    def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> None:
+    def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
+        """Hook: update the metrics with the prediction for a batch."""
+        metrics.update(prediction, target)
+
+    def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanMetric) -> None:
+        """One batch of validation or test."""
         inputs, target = self.rdrop_unpack(batch)
         prediction: Tensor = self.rdrop_predict(inputs)
-        loss = self.rdrop_distance.to_target(prediction, target).mean
-        metrics.update(prediction, target)
-        self.log(f"{stage}/{self.rdrop_distance.term_names[0]}", loss, batch_size=len(target), sync_dist=True)
-        self.log_dict(metrics, batch_size=len(target), prog_bar=stage == "val")
+        average = self.rdrop_distance.to_target(prediction, target)
+        loss.update(average.mean, average.weight)
+        self.measure(metrics, batch, prediction, target)
+        self.log(f"{metrics.prefix}{self.rdrop_distance.term_names[0]}", loss, batch_size=len(target))
+        self.log_dict(metrics, batch_size=len(target), prog_bar=metrics is self.val_metrics)

@@ -1,0 +1,42 @@
+"""Numbers, with any network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import MeanAbsoluteError, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+
+from lightning_rdrop.distance import Distance, Gaussian
+from lightning_rdrop.modules.task import Task
+
+
+class Regressor(Task):
+    """Numbers by any network, in the least-squares sense or with a predicted variance.
+
+    Validation and test log the mean squared error (or the negative log-likelihood), the mean absolute error, and the
+    correlations of Pearson and Spearman.
+
+    Args:
+        network: returns a prediction of the target's shape, (N,) or (N, D); (N, ..., 2), mean and log-variance, for
+            ``Gaussian(log_variance=True)``.
+        rdrop_distance: ``None`` is :class:`~lightning_rdrop.Gaussian`.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`.
+
+    Example:
+        >>> import torch
+        >>> module = Regressor(nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 1), nn.Flatten(0)))
+        >>> terms = module.rdrop_step((torch.randn(5, 8), torch.randn(5)))
+        >>> module.rdrop_distance.term_names, bool(terms.kl > 0)
+        (('mse', 'kl'), True)
+    """
+
+    def __init__(self, network: nn.Module, *, rdrop_distance: Distance | None = None, **kwargs: Any) -> None:
+        metrics = MetricCollection(
+            {"mae": MeanAbsoluteError(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+        )
+        super().__init__(network, metrics, rdrop_distance=rdrop_distance or Gaussian(), **kwargs)
+
+    def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
+        mean = prediction if prediction.shape == target.shape else prediction[..., 0]
+        metrics.update(mean.float().flatten(), target.float().flatten())

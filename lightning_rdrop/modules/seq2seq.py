@@ -1,0 +1,105 @@
+"""Sequence to sequence, with a Hugging Face model: translation, summarisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
+
+from lightning_rdrop.distance import Categorical
+from lightning_rdrop.modules._pretrained import load
+from lightning_rdrop.modules.task import Task
+
+
+class RougeL(ROUGEScore):
+    """The F-measure of ROUGE-L alone, as Lightning logs one number a metric."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(rouge_keys="rougeL", **kwargs)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        return super().compute()["rougeL_fmeasure"]
+
+
+class Seq2Seq(Task):
+    """A text for a text, by a Hugging Face seq2seq model.
+
+    It is trained by teacher forcing: the decoder's inputs are made of the labels, which the model never sees, so that
+    its own loss is not computed for nothing. Validation and test log the cross-entropy per token, and compare what
+    the model generates, with dropout off, with the labels; prediction gives the generated texts.
+
+    Args:
+        pretrained: name or folder of the model and its tokenizer; the model's dropout is switched on.
+        scores: any of ``"sacrebleu"``, ``"chrf"`` and ``"rouge"`` (ROUGE-L).
+        characters: whether the scores count characters, as for Chinese, and not words.
+        label_smoothing: in the cross-entropy.
+        max_new_tokens: the longest text that is generated.
+        num_beams: of the beam search; 1 is greedy.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
+
+    Raises:
+        ValueError: a batch without ``labels``.
+
+    Shapes:
+        batches with ``input_ids`` (N, S), ``attention_mask`` (N, S) and ``labels`` (N, T), padded with -100.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        scores: list[Literal["sacrebleu", "chrf", "rouge"]] | None = None,
+        *,
+        characters: bool = False,
+        label_smoothing: float = 0.0,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # an extra, needed by this module alone
+
+        # ROUGE's own rules keep nothing but the letters a to z
+        split: dict[str, Any] = {"normalizer": str, "tokenizer": list} if characters else {}
+        known: dict[str, Callable[[], Metric]] = {
+            "sacrebleu": lambda: SacreBLEUScore(tokenize="char" if characters else "13a"),
+            "chrf": lambda: CHRFScore(n_word_order=0 if characters else 2),
+            "rouge": lambda: RougeL(**split),
+        }
+        metrics = MetricCollection({score: known[score]() for score in scores or ["sacrebleu"]})
+        distance = Categorical(label_smoothing=label_smoothing)
+        super().__init__(load(AutoModelForSeq2SeqLM, pretrained), metrics, rdrop_distance=distance, **kwargs)
+        self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+
+    def rdrop_unpack(self, batch: Any) -> tuple[dict[str, Any], Tensor]:
+        inputs = dict(batch)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(
+                f"The batch has {', '.join(inputs)} and no labels, of which the inputs of the decoder are made. "
+                "Without them some models would feed the source to the decoder."
+            )
+        if "decoder_input_ids" not in inputs:
+            model: Any = self.network
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return inputs, labels
+
+    def rdrop_predict(self, inputs: Any) -> Tensor:
+        logits: Tensor = super().rdrop_predict(inputs | {"use_cache": False})
+        return logits
+
+    def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
+        metrics.update(self.predict_step(batch, 0), [[text] for text in self._decode(target)])
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
+        """The generated texts."""
+        given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        model: Any = self.network
+        return self._decode(model.generate(**given, **self.generation))
+
+    def _decode(self, tokens: Tensor) -> list[str]:
+        padded = tokens.masked_fill(tokens == -100, self.tokenizer.pad_token_id)
+        texts: list[str] = self.tokenizer.batch_decode(padded, skip_special_tokens=True)
+        return texts

@@ -1,0 +1,24 @@
+"""Classification of tokens with a Hugging Face model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_rdrop.modules._pretrained import load
+from lightning_rdrop.modules.classifier import Classifier
+
+
+class TokenClassifier(Classifier):
+    """One of several classes for each token of a text, by a Hugging Face token classifier.
+
+    Args:
+        pretrained: name or folder of the model; its dropout is switched on.
+        num_classes: C of the logits (N, T, C); a token with the label -100 does not count.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
+    """
+
+    def __init__(self, pretrained: str, num_classes: int, **kwargs: Any) -> None:
+        from transformers import AutoModelForTokenClassification  # an extra, needed by this module alone
+
+        network = load(AutoModelForTokenClassification, pretrained, num_labels=num_classes)
+        super().__init__(network, num_classes, **kwargs)

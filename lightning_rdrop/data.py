@@ -46,11 +46,14 @@ def read_table(path: str | Path) -> list[Row]:
 class TextDataModule(pl.LightningDataModule):
     """Batches for text classification: what a tokenizer makes of the texts, and ``labels`` as class indices.
 
+    Its kin differ in their labels: :class:`TextRegressionDataModule` has numbers, :class:`TextToTextDataModule` texts,
+    :class:`TokenDataModule` a class for each word; with ``label=None`` there are none, as for a language model.
+
     Args:
         tokenizer: name or folder of a Hugging Face tokenizer; it pads each batch to its longest text.
         train: a table (see :func:`read_table`) to learn from; val, test, predict: likewise, each optional.
         text: the column of the text; ``pair`` that of a second one, for sentence pairs.
-        label: the column of the label.
+        label: the column of the label; ``None`` is text alone.
         labels: the classes in the order of their indices; ``None`` sorts those of the training table.
         batch_size: examples in a batch (R-Drop's views are not counted).
         max_length: longer texts are cut, in tokens.
@@ -60,7 +63,7 @@ class TextDataModule(pl.LightningDataModule):
         ValueError: a column or a label that a table lacks, or a stage without a table.
 
     A subclass that gets its texts elsewhere overrides :meth:`rows`; one with a tokenization of its own,
-    :meth:`encode`.
+    :meth:`encode`; one with other labels, :meth:`targets`.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class TextDataModule(pl.LightningDataModule):
         *,
         text: str = "sentence",
         pair: str | None = None,
-        label: str = "label",
+        label: str | None = "label",
         labels: list[str] | None = None,
         batch_size: int = 32,
         max_length: int = 128,
@@ -82,7 +85,8 @@ class TextDataModule(pl.LightningDataModule):
         super().__init__()
         self.tokenizer = tokenizer
         self.tables = {"train": train, "val": val, "test": test, "predict": predict}
-        self.text, self.pair, self.label = text, pair, label
+        self.text, self.pair = text, pair
+        self.label: Any = label
         self.labels = labels
         self.batch_size = batch_size
         self.max_length = max_length
@@ -95,14 +99,26 @@ class TextDataModule(pl.LightningDataModule):
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> Mapping[str, Tensor]:
         """Hook: the inputs of the network for some texts, padded to one length."""
-        encoded: Mapping[str, Tensor] = self._pretrained_tokenizer(
-            texts, pairs, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        encoded: Mapping[str, Tensor] = self._tokenize(texts, pairs)
         return encoded
 
+    def classes(self, row: Row) -> Sequence[Any]:
+        """Hook: the classes that a row names."""
+        return [row[self.label]]
+
+    def targets(self, rows: list[Row], encoded: Any) -> Tensor | None:
+        """Hook: the labels of rows that have them; None where the classes are not known."""
+        return None if self.labels is None else torch.tensor([self.index(row[self.label]) for row in rows])
+
+    def index(self, label: Any) -> int:
+        """The index of a class."""
+        assert self.labels is not None
+        return self.labels.index(str(label))
+
     def setup(self, stage: str) -> None:
-        if self.labels is None and stage != "predict":
-            self.labels = [str(label) for label in sorted({row[self.label] for row in self._table("train")})]
+        if self.label is not None and self.labels is None and stage != "predict":
+            named = {label for row in self._table("train") for label in self.classes(row)}
+            self.labels = [str(label) for label in sorted(named)]
 
     def train_dataloader(self) -> DataLoader[Row]:
         return self._loader("train", shuffle=True)
@@ -119,10 +135,9 @@ class TextDataModule(pl.LightningDataModule):
     def collate(self, rows: list[Row]) -> dict[str, Any]:
         """One batch: the encoded texts, and ``labels`` unless the rows are there to be predicted."""
         pairs = None if self.pair is None else [row[self.pair] for row in rows]
-        batch = dict(self.encode([row[self.text] for row in rows], pairs))
-        if self.labels is not None and all(self.label in row for row in rows):
-            batch["labels"] = torch.tensor([self.labels.index(str(row[self.label])) for row in rows])
-        return batch
+        encoded = self.encode([row[self.text] for row in rows], pairs)
+        targets = self.targets(rows, encoded) if all(self.label in row for row in rows) else None
+        return dict(encoded) if targets is None else {**encoded, "labels": targets}
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Row]:
         return DataLoader(
@@ -143,15 +158,88 @@ class TextDataModule(pl.LightningDataModule):
             for column in needed:
                 if column is not None and column not in row:
                     raise ValueError(f"{split} table, row {number}: no column {column!r}, only {', '.join(row)}.")
-            if self.labels is not None and split != "predict" and str(row[self.label]) not in self.labels:
+            if self.labels is None or split == "predict":
+                continue
+            for label in self.classes(row):
+                if str(label) in self.labels:
+                    continue
                 raise ValueError(
-                    f"{split} table, row {number}: label {row[self.label]!r} is none of the {len(self.labels)} labels "
+                    f"{split} table, row {number}: label {label!r} is none of the {len(self.labels)} labels "
                     f"({', '.join(self.labels[:10])}{', ...' if len(self.labels) > 10 else ''})."
                 )
         return rows
+
+    def _tokenize(self, *texts: Any, **options: Any) -> Any:
+        return self._pretrained_tokenizer(
+            *texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt", **options
+        )
 
     @cached_property
     def _pretrained_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.tokenizer)
+
+
+class TextRegressionDataModule(TextDataModule):
+    """Batches for numbers about texts, or pairs of texts: ``labels`` are floats.
+
+    Args:
+        args, kwargs: those of :class:`TextDataModule`; ``label`` is the column of the number.
+    """
+
+    def setup(self, stage: str) -> None:
+        """There are no classes to be collected."""
+
+    def targets(self, rows: list[Row], encoded: Any) -> Tensor:
+        return torch.tensor([float(row[self.label]) for row in rows])
+
+
+class TextToTextDataModule(TextDataModule):
+    """Batches for sequence to sequence: ``labels`` are the tokens of another text, padded with -100.
+
+    Args:
+        args, kwargs: those of :class:`TextDataModule`; ``label`` is the column of the text that is to be written.
+    """
+
+    def setup(self, stage: str) -> None:
+        """There are no classes to be collected."""
+
+    def targets(self, rows: list[Row], encoded: Any) -> Tensor:
+        written = self._tokenize(text_target=[row[self.label] for row in rows])
+        tokens: Tensor = written["input_ids"]
+        return tokens.masked_fill(written["attention_mask"] == 0, -100)
+
+
+class TokenDataModule(TextDataModule):
+    """Batches for the classification of words: the first token of a word has its class, all others -100.
+
+    Args:
+        args, kwargs: those of :class:`TextDataModule`; ``text`` is a column of lists of words, and ``label`` one of
+            lists of classes, one a word.
+    """
+
+    def classes(self, row: Row) -> Sequence[Any]:
+        if len(row[self.label]) != len(row[self.text]):
+            raise ValueError(
+                f"A row has {len(row[self.text])} words in {self.text!r} and {len(row[self.label])} classes in "
+                f"{self.label!r}; each word needs one: {row}"
+            )
+        classes: Sequence[Any] = row[self.label]
+        return classes
+
+    def encode(self, texts: list[Any], pairs: list[str] | None) -> Mapping[str, Tensor]:
+        encoded: Mapping[str, Tensor] = self._tokenize(texts, is_split_into_words=True)
+        return encoded
+
+    def targets(self, rows: list[Row], encoded: Any) -> Tensor | None:
+        if self.labels is None:
+            return None
+        targets = torch.full_like(encoded["input_ids"], -100)
+        for number, row in enumerate(rows):
+            before = None
+            for position, word in enumerate(encoded.word_ids(number)):
+                if word is not None and word != before:
+                    targets[number, position] = self.index(row[self.label][word])
+                before = word
+        return targets

@@ -55,11 +55,13 @@ def batch_size(batch: Any) -> int:
                 f"{_SEPARATE}"
             )
     for path, items in lists.items():
-        for item in _flat(items) if len(items) != size else ():
-            if not isinstance(item, (*_CONSTANTS, Tensor)):
-                raise _cannot_double(
-                    items, path, f"holds a {type(item).__name__}, and not one thing for each of the {size} examples"
-                )
+        if len(items) != size:
+            for item in _flat(items):
+                if not isinstance(item, _ATOMS):
+                    its_type = type(item).__name__
+                    raise _cannot_double(
+                        items, path, f"holds a {its_type}, but not one thing for each of {size} examples"
+                    )
     return size
 
 
@@ -67,7 +69,7 @@ def duplicate(batch: Any, views: int, *, layout: Layout = "block") -> Any:
     """A batch of B examples as one of K * B rows, K views an example, in the same nesting.
 
     Tensors are repeated along their first dimension, also those in a list: each is (B, ...), none is an example.
-    Lists of B other things, such as strings, are repeated like tensors. Tensors without dimensions, other lists,
+    Lists of B other things, such as strings, are repeated in the same order. Tensors without dimensions, other lists,
     numbers, strings and None are constants. Nothing of the caller's is changed.
 
     Args:
@@ -160,7 +162,7 @@ def _repeat(value: Any, views: int, examples: int, layout: Layout) -> Any:
 
 
 def _structure(value: Any) -> dict[Any, Any] | None:
-    """The parts of a nesting; None for a leaf, which a list is too that has a thing, but no rows, for each example."""
+    """The parts of a nesting; None for a leaf. A list without rows is one: a thing for each example, or a constant."""
     parts = _parts(value)
     return None if _is_list(value) and not any(map(_has_rows, _flat(value))) else parts
 
@@ -219,6 +221,6 @@ def _is_dataclass(value: Any) -> bool:
 
 def _cannot_double(value: Any, path: str, why: str) -> TypeError:
     return TypeError(
-        f"{path}, a {type(value).__name__}, cannot be doubled: it {why}. Make it a tensor (B, ...) in rdrop_unpack. "
-        f"{_SEPARATE}"
+        f"{path}, a {type(value).__name__}, cannot be doubled: it {why}. Make it a tensor (B, ...), or a dict of such, "
+        f"in rdrop_unpack. {_SEPARATE}"
     )

@@ -3,7 +3,13 @@ import json
 import pytest
 import torch
 
-from lightning_rdrop.data import TextDataModule, read_table
+from lightning_rdrop.data import (
+    TextDataModule,
+    TextRegressionDataModule,
+    TextToTextDataModule,
+    TokenDataModule,
+    read_table,
+)
 
 
 class Words(TextDataModule):
@@ -101,3 +107,54 @@ def test_a_hugging_face_tokenizer_from_a_folder(table, tmp_path):
     assert batch["input_ids"].shape == (2, 6)  # [CLS] 好 吃 [SEP] 好 [SEP]
     assert batch["attention_mask"].sum() == 6 + 5
     assert batch["token_type_ids"].sum() == 2 + 2
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A tokenizer whose words fall into letters."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<unk>", *"abcdef"])}, "<unk>"))
+    split = [pre_tokenizers.Whitespace(), pre_tokenizers.Split("", "isolated")]
+    core.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "letters")
+    return str(tmp_path / "letters")
+
+
+def test_numbers_as_labels(table, letters):
+    rows = [{"sentence": "ab", "label": "2.5"}, {"sentence": "c", "label": 1}]
+    data = TextRegressionDataModule(letters, val=table("val.json", rows))
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert batch["labels"].tolist() == [2.5, 1.0]
+
+
+def test_texts_as_labels(table, letters):
+    rows = [{"sentence": "ab", "label": "fed"}, {"sentence": "c", "label": "a"}]
+    data = TextToTextDataModule(letters, val=table("val.json", rows))
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert batch["input_ids"].tolist() == [[2, 3], [4, 0]]
+    assert batch["labels"].tolist() == [[7, 6, 5], [2, -100, -100]]
+
+
+def test_a_class_for_each_word(table, letters):
+    rows = [{"words": ["ab", "c"], "tags": ["v", "n"]}, {"words": ["d"], "tags": ["n"]}]
+    data = TokenDataModule(letters, table("train.json", rows), table("val.json", rows), text="words", label="tags")
+    data.setup("fit")
+    assert data.labels == ["n", "v"]
+    (batch,) = data.val_dataloader()
+    assert batch["input_ids"].tolist() == [[2, 3, 4], [5, 0, 0]]
+    assert batch["labels"].tolist() == [[1, -100, 0], [0, -100, -100]]
+    wrong = TokenDataModule(letters, table("t.json", [{"words": ["a"], "tags": []}]), text="words", label="tags")
+    with pytest.raises(ValueError, match="1 words in 'words' and 0 classes in 'tags'"):
+        wrong.setup("fit")
+
+
+def test_text_alone(table, letters):
+    data = TextDataModule(letters, table("train.json", [{"sentence": "abc"}]), label=None)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert "labels" not in batch

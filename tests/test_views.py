@@ -1,8 +1,10 @@
 import collections
 import copy
 import dataclasses
+import types
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -35,6 +37,35 @@ class Named(NamedTuple):
     y: Any
 
 
+class Derived(collections.namedtuple("Derived", "x more")):
+    def __new__(cls, x):
+        return super().__new__(cls, x, x + 1)
+
+
+@dataclasses.dataclass
+class Plain:
+    x: Any
+    y: Any
+
+
+class Texts(list):
+    pass
+
+
+@dataclasses.dataclass
+class Masked:
+    x: Tensor
+    unset: Tensor = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        self.mask = self.x > 0  # an attribute, but no field
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    x: Tensor
+
+
 def nestings(examples):
     rows = st.integers(0, 2).flatmap(
         lambda dims: st.just(torch.arange(examples * 3**dims).reshape(examples, *[3] * dims))
@@ -48,12 +79,15 @@ def nestings(examples):
             | st.tuples(inner, rows)
             | st.lists(inner, min_size=1, max_size=3).map(lambda items: [*items, torch.ones(examples)])
             | st.builds(Named, inner, rows)
+            | st.builds(Plain, inner, rows)
         ),
         max_leaves=6,
     )
 
 
 def leaves(value):
+    if isinstance(value, Plain):
+        value = vars(value)
     if isinstance(value, dict):
         return [leaf for item in value.values() for leaf in leaves(item)]
     if isinstance(value, (list, tuple)):
@@ -64,6 +98,8 @@ def leaves(value):
 def same(first, second):
     if isinstance(first, Tensor):
         return torch.equal(first, second)
+    if isinstance(first, Plain):
+        return type(first) is type(second) and same(vars(first), vars(second))
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
@@ -91,6 +127,39 @@ def test_layouts_by_hand():
     assert same(duplicate([x, names], 2), [torch.tensor([1, 2, 3, 1, 2, 3]), ["a", "b", "c", "a", "b", "c"]])
     interleaved = duplicate([x, names], 2, layout="interleaved")
     assert same(interleaved, [torch.tensor([1, 1, 2, 2, 3, 3]), ["a", "a", "b", "b", "c", "c"]])
+    assert duplicate(x, 3).tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3]
+    assert duplicate(x, 3, layout="interleaved").tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert split(torch.arange(6), 2, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert split(torch.arange(6), 2, 3, layout="interleaved").tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_one_view_is_the_batch_itself():
+    for batch in ({"x": torch.ones(2)}, pack_sequence([torch.ones(3), torch.ones(2)])):
+        assert duplicate(batch, 1) is batch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_splitting_copies_nothing(layout):
+    rows = torch.rand(6, 4)
+    assert split(rows, 2, 3, layout=layout).data_ptr() == rows.data_ptr()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_value_is_read(layout):
+    x = torch.empty(3, 2, device="meta")  # has none
+    assert split(duplicate({"x": x}, 2, layout=layout)["x"], 2, 3, layout=layout).shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(layout, dynamic):
+    def step(batch):
+        doubled = duplicate(batch, 2, layout=layout)
+        return split(doubled["x"] + doubled["deep"][0], 2, batch_size(batch), layout=layout)
+
+    batch = {"x": torch.rand(3, 2), "deep": (torch.rand(3, 2), torch.tensor(1.0), None), "texts": ["a", "b", "c"]}
+    compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=dynamic)
+    assert torch.equal(compiled(batch), torch.stack([batch["x"] + batch["deep"][0]] * 2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,15 +176,22 @@ def test_containers_keep_their_type():
         collections.defaultdict(list, x=x),
         collections.UserDict(x=x),
         Pair(x, 2.0),
+        Derived(x),
         Frozen(x),
+        Slotted(x),
+        Masked(x),
+        torch.max(x, 1),
         (x, x),
         [x],
+        Texts([x]),
     ):
         doubled = duplicate(batch, 3)
         assert type(doubled) is type(batch)
         assert batch_size(doubled) == 6
         assert batch_size(batch) == 2
     assert torch.equal(duplicate(Frozen(x), 2).derived, torch.full((4, 3), 2.0))
+    assert duplicate(Masked(x), 2).mask.shape == (4, 3)
+    assert torch.equal(duplicate(Derived(x), 2).more, torch.full((4, 3), 2.0))
     assert duplicate(collections.defaultdict(list, x=x), 2)["new"] == []
 
 
@@ -123,10 +199,14 @@ def test_hugging_face_containers():
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_outputs import BaseModelOutput
 
-    encoded = duplicate(transformers.BatchEncoding({"input_ids": torch.ones(2, 3)}), 2)
+    encoding = transformers.BatchEncoding({"input_ids": torch.ones(2, 3)})
+    encoded = duplicate(encoding, 2)
+    assert encoding["input_ids"].shape == (2, 3)
     assert isinstance(encoded, transformers.BatchEncoding)
     assert encoded["input_ids"].shape == encoded.input_ids.shape == (4, 3)
-    states = duplicate(BaseModelOutput(last_hidden_state=torch.ones(2, 3), hidden_states=(torch.ones(2, 1),)), 2)
+    output = BaseModelOutput(last_hidden_state=torch.ones(2, 3), hidden_states=(torch.ones(2, 1),))
+    states = duplicate(output, 2)
+    assert output.last_hidden_state.shape == output["last_hidden_state"].shape == (2, 3)
     assert isinstance(states, BaseModelOutput)
     assert states.last_hidden_state.shape == states["last_hidden_state"].shape == (4, 3)
     assert states.hidden_states[0].shape == (4, 1)
@@ -138,6 +218,17 @@ def test_constants_and_lists_of_other_lengths_are_left():
     assert doubled["classes"] == ["yes", "no"]
     assert doubled["size"] == torch.Size([1, 2, 3])
     assert doubled["tags"] == ("a", "b", "c", "a", "b", "c")
+
+
+def test_what_a_list_has_for_each_example_is_doubled_whatever_it_is():
+    graphs = [Graph(), Graph()]
+    one, two = {"id": torch.tensor(1), "words": ["a", "b"]}, {"id": torch.tensor(2), "words": ["c"]}
+    doubled = duplicate({"x": torch.ones(2), "texts": Texts("ab"), "graphs": graphs, "meta": (one, two)}, 2)
+    assert doubled["texts"] == ["a", "b", "a", "b"]
+    assert type(doubled["texts"]) is Texts
+    assert doubled["graphs"] == graphs * 2
+    assert doubled["meta"] == (one, two, one, two)
+    assert one["words"] == ["a", "b"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -158,13 +249,19 @@ class Graph:
         (pack_sequence([torch.ones(3), torch.ones(2)]), "PackedSequence"),
         (torch.eye(2).to_sparse(), "Tensor"),
         (torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "Tensor"),
+        (torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged), "NestedTensor"),
         (Graph(), "Graph"),
+        (np.ones(2), "ndarray"),
+        (Slotted, "type"),
+        (types.MappingProxyType({"x": torch.ones(2)}), "mappingproxy"),  # no way to make one of its kind is known
+        ([Graph()], "list"),
+        ((Graph(), "name", {"more": 1}), "tuple"),
     ],
-    ids=["packed", "sparse", "nested", "graph"],
+    ids=["packed", "sparse", "nested", "jagged", "graph", "numpy", "class", "mapping", "graphs", "graph and name"],
 )
 def test_what_cannot_be_doubled_is_refused_by_its_place(value, kind):
     with pytest.raises(
-        TypeError, match=rf"batch\['deep'\]\[1\], a {kind}, cannot be doubled.*rdrop_passes=\"separate\""
+        TypeError, match=rf"batch\['deep'\]\[1\], a {kind}, cannot be doubled.*tensor.*rdrop_passes=\"separate\""
     ):
         duplicate({"x": torch.ones(2), "deep": (torch.ones(2), value)}, 2)
 
@@ -172,6 +269,8 @@ def test_what_cannot_be_doubled_is_refused_by_its_place(value, kind):
 def test_tensors_of_different_sizes_are_refused_by_their_places():
     with pytest.raises(ValueError, match=r"batch\['x'\] has 4 rows and batch\['weight'\] has 3.*keep constants"):
         duplicate({"x": torch.ones(4, 2), "weight": torch.ones(3)}, 2)
+    with pytest.raises(ValueError, match=r"batch\.x has 4 rows and batch\.y\[0\] has 3"):
+        duplicate(Plain(torch.ones(4, 2), [torch.ones(3)]), 2)
     images = [torch.ones(3, 5, 5), torch.ones(1, 5, 5)]
     with pytest.raises(ValueError, match=r"batch\[0\] has 3 rows and batch\[1\] has 1.*separate"):
         duplicate(images, 2)
@@ -181,6 +280,12 @@ def test_tensors_of_different_sizes_are_refused_by_their_places():
 def test_a_batch_without_rows_is_refused(batch):
     with pytest.raises(ValueError, match="has rows"):
         batch_size(batch)
+
+
+def test_an_empty_batch_has_no_views():
+    assert batch_size(torch.ones(0, 3)) == 0
+    with pytest.raises(ValueError, match=r"examples must be >= 1, got 0.*empty batch"):
+        split(torch.ones(0, 3), 2, 0)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (6, 3), ()])

@@ -55,13 +55,10 @@ def batch_size(batch: Any) -> int:
                 f"{_SEPARATE}"
             )
     for path, items in lists.items():
-        if len(items) != size:
-            for item in _flat(items):
-                if not isinstance(item, _ATOMS):
-                    its_type = type(item).__name__
-                    raise _cannot_double(
-                        items, path, f"holds a {its_type}, but not one thing for each of {size} examples"
-                    )
+        unknown = [] if len(items) == size else [item for item in _flat(items) if not isinstance(item, _ATOMS)]
+        if unknown:
+            found = type(unknown[0]).__name__
+            raise _cannot_double(items, path, f"holds a {found}, but not one thing for each of the {size} examples")
     return size
 
 
@@ -198,6 +195,7 @@ def _with_parts(value: Any, parts: dict[Any, Any]) -> Any:
 
 
 def _flat(value: Any) -> Iterator[Any]:
+    """All that is in a nesting, however deep."""
     parts = _parts(value)
     if parts is None:
         yield value

@@ -218,6 +218,7 @@ def test_constants_and_lists_of_other_lengths_are_left():
     assert doubled["classes"] == ["yes", "no"]
     assert doubled["size"] == torch.Size([1, 2, 3])
     assert doubled["tags"] == ("a", "b", "c", "a", "b", "c")
+    assert duplicate({"x": torch.ones(2), "unit": Pair("metres", 2.0)}, 2)["unit"] == Pair("metres", 2.0)
 
 
 def test_what_a_list_has_for_each_example_is_doubled_whatever_it_is():
@@ -255,15 +256,34 @@ class Graph:
         (Slotted, "type"),
         (types.MappingProxyType({"x": torch.ones(2)}), "mappingproxy"),  # no way to make one of its kind is known
         ([Graph()], "list"),
+        ([Graph(), Graph(), Graph()], "list"),
         ((Graph(), "name", {"more": 1}), "tuple"),
     ],
-    ids=["packed", "sparse", "nested", "jagged", "graph", "numpy", "class", "mapping", "graphs", "graph and name"],
+    ids=[
+        "packed",
+        "sparse",
+        "nested",
+        "jagged",
+        "graph",
+        "numpy",
+        "class",
+        "mapping",
+        "graph in a list",
+        "graphs",
+        "graph and name",
+    ],
 )
 def test_what_cannot_be_doubled_is_refused_by_its_place(value, kind):
     with pytest.raises(
         TypeError, match=rf"batch\['deep'\]\[1\], a {kind}, cannot be doubled.*tensor.*rdrop_passes=\"separate\""
     ):
         duplicate({"x": torch.ones(2), "deep": (torch.ones(2), value)}, 2)
+
+
+def test_packed_sequences_are_no_examples():
+    packed = pack_sequence([torch.ones(3), torch.ones(2)])
+    with pytest.raises(TypeError, match=r"batch\[1\]\[0\], a PackedSequence, cannot be doubled"):
+        duplicate([torch.ones(2), (packed, packed)], 2)
 
 
 def test_tensors_of_different_sizes_are_refused_by_their_places():

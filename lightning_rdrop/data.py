@@ -46,8 +46,9 @@ def read_table(path: str | Path) -> list[Row]:
 class TextDataModule(pl.LightningDataModule):
     """Batches for text classification: what a tokenizer makes of the texts, and ``labels`` as class indices.
 
-    Its kin differ in their labels: :class:`TextRegressionDataModule` has numbers, :class:`TextToTextDataModule` texts,
-    :class:`TokenDataModule` a class for each word; with ``label=None`` there are none, as for a language model.
+    Its kin differ in their labels: :class:`MultilabelTextDataModule` has several classes for a text,
+    :class:`TextRegressionDataModule` numbers, :class:`TextToTextDataModule` texts, :class:`TokenDataModule` a class for
+    each word; with ``label=None`` there are none, as for a language model.
 
     Args:
         tokenizer: name or folder of a Hugging Face tokenizer; it pads each batch to its longest text.
@@ -133,7 +134,7 @@ class TextDataModule(pl.LightningDataModule):
         return self._loader("predict")
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
-        """One batch: the encoded texts, and ``labels`` unless the rows are there to be predicted."""
+        """One batch: the encoded texts, and ``labels`` where the rows have them."""
         pairs = None if self.pair is None else [row[self.pair] for row in rows]
         encoded = self.encode([row[self.text] for row in rows], pairs)
         targets = self.targets(rows, encoded) if all(self.label in row for row in rows) else None
@@ -153,6 +154,8 @@ class TextDataModule(pl.LightningDataModule):
         rows = self.rows(split)
         if not rows:
             raise ValueError(f"There is no {split} table: give {split}=..., a .json, .jsonl, .tsv or .csv file.")
+        if split == "predict":  # its labels, if it has any, may be blanks
+            rows = [{column: value for column, value in row.items() if column != self.label} for row in rows]
         needed = [self.text, self.pair, None if split == "predict" else self.label]
         for number, row in enumerate(rows):
             for column in needed:
@@ -178,7 +181,34 @@ class TextDataModule(pl.LightningDataModule):
     def _pretrained_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        if tokenizer.pad_token is None:  # as in GPT-2 and Llama; the attention mask keeps padding apart
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+class MultilabelTextDataModule(TextDataModule):
+    """Batches for several labels, each there or not: ``labels`` are rows of 0 and 1, one number a class.
+
+    Args:
+        args, kwargs: those of :class:`TextDataModule`; ``label`` is a column of lists of classes, which may be empty.
+    """
+
+    def classes(self, row: Row) -> Sequence[Any]:
+        if not isinstance(row[self.label], list):
+            raise ValueError(
+                f"{self.label!r} must be a list of classes, got {row[self.label]!r}; JSON lines hold lists."
+            )
+        classes: Sequence[Any] = row[self.label]
+        return classes
+
+    def targets(self, rows: list[Row], encoded: Any) -> Tensor | None:
+        if self.labels is None:
+            return None
+        targets = torch.zeros(len(rows), len(self.labels))
+        for number, row in enumerate(rows):
+            targets[number, [self.index(label) for label in row[self.label]]] = 1
+        return targets
 
 
 class TextRegressionDataModule(TextDataModule):

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, ClassVar, Literal
 
@@ -130,10 +130,10 @@ class RDropMixin(MixinBase):
         """The whole computation without logging, for manual optimisation or a training_step of one's own."""
         alpha = _check_alpha(self.rdrop_alpha)
         inputs, target = self.rdrop_unpack(batch)
-        predictions = self._rdrop_predictions(inputs)
-        self._rdrop_guard_batch(predictions, inputs, target)
-        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha)
         examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
+        predictions = self._rdrop_predictions(inputs, examples)
+        self._rdrop_guard_batch(predictions, inputs, target, lambda: self._rdrop_predictions(inputs, examples))
+        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha)
         return dataclasses.replace(terms, examples=examples)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
@@ -192,15 +192,15 @@ class RDropMixin(MixinBase):
                 if isinstance(saved.get(name), nn.Module):
                     del saved[name]
 
-    def _rdrop_predictions(self, inputs: Any) -> Tensor:
+    def _rdrop_predictions(self, inputs: Any, examples: int) -> Tensor:
         """K predictions of the same inputs, (K, N, ...)."""
         if self.rdrop_passes == "separate":
             return torch.stack([self.rdrop_predict(inputs) for _ in range(self.rdrop_views)])
         prediction = self.rdrop_predict(views.duplicate(inputs, self.rdrop_views))
-        return views.split(prediction, self.rdrop_views, views.batch_size(inputs))
+        return views.split(prediction, self.rdrop_views, examples)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _rdrop_guard_batch(self, predictions: Tensor, inputs: Any, target: Any) -> None:
+    def _rdrop_guard_batch(self, predictions: Tensor, inputs: Any, target: Any, draw: Callable[[], Tensor]) -> None:
         """Look at values, which waits for the device: on a first batch, after a change of mode, and at each log."""
         if self.rdrop_guard == "off":
             return
@@ -218,7 +218,7 @@ class RDropMixin(MixinBase):
         self._rdrop_complain(guard.fed_its_source(self, inputs))
         if self.rdrop_views == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
             return  # with alpha = 0 on purpose, equal views cost nothing but time
-        reason = guard.diagnose(self, lambda: self._rdrop_predictions(inputs), predictions)
+        reason = guard.diagnose(self, draw, predictions)
         self._rdrop_complain(reason)
         if reason is None and (dead := dropout.explain_dead(self)):
             warnings.warn(dead, stacklevel=2)  # a live head hides a dead backbone

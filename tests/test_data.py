@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_rdrop.data import (
+    MultilabelTextDataModule,
     TextDataModule,
     TextRegressionDataModule,
     TextToTextDataModule,
@@ -121,6 +122,39 @@ def letters(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
     tokenizer.save_pretrained(tmp_path / "letters")
     return str(tmp_path / "letters")
+
+
+def test_blank_labels_are_no_hindrance_to_prediction(table, letters):
+    rows = [{"sentence": "ab", "label": ""}]
+    for kind in (TextDataModule, TextRegressionDataModule, TextToTextDataModule):
+        data = kind(letters, predict=table("new.json", rows), labels=["x", "y"])
+        data.setup("predict")
+        (batch,) = data.predict_dataloader()
+        assert batch["input_ids"].tolist() == [[2, 3]]
+        assert "labels" not in batch
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(table, letters):
+    transformers = pytest.importorskip("transformers")
+    core = transformers.AutoTokenizer.from_pretrained(letters).backend_tokenizer
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="f").save_pretrained(letters)
+    data = TextDataModule(letters, val=table("val.json", [{"sentence": "ab"}, {"sentence": "c"}]), label=None)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert batch["input_ids"].tolist() == [[2, 3], [4, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_several_classes_as_labels(table, letters):
+    rows = [{"sentence": "ab", "label": ["z", "x"]}, {"sentence": "c", "label": []}, {"sentence": "c", "label": ["y"]}]
+    data = MultilabelTextDataModule(letters, table("train.json", rows), table("val.json", rows))
+    data.setup("fit")
+    assert data.labels == ["x", "y", "z"]
+    (batch,) = data.val_dataloader()
+    assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    wrong = MultilabelTextDataModule(letters, table("t.json", [{"sentence": "a", "label": "xyz"}]))
+    with pytest.raises(ValueError, match=r"'label' must be a list of classes, got 'xyz'"):
+        wrong.setup("fit")
 
 
 def test_numbers_as_labels(table, letters):

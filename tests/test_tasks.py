@@ -13,6 +13,7 @@ from lightning_rdrop.modules import (
     MultilabelClassifier,
     Regressor,
     Seq2Seq,
+    SequenceMultilabelClassifier,
     SequenceRegressor,
     TokenClassifier,
 )
@@ -117,6 +118,37 @@ def test_seq2seq_scores_are_those_of_the_generated_text(fit, bart):
     assert metrics["val/rouge"] == pytest.approx(1.0)
 
 
+def test_seq2seq_without_scores_generates_nothing(fit, bart):
+    module = Seq2Seq(bart, [])
+    module.network.generate = lambda **given: pytest.fail("generated")
+    assert trained(fit, module, texts())["val/ce"] > 0
+    with pytest.raises(ValueError, match=r"'sacrebleu', 'chrf', 'rouge', got 'bleu'"):
+        Seq2Seq(bart, ["rouge", "bleu"])
+
+
+def test_seq2seq_of_a_model_that_shifts_in_its_forward_only(folder):
+    settings = transformers.M2M100Config(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16, decoder_start_token_id=2, **SIZES,
+    )  # fmt: skip
+    module, batch = Seq2Seq(folder(transformers.M2M100ForConditionalGeneration(settings))).eval(), texts()
+    assert not hasattr(module.network, "prepare_decoder_input_ids_from_labels")  # as BART has it
+    inputs, target = module.rdrop_unpack(batch)
+    ours = module.rdrop_distance.to_target(module.rdrop_predict(inputs), target)
+    torch.testing.assert_close(ours.mean, module.network(**batch).loss)
+
+
+def test_nan_in_validation_is_not_left_out(fit, gpt2):
+    module, (good, bad) = CausalLM(gpt2), (texts(labels=False), texts(labels=False))
+    module.measure = lambda *batch: None
+    predict = module.rdrop_predict
+    module.rdrop_predict = lambda inputs: (
+        predict(inputs) + (torch.nan if not module.training and (inputs["input_ids"] == bad["input_ids"]).all() else 0)
+    )
+    bad["input_ids"] = bad["input_ids"].flip(0)
+    assert trained(fit, module, good, bad)["val/ce"].isnan()
+
+
 def test_seq2seq_without_labels_is_refused(bart):
     with pytest.raises(ValueError, match=r"input_ids, attention_mask and no labels.*decoder"):
         Seq2Seq(bart).rdrop_step(texts(labels=False))
@@ -167,6 +199,18 @@ def test_sequence_regressor(fit, bert):
     prediction = module.eval().predict_step(batch, 0)
     assert prediction.shape == (4,)
     torch.testing.assert_close(metrics["val/mse"], F.mse_loss(prediction, batch["labels"]))
+
+
+def test_sequence_multilabel_classifier(fit, bert, tmp_path):
+    batch = texts(labels=False) | {"labels": torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1]])}
+    module = SequenceMultilabelClassifier(bert, num_labels=3, learning_rate=1e-3)
+    metrics = trained(fit, module, batch)
+    assert metrics["train/kl"] > 0
+    probabilities = module.eval().predict_step(batch, 0)
+    torch.testing.assert_close(metrics["val/bce"], F.binary_cross_entropy(probabilities, batch["labels"].float()))
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = SequenceMultilabelClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(again.state_dict(), module.state_dict())
 
 
 def test_regressor_on_diabetes(fit):

@@ -6,6 +6,7 @@ from lightning_rdrop.modules.multilabel_classifier import MultilabelClassifier
 from lightning_rdrop.modules.regressor import Regressor
 from lightning_rdrop.modules.seq2seq import Seq2Seq
 from lightning_rdrop.modules.sequence_classifier import SequenceClassifier
+from lightning_rdrop.modules.sequence_multilabel_classifier import SequenceMultilabelClassifier
 from lightning_rdrop.modules.sequence_regressor import SequenceRegressor
 from lightning_rdrop.modules.task import Task
 from lightning_rdrop.modules.token_classifier import TokenClassifier
@@ -17,6 +18,7 @@ __all__ = [
     "Regressor",
     "Seq2Seq",
     "SequenceClassifier",
+    "SequenceMultilabelClassifier",
     "SequenceRegressor",
     "Task",
     "TokenClassifier",

@@ -15,7 +15,7 @@ class Regressor(Task):
     """Numbers by any network, in the least-squares sense or with a predicted variance.
 
     Validation and test log the mean squared error (or the negative log-likelihood), the mean absolute error, and the
-    correlations of Pearson and Spearman.
+    correlations of Pearson and Spearman, over all numbers of the targets together.
 
     Args:
         network: returns a prediction of the target's shape, (N,) or (N, D); (N, ..., 2), mean and log-variance, for

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
@@ -33,7 +34,8 @@ class Seq2Seq(Task):
 
     Args:
         pretrained: name or folder of the model and its tokenizer; the model's dropout is switched on.
-        scores: any of ``"sacrebleu"``, ``"chrf"`` and ``"rouge"`` (ROUGE-L).
+        scores: any of ``"sacrebleu"``, ``"chrf"`` and ``"rouge"`` (ROUGE-L), each between 0 and 1; an empty list
+            generates nothing, which makes validation quick. ``None`` is sacreBLEU alone.
         characters: whether the scores count characters, as for Chinese, and not words.
         label_smoothing: in the cross-entropy.
         max_new_tokens: the longest text that is generated.
@@ -41,7 +43,7 @@ class Seq2Seq(Task):
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
 
     Raises:
-        ValueError: a batch without ``labels``.
+        ValueError: a score that is not known; a batch without ``labels``.
 
     Shapes:
         batches with ``input_ids`` (N, S), ``attention_mask`` (N, S) and ``labels`` (N, T), padded with -100.
@@ -67,7 +69,10 @@ class Seq2Seq(Task):
             "chrf": lambda: CHRFScore(n_word_order=0 if characters else 2),
             "rouge": lambda: RougeL(**split),
         }
-        metrics = MetricCollection({score: known[score]() for score in scores or ["sacrebleu"]})
+        chosen = ["sacrebleu"] if scores is None else scores
+        if unknown := [score for score in chosen if score not in known]:
+            raise ValueError(f"scores must be any of {', '.join(map(repr, known))}, got {unknown[0]!r}.")
+        metrics = MetricCollection({score: known[score]() for score in chosen})
         distance = Categorical(label_smoothing=label_smoothing)
         super().__init__(load(AutoModelForSeq2SeqLM, pretrained), metrics, rdrop_distance=distance, **kwargs)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
@@ -82,8 +87,7 @@ class Seq2Seq(Task):
                 "Without them some models would feed the source to the decoder."
             )
         if "decoder_input_ids" not in inputs:
-            model: Any = self.network
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            inputs["decoder_input_ids"] = self._shifted(labels)
         return inputs, labels
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
@@ -91,13 +95,25 @@ class Seq2Seq(Task):
         return logits
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
-        metrics.update(self.predict_step(batch, 0), [[text] for text in self._decode(target)])
+        if metrics:
+            metrics.update(self.predict_step(batch, 0), [[text] for text in self._decode(target)])
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
         """The generated texts."""
         given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         model: Any = self.network
         return self._decode(model.generate(**given, **self.generation))
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        """The inputs of the decoder: one token to start with, and all labels but the last."""
+        model: Any = self.network
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            return shifted
+        # NLLB, M2M100 and Blenderbot shift inside their forward only
+        start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
 
     def _decode(self, tokens: Tensor) -> list[str]:
         padded = tokens.masked_fill(tokens == -100, self.tokenizer.pad_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,8 +46,9 @@ class Task(RDropMixin, pl.LightningModule):
         self.weight_decay = weight_decay
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
-        self.val_loss = MeanMetric()  # weighted, and so exact where batches count unequal numbers of tokens
-        self.test_loss = MeanMetric()
+        # weighted, and so exact where batches count unequal numbers of tokens; NaN stays NaN, and is not left out
+        self.val_loss = MeanMetric(nan_strategy=math.nan)
+        self.test_loss = MeanMetric(nan_strategy=math.nan)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)

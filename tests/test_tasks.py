@@ -111,11 +111,34 @@ def test_seq2seq_generates_and_scores(fit, bart, characters, tmp_path):
 
 
 def test_seq2seq_scores_are_those_of_the_generated_text(fit, bart):
-    module = Seq2Seq(bart, ["rouge"], max_new_tokens=6)
+    module = Seq2Seq(bart, ["rouge"], max_new_tokens=6, num_beams=3)
     parrot = texts()
-    module.network.generate = lambda **given: parrot["labels"].clamp(min=0)  # word for word
+    given = {}
+
+    def generate(**arguments):
+        given.update(arguments)
+        return parrot["labels"].clamp(min=0)  # word for word
+
+    module.network.generate = generate
     metrics = trained(fit, module, parrot)
     assert metrics["val/rouge"] == pytest.approx(1.0)
+    assert (given["max_new_tokens"], given["num_beams"]) == (6, 3)
+
+
+@pytest.mark.parametrize("characters", [False, True])
+def test_seq2seq_scores_by_hand(bart, characters):
+    metrics = Seq2Seq(bart, ["sacrebleu", "chrf", "rouge"], characters=characters).val_metrics
+    scores = metrics(["ab cdefg"], [["ab cdef"]])
+    orders = range(1, 7)  # n letters: 7 - n of 8 - n generated ones are right, and none is missing
+    chrf = [(1 + 4) * p / (4 * p + 1) for p in [(7 - n) / (8 - n) for n in orders]]
+    if characters:
+        assert scores["val/sacrebleu"] == pytest.approx((6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25)
+        assert scores["val/rouge"] == pytest.approx(14 / 15)  # the space is one of the 8
+        assert scores["val/chrf"] == pytest.approx(sum(chrf) / 6)
+    else:
+        assert scores["val/sacrebleu"] == 0  # no two words in a row
+        assert scores["val/rouge"] == pytest.approx(1 / 2)
+        assert scores["val/chrf"] == pytest.approx((sum(chrf) + 1 / 2 + 0) / 8)  # and words, one and two in a row
 
 
 def test_seq2seq_without_scores_generates_nothing(fit, bart):

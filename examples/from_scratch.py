@@ -33,15 +33,16 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def tokenizer_of(texts: Iterable[str], size: int, *, ends: bool = True) -> PreTrainedTokenizerFast:
-    """Pieces learned from the texts; with ``ends``, each text ends in </s>."""
+def tokenizer_of(texts: Iterable[str], size: int, *, words: bool = False) -> PreTrainedTokenizerFast:
+    """Pieces learned from the texts, each of which ends in </s>; or pieces of ``words``, which come one by one."""
     core = Tokenizer(models.Unigram())
     core.normalizer = normalizers.NFKC()
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    # a word that is cut must not begin with a bare mark of its beginning: its first piece is the one with a class
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.Metaspace()
     core.decoder = Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token="<unk>")
     core.train_from_iterator(texts, trainer)
-    if ends:
+    if not words:
         core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -77,7 +78,7 @@ def tagging() -> None:
     Random(0).shuffle(rows)
     tables = {"train": rows[:4000], "val": rows[4000:4500], "test": rows[4500:5000]}
     tags = {tag for part in tables.values() for row in part for tag in row["tags"]}
-    tokenizer = tokenizer_of((" ".join(row["words"]) for row in tables["train"]), 6000, ends=False)
+    tokenizer = tokenizer_of((" ".join(row["words"]) for row in tables["train"]), 6000, words=True)
     size = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
         max_position_embeddings=160, num_labels=len(tags), pad_token_id=0,

@@ -123,8 +123,9 @@ def split(prediction: Any, views: int, examples: int, *, layout: Layout = "block
             f"the prediction, in the same order. {_SEPARATE}"
         )
     if layout == "block":
-        return prediction.reshape(views, -1, *prediction.shape[1:])
-    return prediction.reshape(examples, views, -1, *prediction.shape[1:]).movedim(1, 0).flatten(1, 2)
+        return prediction.reshape(views, rows // views, *prediction.shape[1:])
+    each = rows // (views * examples)
+    return prediction.reshape(examples, views, each, *prediction.shape[1:]).movedim(1, 0).flatten(1, 2)
 
 
 def _check(views: int, layout: Layout) -> None:

@@ -330,3 +330,9 @@ def test_views_are_a_positive_int(views):
 def test_layouts_are_two():
     with pytest.raises(ValueError, match="layout must be 'block' or 'interleaved', got 'zip'"):
         duplicate(torch.ones(2), 2, layout="zip")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prediction_without_positions_has_views_without_positions(layout):
+    """As a causal language model's for texts of one token, after which nothing comes."""
+    assert split(torch.ones(6, 0, 5), 2, 3, layout=layout).shape == (2, 3, 0, 5)

@@ -44,6 +44,14 @@ def test_floats_are_shares_of_the_training(fit, small, rows):
     assert watch.alphas == pytest.approx([0] * 4 + [2 * i / 8 for i in range(8)] + [2] * 4)
 
 
+def test_a_share_is_of_the_training_that_is_under_way(fit, small, rows):
+    scheduler = AlphaScheduler("linear", ramp=1.0, peak=8.0)
+    for epochs in (2, 1):
+        watch = Watch()
+        fit(small(), rows, [scheduler, watch], max_epochs=epochs)
+        assert watch.alphas == [step / epochs for step in range(8 * epochs)]
+
+
 def test_a_cyclical_shape_starts_anew(fit, small, rows):
     watch = Watch()
     fit(small(), rows, [AlphaScheduler("cyclical", ramp=4, peak=1.0), watch], max_epochs=1)

@@ -21,8 +21,11 @@ class AlphaScheduler(Callback):
         \right), \qquad \alpha(s) = 0 \text{ while } s < \text{delay}
 
     with s the number of batches after which the optimizer has stepped. A cyclical shape starts anew every ``ramp``
-    instead of staying at its end. The alpha of a step depends on s alone, so an interrupted run resumes with the same
-    alphas to the bit; when the training is over, the module has its own alpha back.
+    instead of staying at its end. When the training is over, the module has its own alpha back.
+
+    The alpha of a step depends on s alone, so an interrupted run resumes with the same alphas to the bit, also on
+    another number of processes. A share is one of the training as it was planned when it began, and a checkpoint keeps
+    that length: alpha does not jump where more processes, or more epochs, change the number of steps still to come.
 
     Args:
         shape: ``"constant"``, ``"linear"``, ``"sigmoid"``, ``"cosine"``, ``"cyclical"`` (see
@@ -83,19 +86,31 @@ class AlphaScheduler(Callback):
             raise ValueError("peak is None, and there is no module under training to take rdrop_alpha from.")
         return peak * factor
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._training_steps = None  # of an earlier training; that of a resumed one is loaded after this
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._own_alpha = require_rdrop(self, pl_module).rdrop_alpha
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(self.ramp, float) or isinstance(self.delay, float):
+        if self._training_steps is None and (isinstance(self.ramp, float) or isinstance(self.delay, float)):
             steps = trainer.estimated_stepping_batches
             self._training_steps = int(steps) if 0 <= steps < math.inf else None
         self.alpha_at(0)  # what is wrong with the schedule shows before the first step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not global_step: that counts the steps of every optimizer. Lightning's loggers count this one too.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        # With several optimizers, which only manual optimization has, global_step counts the steps of each.
+        # What the loggers count, _batches_that_stepped, is one ahead after a checkpoint of a step that failed.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        step = trainer.global_step if pl_module.automatic_optimization else batches
         require_rdrop(self, pl_module).rdrop_alpha = self.alpha_at(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._training_steps is None else {"training_steps": self._training_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._training_steps = state_dict["training_steps"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._put_back(pl_module)
@@ -106,7 +121,7 @@ class AlphaScheduler(Callback):
     def _put_back(self, pl_module: LightningModule) -> None:
         if self._own_alpha is not None:
             require_rdrop(self, pl_module).rdrop_alpha = self._own_alpha
-            self._own_alpha = self._training_steps = None
+            self._own_alpha = None
 
     def _in_steps(self, name: str, duration: int | float) -> float:
         if isinstance(duration, int):

@@ -13,9 +13,12 @@ from lightning_rdrop.distance import (
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.loss import RDropLoss, convert_alpha
 from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.regularizers import FGM, VAT, GradientPenalty, Regularizer
 from lightning_rdrop.terms import Average, Terms
 
 __all__ = [
+    "FGM",
+    "VAT",
     "AlphaScheduler",
     "Average",
     "Bernoulli",
@@ -24,9 +27,11 @@ __all__ = [
     "Distance",
     "FromDistribution",
     "Gaussian",
+    "GradientPenalty",
     "JensenShannon",
     "RDropLoss",
     "RDropMixin",
+    "Regularizer",
     "Terms",
     "convert_alpha",
     "jensen_shannon",

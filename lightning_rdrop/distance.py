@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 from torch.nn import functional as F
 
-from lightning_rdrop.divergence import at_least_float32, jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
+from lightning_rdrop.divergence import at_least_float32, jensen_shannon, kl, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.terms import Average
 
 
@@ -51,6 +52,14 @@ class Distance(nn.Module):
             target: tells which rows count; without it all do.
         """
         raise NotImplementedError
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        """D(first, second) in this one direction, for what holds ``first`` fixed; as ``between``, unless overridden.
+
+        Args:
+            first, second, target: as for :meth:`between`.
+        """
+        return self.between(first, second, target)
 
 
 class Categorical(Distance):
@@ -120,11 +129,10 @@ class Categorical(Distance):
         return Average(total, self.weight.to(total)[target.where(counted, 0)].where(counted, 0).sum())
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        rows = self._divergence(first, second)
-        if target is None or not self._counts_indices(first, target):
-            return _all_count(rows)
-        counted = target != self.ignore_index
-        return Average(rows.where(counted, 0).sum(), counted.sum().to(rows))
+        return self._counted(self._divergence(first, second), first, target)
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        return self._counted(kl(first, second, self.class_dim), first, target)
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
         if self._counts_indices(prediction, target):
@@ -139,6 +147,12 @@ class Categorical(Distance):
 
     def _divergence(self, first: Tensor, second: Tensor) -> Tensor:
         return symmetric_kl(first, second, self.class_dim)
+
+    def _counted(self, rows: Tensor, prediction: Tensor, target: Tensor | None) -> Average:
+        if target is None or not self._counts_indices(prediction, target):
+            return _all_count(rows)
+        counted = target != self.ignore_index
+        return Average(rows.where(counted, 0).sum(), counted.sum().to(rows))
 
     def _counts_indices(self, prediction: Tensor, target: Tensor) -> bool:
         """Whether the target holds class indices rather than probabilities, after a look at both shapes."""
@@ -177,6 +191,9 @@ class JensenShannon(Categorical):
     """
 
     term_names = ("ce", "js")
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        return self.between(first, second, target)
 
     def _divergence(self, first: Tensor, second: Tensor) -> Tensor:
         return jensen_shannon(first, second, self.class_dim)
@@ -222,6 +239,10 @@ class Bernoulli(Distance):
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         return _all_count(symmetric_bernoulli_kl(first, second))
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        p, q = (torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1) for z in map(at_least_float32, (first, second)))
+        return _all_count(kl(p, q))
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
         if len(wrong := target[~((target >= 0) & (target <= 1))]):
@@ -276,6 +297,14 @@ class Gaussian(Distance):
         precision = spread.neg().exp() + other_spread.neg().exp()
         # (cosh x - 1) / 2 = sinh^2(x / 2) keeps its digits where the spreads are nearly equal
         return _all_count(((spread - other_spread) / 2).sinh().square() + (mean - other_mean).square() * precision / 4)
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        if not self.log_variance:
+            return self.between(first, second, target)
+        first, second = _alike(self, first, second)
+        (mean, spread), (other_mean, other_spread) = self._moments(first), self._moments(second)
+        gap = spread - other_spread
+        return _all_count((torch.expm1(gap) - gap + (mean - other_mean).square() * other_spread.neg().exp()) / 2)
 
     def _moments(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
         if prediction.shape[-1:] != (2,):
@@ -350,8 +379,14 @@ class FromDistribution(Distance):
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         p, q = self._made(first), self._made(second)
+        return _all_count((self._kl(p, q) + self._kl(q, p)) / 2)
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        return _all_count(self._kl(self._made(first), self._made(second)))
+
+    def _kl(self, p: Distribution, q: Distribution) -> Tensor:
         try:
-            return _all_count((kl_divergence(p, q) + kl_divergence(q, p)) / 2)
+            return kl_divergence(p, q)
         except NotImplementedError as error:
             raise TypeError(
                 f"torch knows no KL divergence between two {type(p).__name__}: register one with "

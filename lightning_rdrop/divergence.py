@@ -49,16 +49,41 @@ def symmetric_kl(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
         >>> symmetric_kl(first, second)  # (0.1 * ln 1.5 + 0.1 * ln 1.5) / 2
         tensor([0.0405])
     """
-    if first.shape != second.shape:
-        raise ValueError(
-            f"symmetric_kl compares two predictions of one shape, got first {tuple(first.shape)} and second "
-            f"{tuple(second.shape)}; nothing broadcasts here."
-        )
+    _check_shapes("symmetric_kl", first, second)
     log_p, log_q = log_probabilities(first, dim), log_probabilities(second, dim)
     # -inf - -inf is NaN: a class that neither view allows has no part in the sum
     masked = (log_p == -torch.inf) & (log_q == -torch.inf)
     difference = log_p.masked_fill(masked, 0) - log_q.masked_fill(masked, 0)
     return ((log_p.exp() - log_q.exp()) * difference).sum(dim) / 2
+
+
+def kl(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
+    r"""Kullback-Leibler divergence of two categorical predictions in one direction, row by row.
+
+    .. math::
+        KL(p \| q) = \sum_c p_c (\log p_c - \log q_c)
+
+    Args:
+        first: logits of p, shape (..., C, ...).
+        second: logits of q, same shape.
+        dim: the dimension of the classes.
+
+    Returns:
+        nats per row, as :func:`symmetric_kl`. A class that is masked with -inf in ``first`` adds nothing; one that is
+        masked in ``second`` alone makes the divergence infinite.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Example:
+        >>> from torch import tensor
+        >>> kl(tensor([[0.5, 0.5]]).log(), tensor([[0.75, 0.25]]).log())  # ln(4 / 3) / 2
+        tensor([0.1438])
+    """
+    _check_shapes("kl", first, second)
+    log_p, log_q = log_probabilities(first, dim), log_probabilities(second, dim)
+    masked = log_p == -torch.inf
+    return (log_p.exp() * (log_p.masked_fill(masked, 0) - log_q.masked_fill(masked, 0))).sum(dim)
 
 
 def symmetric_bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
@@ -118,3 +143,11 @@ def jensen_shannon(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
         return -(log_p.exp() * log_ratio).sum(dim)
 
     return (to_middle(log_p, log_q) + to_middle(log_q, log_p)) / 2
+
+
+def _check_shapes(name: str, first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{name} compares two predictions of one shape, got first {tuple(first.shape)} and second "
+            f"{tuple(second.shape)}; nothing broadcasts here."
+        )

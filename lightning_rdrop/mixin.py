@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from lightning_rdrop import dropout, guard, views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.loss import RDropLoss
+from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Terms
 
 TARGET_KEYS = ("labels", "label", "target")
@@ -41,6 +42,8 @@ class RDropMixin(MixinBase):
             among the hyper-parameters: give it again to ``load_from_checkpoint``.
         rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
+        rdrop_regularizers: further terms of the loss, such as :class:`~lightning_rdrop.VAT`, each logged by its name;
+            see :class:`~lightning_rdrop.Regularizer`. They are not saved among the hyper-parameters.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
             dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a mode
             changes; NaN is looked for whenever the Trainer logs.
@@ -67,7 +70,7 @@ class RDropMixin(MixinBase):
         (torch.Size([5, 3]), True, True)
     """
 
-    _rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance",)
+    _rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance", "rdrop_regularizers")
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class RDropMixin(MixinBase):
         rdrop_views: int = 2,
         rdrop_distance: Distance | None = None,
         rdrop_passes: Literal["joint", "separate"] = "joint",
+        rdrop_regularizers: Sequence[Regularizer] = (),
         rdrop_guard: Literal["error", "warn", "off"] = "error",
         **kwargs: Any,
     ) -> None:
@@ -89,6 +93,7 @@ class RDropMixin(MixinBase):
             raise TypeError(f"rdrop_distance must be a Distance or None, got {rdrop_distance!r}.")
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = _check_choice("rdrop_passes", rdrop_passes, ("joint", "separate"))
+        self.rdrop_regularizers = nn.ModuleList(_check_regularizers(rdrop_regularizers, self.rdrop_distance))
         self.rdrop_guard = _check_choice("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_guarded: list[bool] | None = None
@@ -134,6 +139,7 @@ class RDropMixin(MixinBase):
         predictions = self._rdrop_predictions(inputs, examples)
         self._rdrop_guard_batch(predictions, inputs, target, lambda: self._rdrop_predictions(inputs, examples))
         terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha)
+        terms = self._rdrop_regularize(terms, inputs, target) if self.rdrop_regularizers else terms
         return dataclasses.replace(terms, examples=examples)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
@@ -141,7 +147,8 @@ class RDropMixin(MixinBase):
         """Log the terms of a step, with the number of examples (never of views) as the batch size."""
         task, consistency = self.rdrop_distance.term_names
         self.log("train/loss", terms.loss, batch_size=terms.examples)
-        for name, value in ((task, terms.ce), (consistency, terms.kl), ("alpha", self.rdrop_alpha)):
+        values: dict[str, Any] = {task: terms.ce, consistency: terms.kl, "alpha": self.rdrop_alpha} | terms.extra
+        for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)
 
     def rdrop_unpack(self, batch: Any) -> tuple[Any, Any]:
@@ -189,7 +196,9 @@ class RDropMixin(MixinBase):
         saved: Any
         for saved in (self._hparams, self._hparams_initial):
             for name in self._rdrop_unsaved:
-                if isinstance(saved.get(name), nn.Module):
+                value = saved.get(name)
+                parts = value if isinstance(value, (list, tuple)) else [value]
+                if any(isinstance(part, nn.Module) for part in parts):
                     del saved[name]
 
     def _rdrop_predictions(self, inputs: Any, examples: int) -> Tensor:
@@ -198,6 +207,15 @@ class RDropMixin(MixinBase):
             return torch.stack([self.rdrop_predict(inputs) for _ in range(self.rdrop_views)])
         prediction = self.rdrop_predict(views.duplicate(inputs, self.rdrop_views))
         return views.split(prediction, self.rdrop_views, examples)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # they differentiate inside the step
+    def _rdrop_regularize(self, terms: Terms, inputs: Any, target: Any) -> Terms:
+        loss, extra = terms.loss, {}
+        regularizer: Any  # nn.ModuleList knows modules only
+        for regularizer in self.rdrop_regularizers:
+            term = regularizer(self, inputs, target).mean
+            loss, extra[regularizer.name] = loss + regularizer.weight * term, term.detach()
+        return dataclasses.replace(terms, loss=loss, extra=extra)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _rdrop_guard_batch(self, predictions: Tensor, inputs: Any, target: Any, draw: Callable[[], Tensor]) -> None:
@@ -245,6 +263,20 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
     return value
+
+
+def _check_regularizers(regularizers: Sequence[Regularizer], distance: Distance) -> Sequence[Regularizer]:
+    if isinstance(regularizers, Regularizer) or not all(isinstance(part, Regularizer) for part in regularizers):
+        raise TypeError(f"rdrop_regularizers must be a list of regularizers, such as [VAT()], got {regularizers!r}.")
+    taken = {"loss", "alpha", *distance.term_names}
+    for regularizer in regularizers:
+        if regularizer.name in taken:
+            raise ValueError(
+                f"rdrop_regularizers: train/{regularizer.name} would be logged twice. Each needs a name of its own: "
+                f"class Another({type(regularizer).__name__}): name = 'another'"
+            )
+        taken.add(regularizer.name)
+    return regularizers
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,12 +49,14 @@ class Terms:
     """The loss of one batch and what it is made of.
 
     Args:
-        loss: ``ce + alpha * kl``, a scalar tensor; it alone carries the gradient.
+        loss: ``ce + alpha * kl``, and the weighted terms of regularizers; a scalar tensor, which alone carries the
+            gradient.
         ce: the task loss, a mean over the rows of all views; detached, for the log.
         kl: the consistency of the views, a mean over the same rows; detached, for the log.
         prediction: the first view's prediction, detached, so that a training metric needs no further forward.
         rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor.
         examples: B, the number of examples of the batch (not of its views): the batch size to log with.
+        extra: the terms of regularizers by name, without their weights; detached, for the log.
     """
 
     loss: Tensor
@@ -63,3 +65,4 @@ class Terms:
     prediction: Any = None
     rows: Tensor | None = None
     examples: int | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,8 @@
+"""What R-Drop is measured against, as further terms of the mixin's loss: a method a file."""
+
+from lightning_rdrop.regularizers.fgm import FGM
+from lightning_rdrop.regularizers.gradient_penalty import GradientPenalty
+from lightning_rdrop.regularizers.regularizer import Regularizer
+from lightning_rdrop.regularizers.vat import VAT
+
+__all__ = ["FGM", "VAT", "GradientPenalty", "Regularizer"]

@@ -1,0 +1,54 @@
+"""FGM: train on the worst step that is small."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_rdrop.regularizers.perturbation import Passes, unit
+from lightning_rdrop.regularizers.regularizer import Regularizer, at_least
+from lightning_rdrop.terms import Average
+
+if TYPE_CHECKING:
+    from lightning_rdrop.mixin import RDropMixin
+
+
+class FGM(Regularizer):
+    r"""Adversarial training by the fast gradient method: the task loss at the worst nearby embeddings.
+
+    .. math::
+        \text{fgm} = \operatorname{mean}_n D(y_n, f(e + r)), \qquad
+        r_i = \epsilon \frac{g_i}{\|g_i\|_2}, \quad g = \nabla_e \operatorname{mean}_n D(y_n, f(e))
+
+    The norm is that of an example, over the positions that are no padding and the dimensions together; r is a
+    constant. It takes two passes and two backward passes over B rows.
+
+    Args:
+        weight, at: see :class:`~lightning_rdrop.regularizers.Regularizer`.
+        epsilon: the norm of the perturbation of an example, >= 0. It wants to be small beside the norm of the example's
+            embeddings.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: Miyato et al. 2017, arXiv 1605.07725, equation 5; Su Jianlin, spaces.ac.cn/archives/7234 (who takes the
+    norm over all embeddings of a batch together).
+
+    Example:
+        >>> FGM(epsilon=0.5).name
+        'fgm'
+    """
+
+    name = "fgm"
+
+    def __init__(self, *, weight: float = 1.0, epsilon: float = 1.0, at: str | None = None) -> None:
+        super().__init__(weight=weight, at=at)
+        self.epsilon = at_least("epsilon", epsilon, 0)
+
+    def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
+        passes, distance = Passes(module, inputs, self.at), module.rdrop_distance
+        prediction, zero = passes.predict()
+        (gradient,) = torch.autograd.grad(distance.to_target(prediction, target).total, zero)
+        prediction, _ = passes.predict(self.epsilon * unit(gradient))
+        return distance.to_target(prediction, target)

@@ -1,0 +1,169 @@
+"""Where a perturbation enters a network, and passes through the network with one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rdrop import views
+
+if TYPE_CHECKING:
+    from lightning_rdrop.mixin import RDropMixin
+
+
+class Passes:
+    """Passes of one batch through a module, each with something added at one place.
+
+    What differs between them is what was added, and nothing else: all have the dropout masks of the first one, as in
+    the code of Miyato et al. (github.com/takerum/vat_tf seeds them alike), for between different masks the direction
+    that moves the prediction most would be noise. And nothing remains of them: running statistics, and all other
+    buffers, are put aside meanwhile.
+
+    Args:
+        module: with the mixin.
+        inputs: those of B examples.
+        at: see :class:`~lightning_rdrop.regularizers.Regularizer`.
+
+    Raises:
+        ValueError: a submodule that is not there, or no place to be found.
+        TypeError: inputs whose examples cannot be told.
+    """
+
+    def __init__(self, module: RDropMixin, inputs: Any, at: str | None) -> None:
+        self._module, self._inputs = module, inputs
+        self._at = at
+        self._place = _find(module, inputs, at)
+        try:
+            self._examples = views.batch_size(inputs)
+        except TypeError as error:
+            raise TypeError(f"A perturbation has a norm for each example, which cannot be told here: {error}") from None
+        self._random: tuple[Tensor, Tensor | None] | None = None
+        self.counted: Tensor | float = 1.0
+        """1, or (B, T, 1) with 0 at padding, which is not perturbed; known after the first pass."""
+
+    def predict(self, perturbation: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The prediction with the perturbation added, and the perturbation.
+
+        ``None`` is zeros that require a gradient, which is then the gradient at the place itself, (B, ...).
+        """
+        added: list[Tensor] = []
+
+        def add(point: Any) -> Tensor:
+            self._check(point)
+            self.counted = self._not_padding(point)
+            added.append(torch.zeros_like(point, requires_grad=True) if perturbation is None else perturbation)
+            return point + self.counted * added[0]  # type: ignore[no-any-return]
+
+        with _buffers_aside(self._module), self._same_masks():
+            if self._place is None:
+                inputs = self._inputs
+                changed = {key: add(inputs[key]) for key in inputs} if isinstance(inputs, Mapping) else add(inputs)
+                prediction = self._module.rdrop_predict(changed)
+            else:
+                hook = self._place.register_forward_hook(lambda _, __, output: None if added else add(output))
+                try:
+                    prediction = self._module.rdrop_predict(self._inputs)
+                finally:
+                    hook.remove()
+        if not added:
+            raise ValueError(f"{self._named_place()} was not called in a forward pass; name another one: at='...'.")
+        return prediction, added[0]
+
+    @contextmanager
+    def _same_masks(self) -> Iterator[None]:
+        device = self._module.device
+        cuda = device.type == "cuda"
+        if self._random is None:
+            self._random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+            yield
+            return
+        here, there = self._random
+        with torch.random.fork_rng([device] if cuda else []):
+            torch.set_rng_state(here)
+            if there is not None:
+                torch.cuda.set_rng_state(there, device)
+            yield
+
+    def _not_padding(self, point: Tensor) -> Tensor | float:
+        # it may be the mask of other positions than those of a place that was named
+        named = isinstance(self._inputs, Mapping) and self._at is None
+        mask = self._inputs.get("attention_mask") if named else None
+        if not isinstance(mask, Tensor) or point.dim() != 3 or mask.shape != point.shape[:2]:
+            return 1.0
+        return (mask != 0).unsqueeze(-1).to(point.dtype)
+
+    def _check(self, point: Any) -> None:
+        if not isinstance(point, Tensor) or not point.is_floating_point():
+            found = f"{point.dtype}" if isinstance(point, Tensor) else f"a {type(point).__name__}"
+            raise TypeError(f"{self._named_place()} gives {found}, where a tensor of floats is perturbed: at='...'.")
+        if point.dim() == 0 or len(point) != self._examples:
+            raise ValueError(
+                f"{self._named_place()} gives the shape {tuple(point.shape)} for {self._examples} examples; a "
+                "perturbation has a norm for each example, (B, ...). Name another submodule: at='...'."
+            )
+
+    def _named_place(self) -> str:
+        names = {module: name for name, module in self._module.named_modules()}
+        return "The input" if self._place is None else f"{names[self._place]}, the place of the perturbation,"
+
+
+def unit(direction: Tensor) -> Tensor:
+    """Each example's vector divided by its L2 norm over all dimensions but the first; 0 stays 0.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0], [3e-30, 4e-30], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    rows = direction.reshape(len(direction), -1)
+    # the squares of small numbers would be 0; after this the largest is 1, or all are 0
+    rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1)
+    return (rows / norm).reshape(direction.shape)
+
+
+def _find(module: RDropMixin, inputs: Any, at: str | None) -> nn.Module | None:
+    """The submodule whose output is perturbed; None is the input itself."""
+    modules: dict[str, nn.Module] = dict(module.named_modules())
+    if at is not None:
+        if at in modules and at:
+            return modules[at]
+        near = difflib.get_close_matches(at, modules, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(modules)[1:6])}, ..."
+        raise ValueError(f"at={at!r} is no submodule of {type(module).__name__}. {hint}")
+    for part in modules.values():
+        config = getattr(part, "config", None)
+        if config is not None and hasattr(part, "get_input_embeddings"):
+            # a decoder has embeddings of its own, and what both share may be called by neither
+            model: Any = part.get_encoder() if getattr(config, "is_encoder_decoder", False) else part  # type: ignore[operator]
+            embeddings: nn.Module = model.get_input_embeddings()
+            return embeddings
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    if len(values) == 1 and isinstance(values[0], Tensor) and values[0].is_floating_point():
+        return None
+    for part in modules.values():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            return part
+    raise ValueError(
+        f"No place for a perturbation is found: the input is no single tensor of floats, and {type(module).__name__} "
+        "has no embedding. Name the submodule whose output is perturbed: at='...'."
+    )
+
+
+@contextmanager
+def _buffers_aside(network: nn.Module) -> Iterator[None]:
+    """Copies in the place of buffers, for a while: the originals may be part of a graph, and are not written to."""
+    kept = [(module, dict(module._buffers)) for module in network.modules() if module._buffers]
+    try:
+        for module, buffers in kept:
+            module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)

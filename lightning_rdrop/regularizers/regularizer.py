@@ -1,0 +1,63 @@
+"""What a further term of the loss is."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from lightning_rdrop.terms import Average
+
+if TYPE_CHECKING:
+    from lightning_rdrop.mixin import RDropMixin
+
+
+class Regularizer(nn.Module):
+    r"""A further term of the loss, which makes the passes that it needs through the hooks of the mixin.
+
+    .. math:: \text{loss} = \text{ce} + \alpha\,\text{kl} + \sum_i w_i\,\text{term}_i
+
+    A subclass has a ``name`` and a ``forward``. With ``rdrop_views=1`` a regularizer is that method alone.
+
+    Args:
+        weight: w, finite and >= 0; a plain attribute.
+        at: where a perturbation enters: the dotted name of a submodule, whose output at its first call in a pass is
+            perturbed. ``None`` is the input embeddings of the Hugging Face model in the module, if there is one; else
+            the input itself, if it is a single tensor of floats; else the first ``nn.Embedding`` or
+            ``nn.EmbeddingBag``.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    name: ClassVar[str]
+    """Logged as ``train/<name>``."""
+    uses_target: ClassVar[bool] = True
+    """Whether it needs labels; where it does not, it is for unlabelled inputs as well."""
+
+    def __init__(self, *, weight: float = 1.0, at: str | None = None) -> None:
+        super().__init__()
+        self.weight = at_least("weight", weight, 0)
+        self.at = at
+
+    def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
+        """The term for some examples, once, however many views R-Drop makes of them.
+
+        Args:
+            module: predicts by ``module.rdrop_predict(inputs)`` and measures by ``module.rdrop_distance``.
+            inputs: those of B examples, not doubled.
+            target: theirs; ``None`` where there is none and ``uses_target`` is False.
+
+        Returns:
+            the sum over the rows that count and their weight, as a distance gives them: with one denominator for all
+            terms, the loss stays exact under :class:`~lightning_rdrop.callbacks.ExactAccumulation`.
+        """
+        raise NotImplementedError
+
+
+def at_least(name: str, value: float, least: float) -> float:
+    """A finite number that is not less, or an error that says so."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}.")
+    return value

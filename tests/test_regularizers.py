@@ -90,14 +90,14 @@ def test_the_gradient_penalty_is_differentiated_twice():
     torch.testing.assert_close(list(gradients), finite_differences(penalty, parameters), rtol=1e-5, atol=1e-8)
 
 
-def fisher_directions(module, x):
+def fisher_directions(module, x, gap=1.2):
     """The first eigenvector of J^T (diag p - p p^T) J of each example."""
     directions = []
     for row in x:
         jacobian = torch.autograd.functional.jacobian(module.network, row)
         p = module.network(row).softmax(-1).detach()
         values, vectors = torch.linalg.eigh(jacobian.T @ (p.diag() - p.outer(p)) @ jacobian)
-        assert values[-1] > 1.2 * values[-2]  # or the power iteration would be slow
+        assert values[-1] > gap * values[-2]  # or the power iteration would be slow
         directions.append(vectors[:, -1])
     return torch.stack(directions)
 
@@ -119,6 +119,20 @@ def test_vat_goes_along_the_first_eigenvector_of_the_fisher_information():
     torch.testing.assert_close(clean, x)
     along = ((last - x) / 2.0 * expected).sum(1).abs()
     torch.testing.assert_close(along, torch.ones(5).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_vat_finds_its_direction_in_the_precision_of_the_network(half):
+    """The published xi = 1e-6 finds none of it in float32, nor does 0.01 in bfloat16."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2000, 64), nn.Tanh(), nn.Linear(64, 4))
+    module, x = Net(network), torch.randn(5, 2000)
+    expected = fisher_directions(module, x, gap=1.05)
+    seen = given_to(module)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        VAT(epsilon=2.0, iterations=30)(module, x)
+    along = ((seen[-1] - x) / 2.0 * expected).sum(1).abs()
+    assert along.min() > 0.95
 
 
 def test_vat_is_the_published_one_sided_divergence():
@@ -342,11 +356,11 @@ def test_gradient_penalty_makes_the_loss_flat_and_vat_the_prediction(fit, small,
         fit(module, rows, max_epochs=15)
         x, y = rows.dataset.tensors
         torch.manual_seed(0)
-        return float(GradientPenalty()(module, x, y).mean), float(VAT(iterations=5)(module, x).mean)
+        return GradientPenalty()(module, x, y).mean.item(), VAT(iterations=5)(module, x).mean.item()
 
     penalty, vat = trained()
-    assert trained(rdrop_regularizers=[GradientPenalty(weight=2.0)])[0] < 0.8 * penalty
-    assert trained(rdrop_regularizers=[VAT(weight=2.0)])[1] < 0.8 * vat
+    assert trained(rdrop_regularizers=[GradientPenalty(weight=10.0)])[0] < 0.5 * penalty
+    assert trained(rdrop_regularizers=[VAT(weight=2.0)])[1] < 0.5 * vat
 
 
 def test_a_checkpoint_has_the_keys_of_the_class_and_is_safe_to_load(fit, small, rows, tmp_path):
@@ -546,7 +560,8 @@ def test_one_word_on_the_command_line_changes_the_method(tmp_path):
             '--model.rdrop_regularizers=[{"class_path": "VAT", "init_args": {"epsilon": 2.0, "weight": 0.5}}]',
             "--model.rdrop_regularizers+=FGM",
             f"--data={__name__}.Rows", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
-            "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.enable_progress_bar=False",
+            "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}",
+            "--trainer.enable_progress_bar=False",
         ]
     )  # fmt: skip
     checkpoint = next(Path(tmp_path).rglob("*.ckpt"))

@@ -130,12 +130,12 @@ def unit(direction: Tensor) -> Tensor:
 
 def _find(module: RDropMixin, inputs: Any, at: str | None) -> nn.Module | None:
     """The submodule whose output is perturbed; None is the input itself."""
-    modules: dict[str, nn.Module] = dict(module.named_modules())
+    modules: dict[str, nn.Module] = {name: part for name, part in module.named_modules() if name}
     if at is not None:
-        if at in modules and at:
+        if at in modules:
             return modules[at]
         near = difflib.get_close_matches(at, modules, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(modules)[1:6])}, ..."
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(modules)[:5])}, ..."
         raise ValueError(f"at={at!r} is no submodule of {type(module).__name__}. {hint}")
     for part in modules.values():
         config = getattr(part, "config", None)

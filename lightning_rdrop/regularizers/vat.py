@@ -31,8 +31,9 @@ class VAT(Regularizer):
         weight, at: see :class:`~lightning_rdrop.regularizers.Regularizer`.
         epsilon: the norm of the perturbation of an example, >= 0, over positions that are no padding and dimensions
             together. Published: 8 for CIFAR-10, 2.5 for SVHN, 5 for normalised embeddings of a text.
-        xi: the norm at which the gradient is taken, > 0. Published: 1e-6 for images, 0.1 for texts. Too small, and
-            the rounding of float32 or bfloat16 takes its place.
+        xi: the norm at which the gradient is taken, > 0: too small, and the rounding of the network takes its place;
+            too large, and it is not the gradient at the example. ``None`` is 0.01, and 1 in half precision. Published:
+            1e-6 for images (which in float32 is lost in rounding), 0.1 for texts.
         iterations: of the power iteration, >= 1.
 
     Raises:
@@ -53,14 +54,14 @@ class VAT(Regularizer):
         *,
         weight: float = 1.0,
         epsilon: float = 1.0,
-        xi: float = 0.1,
+        xi: float | None = None,
         iterations: int = 1,
         at: str | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at)
         self.epsilon = at_least("epsilon", epsilon, 0)
-        if not at_least("xi", xi, 0):
-            raise ValueError(f"xi must be > 0 (0.1 is the default), got {xi!r}: at 0 the gradient is 0.")
+        if xi is not None and not at_least("xi", xi, 0):
+            raise ValueError(f"xi must be > 0, or None to fit the precision, got {xi!r}: at 0 the gradient is 0.")
         self.xi = xi
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"iterations must be an int >= 1, got {iterations!r}.")
@@ -70,9 +71,11 @@ class VAT(Regularizer):
         passes, distance = Passes(module, inputs, self.at), module.rdrop_distance
         with torch.no_grad():
             clean, zero = passes.predict()
+        half = zero.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(module.device.type)
+        xi = self.xi or (1.0 if half else 0.01)
         direction = unit(torch.randn_like(zero) * passes.counted)
         for _ in range(self.iterations):
-            prediction, small = passes.predict((self.xi * direction).requires_grad_())
+            prediction, small = passes.predict((xi * direction).requires_grad_())
             (gradient,) = torch.autograd.grad(distance.directed(clean, prediction, target).total, small)
             direction = unit(gradient)
         prediction, _ = passes.predict(self.epsilon * direction)

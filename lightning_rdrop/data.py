@@ -1,10 +1,10 @@
-"""Tables of text as a LightningDataModule."""
+"""Tables of text as a LightningDataModule, and what is done to a batch of them."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -273,3 +273,48 @@ class TokenDataModule(TextDataModule):
                     targets[number, position] = self.index(row[self.label][word])
                 before = word
         return targets
+
+
+class RandomReplacement:
+    """Replaces some tokens of the decoder's inputs by others of the same text, against exposure bias.
+
+    In training, a decoder reads the right tokens; when it generates, its own, some of which are wrong. So with the
+    probability ``examples`` a text is changed, and then each of its tokens with the given probability: for any token
+    of the same text, as a model tends to write the right words at the wrong places. The labels stay as they are.
+
+    Args:
+        probability: of a token, in [0, 1].
+        examples: the share of the texts that are changed, in [0, 1].
+        special: tokens that are neither replaced nor put in another's place, such as padding. The first position,
+            where the decoder starts, is always left as it is.
+
+    Raises:
+        ValueError: a probability out of its range.
+
+    Source: Su Jianlin, spaces.ac.cn/archives/7259, whose values are the defaults.
+
+    Example:
+        >>> replace = RandomReplacement(1.0, examples=1.0, special=[0])
+        >>> replace(torch.tensor([[2, 7, 7, 0], [2, 5, 0, 0]]))  # nothing but 7, and 5, to choose from
+        tensor([[2, 7, 7, 0],
+                [2, 5, 0, 0]])
+    """
+
+    def __init__(self, probability: float = 0.3, *, examples: float = 0.5, special: Iterable[int] = ()) -> None:
+        for name, value in (("probability", probability), ("examples", examples)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
+        self.probability = probability
+        self.examples = examples
+        self.special = tuple(special)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T) as others of the same shape."""
+        free = ~torch.isin(tokens, tokens.new_tensor(self.special))
+        free[:, 0] = False
+        changed = torch.rand_like(tokens[:, :1], dtype=torch.float) < self.examples
+        chosen = free & changed & (torch.rand_like(tokens, dtype=torch.float) < self.probability)
+        # the free positions first, and of these one at random for each position
+        order = free.int().argsort(1, descending=True, stable=True)
+        pick = (torch.rand_like(tokens, dtype=torch.float) * free.sum(1, keepdim=True)).long()
+        return torch.where(chosen, tokens.gather(1, order.gather(1, pick)), tokens)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
 
+from lightning_rdrop.data import RandomReplacement
 from lightning_rdrop.distance import Categorical
 from lightning_rdrop.modules._pretrained import load
 from lightning_rdrop.modules.task import Task
@@ -38,12 +39,14 @@ class Seq2Seq(Task):
             generates nothing, which makes validation quick. ``None`` is sacreBLEU alone.
         characters: whether the scores count characters, as for Chinese, and not words.
         label_smoothing: in the cross-entropy.
+        random_replacement: the probability with which a token that the decoder reads in training is another one of its
+            text, in half of the texts; see :class:`~lightning_rdrop.data.RandomReplacement`. Its author's value is 0.3.
         max_new_tokens: the longest text that is generated.
         num_beams: of the beam search; 1 is greedy.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
 
     Raises:
-        ValueError: a score that is not known; a batch without ``labels``.
+        ValueError: a score that is not known; a probability out of its range; a batch without ``labels``.
 
     Shapes:
         batches with ``input_ids`` (N, S), ``attention_mask`` (N, S) and ``labels`` (N, T), padded with -100.
@@ -56,6 +59,7 @@ class Seq2Seq(Task):
         *,
         characters: bool = False,
         label_smoothing: float = 0.0,
+        random_replacement: float = 0.0,
         max_new_tokens: int = 64,
         num_beams: int = 1,
         **kwargs: Any,
@@ -76,6 +80,7 @@ class Seq2Seq(Task):
         distance = Categorical(label_smoothing=label_smoothing)
         super().__init__(load(AutoModelForSeq2SeqLM, pretrained), metrics, rdrop_distance=distance, **kwargs)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        self.replace = RandomReplacement(random_replacement, special=self.tokenizer.all_special_ids)
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
 
     def rdrop_unpack(self, batch: Any) -> tuple[dict[str, Any], Tensor]:
@@ -88,6 +93,8 @@ class Seq2Seq(Task):
             )
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = self._shifted(labels)
+        if self.training and self.replace.probability:
+            inputs["decoder_input_ids"] = self.replace(inputs["decoder_input_ids"])  # the same ones in all views
         return inputs, labels
 
     def rdrop_predict(self, inputs: Any) -> Tensor:

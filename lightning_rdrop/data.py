@@ -315,6 +315,6 @@ class RandomReplacement:
         changed = torch.rand_like(tokens[:, :1], dtype=torch.float) < self.examples
         chosen = free & changed & (torch.rand_like(tokens, dtype=torch.float) < self.probability)
         # the free positions first, and of these one at random for each position
-        order = free.int().argsort(1, descending=True, stable=True)
+        order = free.int().argsort(dim=1, descending=True, stable=True)
         pick = (torch.rand_like(tokens, dtype=torch.float) * free.sum(1, keepdim=True)).long()
         return torch.where(chosen, tokens.gather(1, order.gather(1, pick)), tokens)

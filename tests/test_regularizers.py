@@ -384,7 +384,7 @@ class Again(VAT):
         (lambda: FGM(weight=math.nan), ValueError, "weight must be a finite number >= 0, got nan"),
         (lambda: VAT(epsilon=math.inf), ValueError, "epsilon must be a finite number >= 0, got inf"),
         (lambda: FGM(epsilon="1"), ValueError, "epsilon must be a finite number >= 0, got '1'"),
-        (lambda: VAT(xi=0.0), ValueError, r"xi must be > 0 .*got 0\.0"),
+        (lambda: VAT(xi=0.0), ValueError, r"xi must be > 0, .*got 0\.0"),
         (lambda: VAT(iterations=0), ValueError, "iterations must be an int >= 1, got 0"),
         (lambda: Net(None, rdrop_regularizers=VAT()), TypeError, r"must be a list of regularizers.*got VAT\(\)"),
         (lambda: Net(None, rdrop_regularizers=["vat"]), TypeError, r"must be a list of regularizers.*got \['vat'\]"),

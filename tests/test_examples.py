@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize("config", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_is_understood(config, capsys):
+def test_every_config_is_understood(config, capsys, monkeypatch):
+    _, command = config.read_text().split("lightning-rdrop ", 1)  # it begins with the line that runs it
+    arguments = shlex.split(command.splitlines()[0])
+    assert str(config.relative_to(EXAMPLES.parent)) in arguments
+    monkeypatch.chdir(EXAMPLES.parent)
     with pytest.raises(SystemExit) as stopped:
-        RDropCLI(args=["fit", "--config", str(config), "--print_config"])
+        RDropCLI(args=[*arguments, "--print_config"])
     assert stopped.value.code in (None, 0)
     assert "class_path: lightning_rdrop.modules." in capsys.readouterr().out
 

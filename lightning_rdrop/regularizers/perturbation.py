@@ -130,7 +130,8 @@ def unit(direction: Tensor) -> Tensor:
 
 def _find(module: RDropMixin, inputs: Any, at: str | None) -> nn.Module | None:
     """The submodule whose output is perturbed; None is the input itself."""
-    modules: dict[str, nn.Module] = {name: part for name, part in module.named_modules() if name}
+    named = ((name, part) for name, part in module.named_modules() if name and not name.startswith("rdrop_"))
+    modules: dict[str, nn.Module] = dict(named)
     if at is not None:
         if at in modules:
             return modules[at]

@@ -1,6 +1,7 @@
 """R-Drop for PyTorch Lightning: inherit the mixin, add the callback, or use the command line."""
 
 from lightning_rdrop.callbacks import AlphaScheduler
+from lightning_rdrop.cross_entropy import linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.distance import (
     Bernoulli,
     Categorical,
@@ -35,6 +36,8 @@ __all__ = [
     "Terms",
     "convert_alpha",
     "jensen_shannon",
+    "linear_rdrop_cross_entropy",
+    "rdrop_cross_entropy",
     "symmetric_bernoulli_kl",
     "symmetric_kl",
 ]

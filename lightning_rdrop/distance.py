@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 from torch.nn import functional as F
 
+from lightning_rdrop.cross_entropy import Labels
 from lightning_rdrop.divergence import at_least_float32, jensen_shannon, kl, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.terms import Average
 
@@ -110,23 +111,15 @@ class Categorical(Distance):
         self.label_smoothing = label_smoothing
         self.register_buffer("weight", weight, persistent=False)
 
+    @property
+    def labels(self) -> Labels:
+        """What counts, and how much."""
+        return Labels(self.ignore_index, self.label_smoothing, self.weight)
+
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        prediction = at_least_float32(prediction)
-        indices = self._counts_indices(prediction, target)
-        total = F.cross_entropy(
-            prediction.movedim(self.class_dim, 1),
-            target if indices else target.to(prediction).movedim(self.class_dim, 1),
-            weight=None if self.weight is None else self.weight.to(prediction),
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
-        )
-        if not indices:  # F.cross_entropy divides a sum over class probabilities by the plain number of rows
-            return Average(total, total.new_tensor(target.numel() // target.shape[self.class_dim]))
-        counted = target != self.ignore_index
-        if self.weight is None:
-            return Average(total, counted.sum().to(total))
-        return Average(total, self.weight.to(total)[target.where(counted, 0)].where(counted, 0).sum())
+        if not self.counts_indices(prediction, target):
+            target = target.movedim(self.class_dim, 1)
+        return self.labels.average(prediction.movedim(self.class_dim, 1), target)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         return self._counted(self._divergence(first, second), first, target)
@@ -135,7 +128,7 @@ class Categorical(Distance):
         return self._counted(kl(first, second, self.class_dim), first, target)
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        if self._counts_indices(prediction, target):
+        if self.counts_indices(prediction, target):
             classes = prediction.shape[self.class_dim]
             wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
             if len(wrong):
@@ -149,12 +142,12 @@ class Categorical(Distance):
         return symmetric_kl(first, second, self.class_dim)
 
     def _counted(self, rows: Tensor, prediction: Tensor, target: Tensor | None) -> Average:
-        if target is None or not self._counts_indices(prediction, target):
+        if target is None or not self.counts_indices(prediction, target):
             return _all_count(rows)
         counted = target != self.ignore_index
         return Average(rows.where(counted, 0).sum(), counted.sum().to(rows))
 
-    def _counts_indices(self, prediction: Tensor, target: Tensor) -> bool:
+    def counts_indices(self, prediction: Tensor, target: Tensor) -> bool:
         """Whether the target holds class indices rather than probabilities, after a look at both shapes."""
         shape = list(prediction.shape)
         classes = shape.pop(self.class_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from itertools import combinations
@@ -9,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_rdrop.cross_entropy import linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.terms import Average, Terms
 
@@ -25,11 +27,15 @@ class RDropLoss(nn.Module):
     with two views and :class:`~lightning_rdrop.Categorical` this is exactly half of
     :math:`CE_1 + CE_2 + \tfrac\alpha2 [KL_{12} + KL_{21}]`. One view is ordinary training, kl = 0.
 
+    A Categorical distance is computed by :func:`~lightning_rdrop.rdrop_cross_entropy`, which makes the gradient along
+    the way; any other by autograd.
+
     Args:
         distance: D; ``None`` is :class:`~lightning_rdrop.Categorical`.
 
     Shapes:
-        predictions (K, N, ...), views first; target (N, ...), what the distance takes.
+        predictions (K, N, ...), views first; target (N, ...), what the distance takes. With a ``head``, hidden states
+        (K, N, ..., D) in the place of the predictions that it makes of them, which are never held.
 
     Source: Liang et al. 2021, arXiv 2106.14448; Su Jianlin, spaces.ac.cn/archives/8496.
 
@@ -45,7 +51,11 @@ class RDropLoss(nn.Module):
         super().__init__()
         self.distance = Categorical() if distance is None else distance
 
-    def forward(self, predictions: Tensor, target: Tensor, alpha: float | Tensor) -> Terms:
+    def forward(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
+        if head is not None:
+            return self._hidden(predictions, target, alpha, head)
+        if type(self.distance) is Categorical:  # a subclass may measure otherwise
+            return self._categorical(self.distance, predictions, target, alpha)
         ce, kl = self.averages(predictions, target)
         task, consistency = ce.mean, kl.mean / 2
         return Terms(
@@ -64,6 +74,42 @@ class RDropLoss(nn.Module):
         for j, k in combinations(range(views), 2):
             kl = kl + self.distance.between(predictions[j], predictions[k], target)
         return ce, kl
+
+    def _categorical(self, distance: Categorical, predictions: Tensor, target: Tensor, alpha: float | Tensor) -> Terms:
+        indices = distance.counts_indices(predictions[0], target)
+        dim = distance.class_dim
+        logits = predictions.movedim(dim if dim < 0 else dim + 1, -1).flatten(1, -2)
+        target = target.flatten() if indices else target.movedim(dim, -1).flatten(0, -2)
+        terms = rdrop_cross_entropy(logits, target, alpha, **distance.labels._asdict())
+        return dataclasses.replace(terms, prediction=predictions[0].detach())
+
+    def _hidden(self, hidden: Tensor, target: Tensor, alpha: float | Tensor, head: Head) -> Terms:
+        distance = self.distance
+        if type(distance) is not Categorical or distance.class_dim != -1:
+            raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {distance!r}.")
+        distance.counts_indices(head.like_logits(hidden[0]), target)
+        ignore_index, label_smoothing, class_weight = distance.labels
+        return linear_rdrop_cross_entropy(
+            hidden.flatten(1, -2),
+            head.weight,
+            target.flatten(),
+            alpha,
+            bias=head.bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+        )
+
+
+class Head(NamedTuple):
+    """A linear output layer: weight (C, D), and bias (C,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def like_logits(self, hidden: Tensor) -> Tensor:
+        """What has the shape of the logits of hidden states (..., D), and takes no memory."""
+        return hidden[..., :1].expand(*hidden.shape[:-1], len(self.weight))
 
 
 class _Source(NamedTuple):

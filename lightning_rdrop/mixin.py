@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_rdrop import dropout, guard, views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.distance import Categorical, Distance
-from lightning_rdrop.loss import RDropLoss
+from lightning_rdrop.loss import Head, RDropLoss
 from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Terms
 
@@ -138,7 +138,7 @@ class RDropMixin(MixinBase):
         examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
         predictions = self._rdrop_predictions(inputs, examples)
         self._rdrop_guard_batch(predictions, inputs, target, lambda: self._rdrop_predictions(inputs, examples))
-        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha)
+        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha, self.rdrop_head())
         terms = self._rdrop_regularize(terms, inputs, target) if self.rdrop_regularizers else terms
         return dataclasses.replace(terms, examples=examples)
 
@@ -182,6 +182,18 @@ class RDropMixin(MixinBase):
         output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
         return getattr(output, "logits", output)
 
+    def rdrop_head(self) -> Head | None:
+        """Hook: the linear output layer whose logits training never holds; then :meth:`rdrop_hidden` gives its inputs.
+
+        It saves most of the memory of a large vocabulary. ``rdrop_predict`` gives the logits as ever, for validation
+        and whoever else asks, but those of a training step are not there: its ``prediction`` is None.
+        """
+        return None
+
+    def rdrop_hidden(self, inputs: Any) -> Tensor:
+        """Hook: the hidden states (B, ..., D) of some inputs, of which ``rdrop_head`` makes the prediction."""
+        raise NotImplementedError("rdrop_head gives an output layer: override rdrop_hidden to give its inputs.")
+
     def save_hyperparameters(
         self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
     ) -> None:
@@ -202,10 +214,11 @@ class RDropMixin(MixinBase):
                     del saved[name]
 
     def _rdrop_predictions(self, inputs: Any, examples: int) -> Tensor:
-        """K predictions of the same inputs, (K, N, ...)."""
+        """K predictions of the same inputs, (K, N, ...), or the hidden states of which a head makes them."""
+        predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
         if self.rdrop_passes == "separate":
-            return torch.stack([self.rdrop_predict(inputs) for _ in range(self.rdrop_views)])
-        prediction = self.rdrop_predict(views.duplicate(inputs, self.rdrop_views))
+            return torch.stack([predict(inputs) for _ in range(self.rdrop_views)])
+        prediction = predict(views.duplicate(inputs, self.rdrop_views))
         return views.split(prediction, self.rdrop_views, examples)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # they differentiate inside the step
@@ -231,7 +244,8 @@ class RDropMixin(MixinBase):
         if modes == self._rdrop_guarded:
             return
         self._rdrop_guarded = modes
-        self.rdrop_distance.check(predictions[0], target)
+        head = self.rdrop_head()
+        self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
         self._rdrop_complain(guard.unshifted(inputs, target, getattr(self.rdrop_distance, "ignore_index", -100)))
         self._rdrop_complain(guard.fed_its_source(self, inputs))
         if self.rdrop_views == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):

@@ -8,11 +8,11 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.text import Perplexity
 
+from lightning_rdrop.modules._language_model import LanguageModel
 from lightning_rdrop.modules._pretrained import load
-from lightning_rdrop.modules.task import Task
 
 
-class CausalLM(Task):
+class CausalLM(LanguageModel):
     """The next token of a text, by a Hugging Face causal language model.
 
     The targets are shifted here: position t predicts token t + 1. A batch has ``input_ids``, and ``labels`` of the
@@ -21,14 +21,19 @@ class CausalLM(Task):
 
     Args:
         pretrained: name or folder of the model; its dropout is switched on.
+        fused_head: whether a training step never holds its logits, only a few rows of them at a time. That saves most
+            of the memory of a large vocabulary; the step has no ``prediction`` then.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
+
+    Raises:
+        ValueError: ``fused_head`` for a model that does more to its logits than its output layer.
     """
 
-    def __init__(self, pretrained: str, **kwargs: Any) -> None:
+    def __init__(self, pretrained: str, *, fused_head: bool = False, **kwargs: Any) -> None:
         from transformers import AutoModelForCausalLM  # an extra, needed by this module alone
 
         metrics = MetricCollection({"perplexity": Perplexity(ignore_index=-100)})
-        super().__init__(load(AutoModelForCausalLM, pretrained), metrics, **kwargs)
+        super().__init__(load(AutoModelForCausalLM, pretrained), metrics, fused_head=fused_head, **kwargs)
 
     def rdrop_unpack(self, batch: Any) -> tuple[dict[str, Any], Tensor]:
         inputs = dict(batch)
@@ -40,5 +45,7 @@ class CausalLM(Task):
         return inputs, labels[:, 1:]
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
-        logits: Tensor = super().rdrop_predict(inputs | {"use_cache": False})
-        return logits[:, :-1]  # after the last token comes nothing to be compared with
+        return super().rdrop_predict(inputs)[:, :-1]  # after the last token comes nothing to be compared with
+
+    def rdrop_hidden(self, inputs: Any) -> Tensor:
+        return super().rdrop_hidden(inputs)[:, :-1]

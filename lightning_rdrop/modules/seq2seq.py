@@ -12,8 +12,8 @@ from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
 
 from lightning_rdrop.data import RandomReplacement
 from lightning_rdrop.distance import Categorical
+from lightning_rdrop.modules._language_model import LanguageModel
 from lightning_rdrop.modules._pretrained import load
-from lightning_rdrop.modules.task import Task
 
 
 class RougeL(ROUGEScore):
@@ -26,7 +26,7 @@ class RougeL(ROUGEScore):
         return super().compute()["rougeL_fmeasure"]
 
 
-class Seq2Seq(Task):
+class Seq2Seq(LanguageModel):
     """A text for a text, by a Hugging Face seq2seq model.
 
     It is trained by teacher forcing: the decoder's inputs are made of the labels, which the model never sees, so that
@@ -41,12 +41,15 @@ class Seq2Seq(Task):
         label_smoothing: in the cross-entropy.
         random_replacement: the probability with which a token that the decoder reads in training is another one of its
             text, in half of the texts; see :class:`~lightning_rdrop.data.RandomReplacement`. Its author's value is 0.3.
+        fused_head: whether a training step never holds its logits, only a few rows of them at a time. That saves most
+            of the memory of a large vocabulary; the step has no ``prediction`` then.
         max_new_tokens: the longest text that is generated.
         num_beams: of the beam search; 1 is greedy.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
 
     Raises:
-        ValueError: a score that is not known; a probability out of its range; a batch without ``labels``.
+        ValueError: a score that is not known; a probability out of its range; a batch without ``labels``;
+            ``fused_head`` for a model that does more to its logits than its output layer.
 
     Shapes:
         batches with ``input_ids`` (N, S), ``attention_mask`` (N, S) and ``labels`` (N, T), padded with -100.
@@ -60,6 +63,7 @@ class Seq2Seq(Task):
         characters: bool = False,
         label_smoothing: float = 0.0,
         random_replacement: float = 0.0,
+        fused_head: bool = False,
         max_new_tokens: int = 64,
         num_beams: int = 1,
         **kwargs: Any,
@@ -78,7 +82,8 @@ class Seq2Seq(Task):
             raise ValueError(f"scores must be any of {', '.join(map(repr, known))}, got {unknown[0]!r}.")
         metrics = MetricCollection({score: known[score]() for score in chosen})
         distance = Categorical(label_smoothing=label_smoothing)
-        super().__init__(load(AutoModelForSeq2SeqLM, pretrained), metrics, rdrop_distance=distance, **kwargs)
+        network = load(AutoModelForSeq2SeqLM, pretrained)
+        super().__init__(network, metrics, rdrop_distance=distance, fused_head=fused_head, **kwargs)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
         self.replace = RandomReplacement(random_replacement, special=self.tokenizer.all_special_ids)
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
@@ -96,10 +101,6 @@ class Seq2Seq(Task):
         if self.training and self.replace.probability:
             inputs["decoder_input_ids"] = self.replace(inputs["decoder_input_ids"])  # the same ones in all views
         return inputs, labels
-
-    def rdrop_predict(self, inputs: Any) -> Tensor:
-        logits: Tensor = super().rdrop_predict(inputs | {"use_cache": False})
-        return logits
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         if metrics:

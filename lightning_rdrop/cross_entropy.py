@@ -1,0 +1,430 @@
+"""The fast path: cross-entropy, symmetric KL and their gradient in one pass over the logits, or without logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import combinations, compress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_rdrop.divergence import at_least_float32, symmetric_kl
+from lightning_rdrop.terms import Average, Terms
+
+_CACHED = 2**19
+"""Logits of a chunk on a CPU: 2 MiB of float32, which its cache keeps from the first look at them to the last."""
+
+_HELD = 2**22
+"""Logits that the head holds at once on a CPU: 16 MiB of float32, enough rows for a quick matrix product."""
+
+_STREAMED = 2**24
+"""Either of them on another device: 64 MiB of float32."""
+
+_FEW = 512
+"""Classes up to which a log-softmax and exp are quickest; beyond, a softmax is, and the logarithm of its largest."""
+
+
+def rdrop_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    chunk: int | None = None,
+) -> Terms:
+    r"""Cross-entropy plus alpha times the symmetric KL of K views, with the gradient made on the way forward.
+
+    .. math::
+        \text{loss} = \operatorname*{mean}_{k,n} -\log p_{kn}(y_n)
+            + \alpha\,\tfrac14 \operatorname*{mean}_n [KL(p_n \| q_n) + KL(q_n \| p_n)]
+
+    With p, q the two softmaxes of a row, :math:`d = \log p - \log q`, :math:`a = E_p[d]` and :math:`b = E_q[d]`,
+    the gradient of a row's loss is
+
+    .. math::
+        \tfrac12 (p - y) + \tfrac\alpha4 [p - q + p (d - a)] \quad\text{and}\quad
+        \tfrac12 (q - y) + \tfrac\alpha4 [q - p - q (d - b)]
+
+    so that a chunk of rows is read once and its gradient written once, while both are in cache; nothing else of the
+    size of the logits is ever made. Half precision is computed in float32. Where that does not apply (more or fewer
+    views, class probabilities as target, ``torch.compile``, ``torch.func``, second derivatives), the same value comes
+    from the formula above and autograd.
+
+    Args:
+        logits: shape (K, N, C), views first. A class may be masked with -inf in all views.
+        target: shape (N,) of class indices, or (N, C) of class probabilities.
+        alpha: the weight of kl, a number or a scalar tensor.
+        ignore_index: a row with this target counts in neither term.
+        label_smoothing: in [0, 1), in the cross-entropy only.
+        weight: shape (C,), one weight a class, in the cross-entropy only.
+        chunk: the number of logits that are worked on at once; by default what suits the device.
+
+    Raises:
+        ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of its range.
+
+    Source: Liang et al. 2021, arXiv 2106.14448.
+
+    Example:
+        >>> from torch import tensor
+        >>> logits = tensor([[[0.5, 0.2, 0.3]], [[0.5, 0.3, 0.2]]]).log()  # K = 2, N = 1, C = 3
+        >>> terms = rdrop_cross_entropy(logits, tensor([0]), alpha=4.0)
+        >>> terms.ce, terms.kl, terms.loss  # ln 2, ln(1.5) / 20, ce + 4 kl
+        (tensor(0.6931), tensor(0.0203), tensor(0.7742))
+    """
+    if logits.dim() != 3 or logits.shape[2] < 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be floats of shape (K, N, C), views first, with at least 2 classes C, got "
+            f"{tuple(logits.shape)}, {logits.dtype}."
+        )
+    labels = Labels(ignore_index, label_smoothing, weight)
+    labels.check(target, *logits.shape[1:])
+    with _without_autocast(logits):
+        if _fuses(logits, target):
+            size = _size(chunk, _CACHED, logits)
+            loss, ce, kl, rows = _Fused.apply(target, labels, size, alpha, logits)  # type: ignore[no-untyped-call]
+        else:
+            loss, ce, kl, rows = _composite(logits, target, alpha, labels)
+    return Terms(loss, ce.detach(), kl.detach(), logits[0].detach(), rows)
+
+
+def linear_rdrop_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    chunk: int | None = None,
+) -> Terms:
+    r"""The same for logits that are a linear map of hidden states, of which only a chunk is ever held.
+
+    .. math:: \text{logits} = \text{hidden} \cdot \text{weight}^\top + \text{bias}
+
+    The gradients for hidden states, weight and bias are made chunk by chunk on the way forward, so that a head over a
+    large vocabulary costs hardly more memory than its weight. Under autocast the products are in its dtype, as those
+    of a linear layer are.
+
+    Args:
+        hidden: shape (K, N, D), views first.
+        weight: shape (C, D), as in ``torch.nn.Linear``; it may be frozen, or tied to an embedding.
+        target: shape (N,) of class indices.
+        alpha: the weight of kl, a number or a scalar tensor.
+        bias: shape (C,).
+        ignore_index, label_smoothing: as for :func:`rdrop_cross_entropy`.
+        class_weight: shape (C,), one weight a class, in the cross-entropy only.
+        chunk: the number of logits that are held at once; by default what suits the device.
+
+    Returns:
+        terms without a prediction, which would be the logits.
+
+    Raises:
+        ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of its range.
+        TypeError: a weight that is sharded across ranks (a DTensor).
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+        >>> target = torch.arange(5)
+        >>> fused = linear_rdrop_cross_entropy(hidden, weight, target, alpha=4.0)
+        >>> bool(torch.isclose(fused.loss, rdrop_cross_entropy(hidden @ weight.T, target, alpha=4.0).loss))
+        True
+    """
+    if hidden.dim() != 3 or weight.dim() != 2 or hidden.shape[2] != weight.shape[1] or len(weight) < 2:
+        raise ValueError(
+            f"hidden must have the shape (K, N, D) and weight (C, D), with at least 2 classes C, got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have the shape (C,) = ({len(weight)},), got {tuple(bias.shape)}.")
+    if not _is_plain(weight):
+        raise TypeError(
+            f"weight is a {type(weight).__name__}, sharded across ranks: no chunk of plain hidden states can be "
+            "multiplied with it. Leave the output layer unsharded, or pass weight.full_tensor(), which gathers it."
+        )
+    labels = Labels(ignore_index, label_smoothing, class_weight)
+    labels.check(target, hidden.shape[1], len(weight))
+    if target.dim() != 1:
+        raise ValueError("target must be class indices (N,): probabilities (N, C) would be as large as the logits.")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # as for a linear layer
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with _without_autocast(hidden):
+        if _fuses(hidden, target):
+            size = _size(chunk, _HELD, hidden)
+            loss, ce, kl, rows = _Fused.apply(target, labels, size, alpha, hidden, weight, bias)  # type: ignore[no-untyped-call]
+        else:
+            loss, ce, kl, rows = _composite(F.linear(hidden, weight, bias), target, alpha, labels)
+    return Terms(loss, ce.detach(), kl.detach(), None, rows)
+
+
+class Labels(NamedTuple):
+    """What ``F.cross_entropy`` is told besides logits and target."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    weight: Tensor | None = None
+
+    def check(self, target: Tensor, rows: int, classes: int) -> None:
+        """Look at shapes, dtypes and ranges, never at values, which would wait for the device."""
+        indices = target.shape == (rows,) and not (target.is_floating_point() or target.is_complex())
+        if not indices and not (target.shape == (rows, classes) and target.is_floating_point()):
+            raise ValueError(
+                f"target must be class indices (integers) of shape (N,) = ({rows},), or class probabilities (floats) "
+                f"of shape (N, C) = ({rows}, {classes}), got {tuple(target.shape)}, {target.dtype}."
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
+        if self.weight is not None and self.weight.shape != (classes,):
+            raise ValueError(f"The class weight must have the shape ({classes},), got {tuple(self.weight.shape)}.")
+
+    def average(self, logits: Tensor, target: Tensor) -> Average:
+        """The cross-entropy of logits (N, C, ...), with class indices (N, ...) or probabilities (N, C, ...)."""
+        logits = at_least_float32(logits)
+        weight = None if self.weight is None else self.weight.to(logits)
+        total = F.cross_entropy(
+            logits,
+            target.to(logits) if target.is_floating_point() else target,
+            weight=weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        if target.is_floating_point():  # F.cross_entropy divides a sum over probabilities by the plain number of rows
+            return Average(total, total.new_tensor(logits.numel() // logits.shape[1]))
+        counted = target != self.ignore_index
+        if weight is None:
+            return Average(total, counted.sum().to(total))
+        return Average(total, weight[target.where(counted, 0)].where(counted, 0).sum())
+
+
+def _composite(
+    logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The formula as it is written, for autograd: any K, any target, any transform."""
+    views = len(logits)
+    ce = labels.average(logits.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)))
+    pairs = [symmetric_kl(logits[j], logits[k]) for j, k in combinations(range(views), 2)]
+    kl = ce.total.new_zeros(())
+    if pairs:
+        rows = torch.stack(pairs)
+        counted = target != labels.ignore_index if target.dim() == 1 else rows.new_ones(rows.shape[1], dtype=torch.bool)
+        kl = Average(rows.where(counted, 0).sum(), counted.sum().to(rows) * len(pairs)).mean / 2
+    return ce.mean + alpha * kl, ce.mean, kl, ce.weight / views
+
+
+class _Fused(torch.autograd.Function):
+    """Both functions: the gradients are made on the way forward, and scaled on the way back.
+
+    ``inputs`` are alpha, and the logits; or alpha, hidden states, a weight, and a bias or None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, labels: Labels, size: int, *inputs: Any) -> tuple[Tensor, ...]:
+        alpha, first, *head = inputs
+        wanted = ctx.needs_input_grad[4:]
+        sweep = _Sweep(target, labels, alpha, len(head[0]) if head else first.shape[2], first)
+        gradients = sweep.head(first, *head, wanted, size) if head else sweep.logits(first, wanted, size)  # type: ignore[call-arg]
+        ctx.alpha, ctx.labels = alpha, labels
+        tensors = (part if isinstance(part, Tensor) else None for part in inputs)
+        ce, kl = sweep.terms()
+        ctx.save_for_backward(target, sweep.lift, kl, *tensors, *gradients)
+        ctx.mark_non_differentiable(ce, kl, sweep.weight)
+        ctx.set_materialize_grads(False)
+        return ce + alpha * kl, ce, kl, sweep.weight
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:  # nothing depends on the loss
+            return (None,) * len(ctx.needs_input_grad)
+        target, lift, kl, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        inputs, gradients = saved[: len(needed)], saved[len(needed) :]
+        if torch.is_grad_enabled():  # under create_graph: the formula has a second derivative
+            alpha, first, *head = inputs
+            logits = F.linear(first, *head) if head else first
+            loss = _composite(logits, target, ctx.alpha if alpha is None else alpha, ctx.labels)[0]
+            found = iter(torch.autograd.grad(loss, [*compress(inputs, needed)], upstream, create_graph=True))
+            return None, None, None, *(next(found) if need else None for need in needed)
+        scale = upstream if lift is None else upstream / lift
+        scaled = [
+            None if gradient is None else _scaled(gradient, scale).to(part.dtype)
+            for part, gradient in zip(inputs[1:], gradients, strict=True)
+        ]
+        return None, None, None, kl * upstream if needed[0] else None, *scaled
+
+
+class _Sweep:
+    """One pass over the rows of two views: their terms, and the gradient of these."""
+
+    def __init__(self, target: Tensor, labels: Labels, alpha: float | Tensor, classes: int, like: Tensor) -> None:
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.class_weight = None if labels.weight is None else labels.weight.to(like.device, self.dtype)
+        self.smooths = labels.label_smoothing > 0
+        target = target.unsqueeze(-1)
+        ignored = target == labels.ignore_index
+        counted = ~ignored
+        label = target.masked_fill(ignored, 0)
+        count = self.weight = counted.sum(dtype=self.dtype)
+        each = share = own = counted / count.clamp(min=1)
+        if self.class_weight is not None:
+            own = self.class_weight[label] * counted
+            self.weight = own.sum()
+            share, own = counted / _nonzero(self.weight), own / _nonzero(self.weight)
+        hot = smooth = own * ((labels.label_smoothing - 1) / 2)
+        if self.smooths:
+            smooth = share * (-labels.label_smoothing / (2 * classes))
+        kl = each * 0.25
+        self.rows = _Rows(ignored, label, hot, smooth, kl, kl * alpha)
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        # a gradient of 1 / n would vanish in float16: it is kept n times as large, until the way back
+        self.lift = count.clamp(min=1) if like.dtype == torch.float16 else None
+
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """ce and kl of all rows that were seen."""
+        ce, kl = (part[0] if len(part) == 1 else torch.stack(part).sum() for part in zip(*self.parts, strict=True))
+        return ce, kl
+
+    def logits(self, logits: Tensor, wanted: Sequence[bool], size: int) -> list[Tensor | None]:
+        """The gradient for logits (2, N, C)."""
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if wanted[0] else None
+        self._walk(logits, gradient, size)
+        return [gradient]
+
+    def head(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool], size: int
+    ) -> list[Tensor | None]:
+        """The gradients for hidden states (2, N, D), weight and bias."""
+        to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+        to_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
+        to_bias = torch.zeros_like(bias, dtype=self.dtype) if bias is not None and wanted[2] else None
+        for rows in _pieces(hidden.shape[1], size // (2 * len(weight))):
+            states = hidden[:, rows]
+            logits = F.linear(states, weight, bias).to(self.dtype)
+            self._walk(logits, logits if any(wanted) else None, _CACHED if logits.is_cpu else size, rows.start)
+            gradient = logits.to(hidden.dtype)
+            if to_hidden is not None:
+                to_hidden[:, rows] = gradient @ weight
+            if to_weight is not None and self.dtype == hidden.dtype:
+                to_weight.addmm_(gradient.flatten(0, 1).T, states.flatten(0, 1))
+            elif to_weight is not None:
+                to_weight += gradient.flatten(0, 1).T @ states.flatten(0, 1)
+            if to_bias is not None:
+                to_bias += logits.sum((0, 1))
+        return [to_hidden, to_weight, to_bias]
+
+    def _walk(self, logits: Tensor, gradient: Tensor | None, size: int, start: int = 0) -> None:
+        """Over the logits (2, n, C) of the rows from ``start`` on, whose gradient may take their place."""
+        widened = logits.dtype != self.dtype
+        for rows in _pieces(logits.shape[1], size // (2 * logits.shape[2])):
+            whole = rows.stop - rows.start == logits.shape[1]  # the usual case, without a dozen slices
+            part = (logits if whole else logits[:, rows]).to(self.dtype)
+            place = gradient if whole or gradient is None else gradient[:, rows]
+            out = part if widened and place is not None else place
+            self.parts.append(self._chunk(part, self.rows.of(start + rows.start, start + rows.stop), out))
+            if out is not None and self.lift is not None:
+                out.mul_(self.lift)
+            if widened and place is not None:
+                place.copy_(part)
+
+    def _chunk(self, logits: Tensor, rows: _Rows, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The parts of some rows (2, n, C) in ce and kl; their gradient is written to ``out``, maybe the logits."""
+        if logits.shape[2] < _FEW:
+            log_p = torch.log_softmax(logits, -1)
+            both = torch.exp(log_p, out=out)
+        else:
+            log_p = logits - logits.amax(-1, keepdim=True)
+            both = torch.empty_like(log_p) if out is None else out
+            for shifted, probability in zip(log_p, both, strict=True):
+                torch.softmax(shifted, -1, out=probability)
+            log_p += both.amax(-1, keepdim=True).log_()  # exp(0) / sum(exp)
+        first, second = log_p.unbind(0)
+        p, q = both.unbind(0)
+
+        label = rows.label.expand(2, -1, -1)
+        ce = (log_p.gather(-1, label).masked_fill_(rows.ignored, 0) * rows.hot).sum()
+        if self.smooths:
+            every = (log_p if self.class_weight is None else log_p * self.class_weight).sum(-1, keepdim=True)
+            ce += (every.masked_fill_(rows.ignored, 0) * rows.smooth).sum()
+        # a class that neither view allows has no part in the sum
+        gap = torch.sub(first, second).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        torch.sub(p, q, out=first)
+        jeffreys = torch.linalg.vecdot(first, gap).unsqueeze_(-1)
+        kl = (jeffreys.masked_fill_(rows.ignored, 0) * rows.kl).sum()
+        if out is not None:
+            # the gradient for log p and log q takes their place, and then passes through the softmax
+            torch.neg(first, out=second).addcmul_(q, gap, value=-1)
+            first.addcmul_(p, gap)
+            log_p.mul_(rows.apart).scatter_add_(-1, label, rows.hot.expand(2, -1, -1))
+            if self.smooths:
+                log_p += rows.smooth if self.class_weight is None else rows.smooth * self.class_weight
+            torch.addcmul(log_p, both, log_p.sum(-1, keepdim=True), value=-1, out=both)
+        return ce, kl
+
+
+class _Rows(NamedTuple):
+    """What each row counts, all (N, 1)."""
+
+    ignored: Tensor
+    label: Tensor  # 0 where it does not count
+    hot: Tensor  # the factor of log p(y), in each view, in ce: not positive
+    smooth: Tensor  # that of w_c log p_c for every c, likewise
+    kl: Tensor  # that of KL(p || q) + KL(q || p) in kl
+    apart: Tensor  # the same in the loss
+
+    def of(self, start: int, stop: int) -> _Rows:
+        return self if stop - start >= len(self.ignored) else _Rows(*(part[start:stop] for part in self))
+
+
+def _pieces(rows: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step))
+
+
+def _nonzero(weight: Tensor) -> Tensor:
+    return weight.where(weight != 0, 1)
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """The product; in place where the gradient can not be asked for again."""
+    if _graph_is_kept() or torch._C._are_functorch_transforms_active():
+        return gradient * scale
+    if gradient.is_cpu and scale.item() == 1:  # elsewhere a look at the scale would wait for the device
+        return gradient
+    return gradient.mul_(scale)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that runs is one with retain_graph=True."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
+
+
+def _fuses(first: Tensor, target: Tensor) -> bool:
+    """Whether the gradient can be made on the way forward: two views, class indices, and nothing that traces."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return len(first) == 2 and target.dim() == 1 and _is_plain(first) and not traced
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _size(chunk: int | None, cached: int, tensor: Tensor) -> int:
+    if chunk is None:
+        return cached if tensor.is_cpu else _STREAMED
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be an int >= 1, the number of logits worked on at once, or None, got {chunk!r}.")
+    return chunk

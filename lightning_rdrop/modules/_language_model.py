@@ -1,0 +1,106 @@
+"""Hugging Face models that predict tokens, and their output layer apart from the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_rdrop.loss import Head
+from lightning_rdrop.modules.task import Task
+
+
+class LanguageModel(Task):
+    """Tokens by a Hugging Face model, in training with its logits or without.
+
+    Args:
+        fused_head: whether a training step makes its loss of hidden states and the output layer, a few rows at a time,
+            and never holds the logits. That saves most of the memory of a large vocabulary; the step has no
+            ``prediction`` then.
+    """
+
+    def __init__(
+        self, network: nn.Module, metrics: MetricCollection, *, fused_head: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(network, metrics, **kwargs)
+        self._output_layer = OutputLayer(network) if fused_head else None
+
+    def rdrop_predict(self, inputs: Any) -> Tensor:
+        logits: Tensor = super().rdrop_predict(inputs | {"use_cache": False})
+        return logits
+
+    def rdrop_head(self) -> Head | None:
+        return None if self._output_layer is None else self._output_layer.head
+
+    def rdrop_hidden(self, inputs: Any) -> Tensor:
+        if self._output_layer is None:
+            return super().rdrop_hidden(inputs)
+        return self._output_layer.hidden(inputs | {"use_cache": False})
+
+
+class OutputLayer:
+    """Stops a model before its output layer, and hands the layer out.
+
+    It proves itself on two tokens: the model's own logits must be what the layer makes of the hidden states.
+
+    Args:
+        network: a Hugging Face language model.
+
+    Raises:
+        ValueError: the model has no linear output layer, or does more with its result than to add a bias.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        layer = network.get_output_embeddings()
+        name = type(network).__name__
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"fused_head=True needs a linear output layer, and that of {name} is {layer!r}.")
+        self._layer = layer
+        tokens = torch.tensor([[0, 1]], device=network.device)
+        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
+        modes = {module: module.training for module in network.modules()}
+        network.eval()
+        try:
+            with torch.no_grad():
+                expected = network(**inputs).logits
+                found = nn.functional.linear(self.hidden(inputs), *self.head)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise ValueError(
+                f"fused_head=True needs logits that the output layer alone makes, but {name} changes them further, as "
+                "by a soft cap. Leave fused_head at False."
+            )
+
+    @property
+    def head(self) -> Head:
+        """The layer's weight, and what is added to its result."""
+        biases = (self._layer.bias, getattr(self._network, "final_logits_bias", None))
+        added = [bias.flatten() for bias in biases if bias is not None]
+        return Head(self._layer.weight, sum(added[1:], added[0]) if added else None)
+
+    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The hidden states (B, T, D) before the layer."""
+        handle = self._layer.register_forward_pre_hook(_stop)
+        try:
+            self._network(**inputs)
+        except _ReachedError as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise ValueError(f"{type(self._network).__name__} never called its output layer.")
+
+
+class _ReachedError(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _stop(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    raise _ReachedError(inputs[0])

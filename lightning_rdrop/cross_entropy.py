@@ -394,7 +394,8 @@ def _nonzero(weight: Tensor) -> Tensor:
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """The product; in place where the gradient can not be asked for again."""
-    if _graph_is_kept() or torch._C._are_functorch_transforms_active():
+    batched = torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(scale)
+    if batched or _graph_is_kept():
         return gradient * scale
     if gradient.is_cpu and scale.item() == 1:  # elsewhere a look at the scale would wait for the device
         return gradient

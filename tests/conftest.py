@@ -9,6 +9,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_rdrop import RDropMixin
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

@@ -36,6 +36,12 @@ def official_snippet(first, second, target, alpha, reduction):
     return ce + alpha * getattr(both_ways(first, second), reduction)() / 2
 
 
+def official_kl(first, second):
+    """Its divergences to the letter: log-probabilities against probabilities, whose own logarithm kl_div takes."""
+    one = F.kl_div(F.log_softmax(first, -1), F.softmax(second, -1), reduction="sum")
+    return (one + F.kl_div(F.log_softmax(second, -1), F.softmax(first, -1), reduction="sum")) / 2
+
+
 def official_glue(first, second, target, alpha):
     """Its code for BERT: the two cross-entropies are not averaged, the divergences are summed over the batch."""
     ce = F.cross_entropy(first, target) + F.cross_entropy(second, target)

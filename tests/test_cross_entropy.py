@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from lightning_rdrop import Categorical, JensenShannon, RDropLoss, linear_rdrop_cross_entropy, rdrop_cross_entropy
@@ -34,8 +35,11 @@ def gradient(loss, logits):
 
 
 def error(found, exact):
-    """The largest error, relative to the largest gradient of the row's views."""
-    scale = exact.abs().amax((0, 2), keepdim=True).clamp(min=1e-30)
+    """The largest error, relative to the largest gradient of the row's views, or to a thousandth of what one can be.
+
+    Below that float32 sees a probability of 1, and float16 has no digits left.
+    """
+    scale = exact.abs().amax((0, 2), keepdim=True).clamp(min=1e-3 / exact.shape[1])
     return float(((found.double() - exact).abs() / scale).max())
 
 
@@ -81,8 +85,13 @@ def test_gradient_is_as_exact_as_autograd_of_the_formula(case):
     exact_logits = logits.detach().double().requires_grad_()
     exact = gradient(composite(exact_logits, target, case["alpha"]), exact_logits)
     terms = rdrop_cross_entropy(logits, target, case["alpha"], chunk=case["chunk"])
-    theirs = error(gradient(composite(logits, target, case["alpha"]), logits), exact)
-    assert error(gradient(terms.loss, logits), exact) <= 2 * theirs + 1e-6
+    ours, theirs = (
+        float((gradient(loss, logits) - exact).abs().max()) * case["rows"]
+        for loss in (terms.loss, composite(logits, target, case["alpha"]))
+    )
+    # the formula is now and then lucky: log-probabilities are only known to the last place of a float32
+    span = 2 * float(logits.detach()[logits.isfinite()].abs().max())
+    assert ours <= max(2 * theirs, torch.finfo(torch.float32).eps * max(1, span))
     expected = composite(exact_logits, target, case["alpha"])
     torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -115,7 +124,8 @@ def test_the_published_formula_in_float64(classes, smoothing, weighted, chunk):
     torch.testing.assert_close(terms.loss, expected)
     torch.testing.assert_close(terms.loss, terms.ce + 3.0 * terms.kl)
     torch.testing.assert_close(gradient(terms.loss, logits), gradient(expected, logits))
-    assert not terms.ce.requires_grad and not terms.kl.requires_grad
+    assert not terms.ce.requires_grad
+    assert not terms.kl.requires_grad
     share = arguments["weight"][target[target != 3]].sum() if weighted else (target != 3).sum()
     torch.testing.assert_close(terms.rows.double(), share.double())
 
@@ -188,7 +198,7 @@ def test_right_where_the_official_snippet_is_not_finite(dtype, gap):
     logits[0, :, 0], logits[1, :, 1] = gap, gap
     target = torch.tensor([0, 1, 2])
     logits.requires_grad_()
-    official = reference.official_snippet(logits[0], logits[1], target, 4.0)
+    official = reference.official_kl(logits[0], logits[1])
     assert not gradient(official, logits).isfinite().all()
     exact = logits.detach().double().requires_grad_()
     ours = gradient(rdrop_cross_entropy(logits, target, 4.0).loss, logits)
@@ -279,7 +289,7 @@ def test_batched_gradients():
 
 def test_compile_takes_one_graph_for_all_alphas():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True)
     def loss(logits, target, alpha):
@@ -380,7 +390,8 @@ def test_loss_takes_the_fast_path_where_it_applies(monkeypatch):
     images, labels = torch.randn(2, 3, 7, 4, 5), torch.randint(7, (3, 4, 5))
     images[:, 0] = 0
     terms = RDropLoss(Categorical(class_dim=1))(images, labels, 4.0)
-    assert calls == [1] and terms.prediction.shape == (3, 7, 4, 5)
+    assert calls == [1]
+    assert terms.prediction.shape == (3, 7, 4, 5)
     flat = images.movedim(2, -1).reshape(2, -1, 7)
     torch.testing.assert_close(terms.loss, composite(flat, labels.flatten(), 4.0))
     RDropLoss(JensenShannon(class_dim=1))(images, labels, 4.0)

@@ -300,3 +300,52 @@ def test_packed_sequences_under_separate_passes(fit):
     assert metrics["train/kl"] > 0
     with pytest.raises(TypeError, match=r"a PackedSequence, cannot be doubled.*rdrop_passes=\"separate\""):
         fit(Classifier(PackedLSTM(), 3), loader)
+
+
+@pytest.fixture
+def t5(folder):
+    settings = transformers.T5Config(
+        vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return folder(transformers.T5ForConditionalGeneration(settings))
+
+
+@pytest.mark.parametrize(("task", "model"), [(CausalLM, "gpt2"), (Seq2Seq, "bart"), (Seq2Seq, "t5")])
+def test_a_fused_head_changes_nothing_but_memory(fit, task, model, request):
+    folder, batch = request.getfixturevalue(model), texts(labels=task is Seq2Seq)
+    settings = {"scores": []} if task is Seq2Seq else {}
+    plain, fused = task(folder, **settings), task(folder, fused_head=True, **settings)
+    if model == "bart":  # its bias stands beside the output layer
+        for module in (plain, fused):
+            module.network.final_logits_bias.copy_(torch.arange(len(WORDS)) / 10)
+    terms = []
+    for module in (plain, fused):
+        torch.manual_seed(1)
+        terms.append(module.rdrop_step(batch))
+        terms[-1].loss.backward()
+    assert terms[0].kl > 0
+    assert terms[1].prediction is None
+    for name in ("loss", "ce", "kl", "rows"):
+        torch.testing.assert_close(getattr(terms[1], name), getattr(terms[0], name))
+    gradients = [{name: value.grad for name, value in module.network.named_parameters()} for module in (plain, fused)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    inputs = fused.rdrop_unpack(batch)[0]
+    torch.testing.assert_close(fused.eval().rdrop_predict(inputs), plain.eval().rdrop_predict(inputs))
+    assert trained(fit, fused.train(), batch)["val/ce"] > 0
+
+
+def test_a_fused_head_makes_no_logits(gpt2):
+    module = CausalLM(gpt2, fused_head=True)
+    module.network.lm_head.register_forward_hook(lambda *_: pytest.fail("made logits"))
+    assert module.rdrop_step(texts(labels=False)).loss > 0
+
+
+def test_a_head_that_is_more_than_linear_is_not_fused(folder):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    settings = transformers.Gemma2Config(
+        num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=0.01, **sizes, **SIZES
+    )
+    capped = folder(transformers.Gemma2ForCausalLM(settings))
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM changes them further"):
+        CausalLM(capped, fused_head=True)
+    assert CausalLM(capped).rdrop_head() is None

@@ -1,0 +1,205 @@
+"""What the loss costs, forward and backward, beside plain cross-entropy and other ways to write R-Drop:
+
+    python examples/benchmarks/loss.py
+
+Ratios of medians to ``F.cross_entropy`` on the same 2N rows, all ways in turns in one process, and the peak of memory
+that each adds, in a process of its own. Prints the tables, and writes loss.csv and loss.png.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import resource
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+
+from lightning_rdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
+
+ALPHA = 4.0
+SIZES = [(64, 15), (512, 119), (4096, 1000), (2048, 8000), (512, 32000), (2048, 32000)]
+HEAD = (2048, 512, 32000)  # N, D, C
+LEAST = 5
+"""Rounds at the least, however long they take."""
+
+
+def plain(logits, target):
+    return F.cross_entropy(logits.flatten(0, 1), target.repeat(2))
+
+
+def official(logits, target):
+    """The README of the official repository, with the scale of our alpha."""
+    p, q = logits
+    ce = 0.5 * (F.cross_entropy(p, target) + F.cross_entropy(q, target))
+    one = F.kl_div(F.log_softmax(p, dim=-1), F.softmax(q, dim=-1), reduction="none").sum()
+    other = F.kl_div(F.log_softmax(q, dim=-1), F.softmax(p, dim=-1), reduction="none").sum()
+    return ce + ALPHA * (one + other) / 4 / len(target)
+
+
+def paddlenlp(logits, target):
+    """PaddleNLP's RDropLoss beside one cross-entropy, with the scale of our alpha."""
+    p, q = logits
+    one = F.kl_div(F.log_softmax(p, dim=-1), F.softmax(q, dim=-1), reduction="batchmean")
+    other = F.kl_div(F.log_softmax(q, dim=-1), F.softmax(p, dim=-1), reduction="batchmean")
+    return F.cross_entropy(logits.flatten(0, 1), target.repeat(2)) + ALPHA * (one + other) / 2 / 2
+
+
+def composite(logits, target):
+    """The formula in the space of logarithms, where the log-softmax is made once and nothing underflows."""
+    log_p = logits.log_softmax(-1)
+    (p, q), gap = log_p.exp(), log_p[0] - log_p[1]
+    ce = F.nll_loss(log_p.flatten(0, 1), target.repeat(2))
+    return ce + ALPHA * ((p - q) * gap).sum(-1).mean() / 4
+
+
+def ours(logits, target):
+    return rdrop_cross_entropy(logits, target, ALPHA).loss
+
+
+def plain_head(hidden, weight, target):
+    return plain(hidden @ weight.T, target)
+
+
+def official_head(hidden, weight, target):
+    return official(hidden @ weight.T, target)
+
+
+def chunked_head(hidden, weight, target):
+    """torch's own, which is plain cross-entropy."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden.flatten(0, 1), weight, target.repeat(2), options=options)
+
+
+def ours_head(hidden, weight, target):
+    return linear_rdrop_cross_entropy(hidden, weight, target, ALPHA).loss
+
+
+LOSSES = {"plain": plain, "official": official, "PaddleNLP": paddlenlp, "composite": composite, "ours": ours}
+if shutil.which("g++"):
+    LOSSES["composite, compiled"] = torch.compile(composite, dynamic=False)
+HEADS = {"plain": plain_head, "official": official_head, "ours": ours_head}
+if hasattr(F, "linear_cross_entropy"):
+    HEADS["torch's chunked head"] = chunked_head
+
+
+def arguments(size):
+    """Leaves and target: logits (2, N, C), or hidden states (2, N, D) and a weight (C, D)."""
+    torch.manual_seed(0)
+    rows, *_, classes = size
+    target = torch.randint(classes, (rows,))
+    if len(size) == 2:
+        logits = torch.randn(rows, classes) + 0.5 * torch.randn(2, rows, classes)
+        return [logits.requires_grad_()], target
+    hidden = torch.randn(rows, size[1]) + 0.5 * torch.randn(2, rows, size[1])
+    return [hidden.requires_grad_(), (torch.randn(classes, size[1]) / size[1] ** 0.5).requires_grad_()], target
+
+
+def ways(size):
+    return LOSSES if len(size) == 2 else HEADS
+
+
+def step(loss, leaves, target):
+    torch.autograd.grad(loss(*leaves, target), leaves)
+
+
+def times(size, threads, rounds, seconds):
+    """The median time of a step for each way, all in turns."""
+    leaves, target = arguments(size)
+    timers, calls = {}, {}
+    for name, loss in ways(size).items():
+        timer = Timer("step(loss, leaves, target)", globals=dict(globals(), **locals()), num_threads=threads)
+        timer.timeit(2)  # warm-up, and compilation
+        timers[name], calls[name] = timer, max(1, int(5e-3 / timer.timeit(2).mean))
+    found, end = {name: [] for name in timers}, time.monotonic() + seconds
+    while len(found["plain"]) < LEAST or (len(found["plain"]) < rounds and time.monotonic() < end):
+        for name, timer in timers.items():
+            found[name].append(timer.timeit(calls[name]).mean)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak(name, size):
+    """Bytes that a step adds to what its arguments take."""
+    leaves, target = arguments(size)
+    unit = 1 if sys.platform == "darwin" else 1024
+    step(ways(size)[name], [leaf[..., :3, :].detach().requires_grad_() for leaf in leaves], target[:3] % 3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(ways(size)[name], leaves, target)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def peaks(size):
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {name: pool.apply(peak, (name, size)) for name in ways(size)}
+
+
+def measure(sizes, threads, rounds, seconds):
+    for size in sizes:
+        memory = peaks(size)
+        for count in threads:
+            found = times(size, count, rounds, seconds)
+            for name, value in found.items():
+                yield {
+                    "size": " x ".join(map(str, size)),
+                    "threads": count,
+                    "way": name,
+                    "seconds": value,
+                    "ratio": value / found["plain"],
+                    "bytes": memory[name],
+                }
+
+
+def table(rows, title):
+    names = list(dict.fromkeys(row["way"] for row in rows))
+    print(f"\n| {title}, threads | plain, ms | {' | '.join(names[1:])} | peak memory, MiB: {', '.join(names)} |")
+    print("|---" * (len(names) + 2) + "|")
+    for size, threads in dict.fromkeys((row["size"], row["threads"]) for row in rows):
+        group = {row["way"]: row for row in rows if (row["size"], row["threads"]) == (size, threads)}
+        ratios = " | ".join(f"{group[name]['ratio']:.2f}" for name in names[1:])
+        memory = ", ".join(f"{group[name]['bytes'] / 2**20:.0f}" for name in names)
+        print(f"| {size}, {threads} | {1e3 * group['plain']['seconds']:.3g} | {ratios} | {memory} |")
+
+
+def draw(rows, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("seconds", "bytes"), ("ns", "bytes"), strict=True):
+        for name in dict.fromkeys(row["way"] for row in rows):
+            own = [row for row in rows if row["way"] == name and row["threads"] == rows[0]["threads"]]
+            each = [2 * int(row["size"].split(" x ")[0]) * int(row["size"].split(" x ")[-1]) for row in own]
+            scale = 1e9 if key == "seconds" else 1
+            axes.plot(
+                [row["size"] for row in own],
+                [scale * r[key] / n for r, n in zip(own, each, strict=True)],
+                "o-",
+                label=name,
+            )
+        axes.set(xlabel="N x C", ylabel=f"{label} per logit", yscale="log")
+        axes.tick_params(axis="x", labelrotation=20)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=20, help="for a size, after its first few rounds")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="of loss.csv and loss.png")
+    given = parser.parse_args()
+    losses = list(measure(SIZES, given.threads, given.rounds, given.seconds))
+    table(losses, "N x C")
+    heads = list(measure([HEAD], given.threads, given.rounds, given.seconds))
+    table(heads, "head, N x D x C")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    with open(given.folder / "loss.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, losses[0])
+        writer.writeheader()
+        writer.writerows(losses + heads)
+    draw(losses, given.folder / "loss.png")

@@ -13,11 +13,13 @@ from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_rdrop import dropout, guard, views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.duplicate_at import LateDuplication, Split
 from lightning_rdrop.loss import Head, RDropLoss
 from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Terms
@@ -42,6 +44,9 @@ class RDropMixin(MixinBase):
             among the hyper-parameters: give it again to ``load_from_checkpoint``.
         rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
+        rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
+            dotted name or the end of it, several, a glob, or ``"auto"`` for the latest place before which nothing is
+            random. ``None`` doubles at the entrance. See :mod:`lightning_rdrop.duplicate_at`.
         rdrop_regularizers: further terms of the loss, such as :class:`~lightning_rdrop.VAT`, each logged by its name;
             see :class:`~lightning_rdrop.Regularizer`. They are not saved among the hyper-parameters.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
@@ -79,6 +84,7 @@ class RDropMixin(MixinBase):
         rdrop_views: int = 2,
         rdrop_distance: Distance | None = None,
         rdrop_passes: Literal["joint", "separate"] = "joint",
+        rdrop_duplicate_at: str | Sequence[str] | None = None,
         rdrop_regularizers: Sequence[Regularizer] = (),
         rdrop_guard: Literal["error", "warn", "off"] = "error",
         **kwargs: Any,
@@ -93,10 +99,12 @@ class RDropMixin(MixinBase):
             raise TypeError(f"rdrop_distance must be a Distance or None, got {rdrop_distance!r}.")
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = _check_choice("rdrop_passes", rdrop_passes, ("joint", "separate"))
+        self.rdrop_duplicate_at = _check_duplicate_at(rdrop_duplicate_at, rdrop_passes)
         self.rdrop_regularizers = nn.ModuleList(_check_regularizers(rdrop_regularizers, self.rdrop_distance))
         self.rdrop_guard = _check_choice("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_guarded: list[bool] | None = None
+        self._rdrop_late = LateDuplication(rdrop_duplicate_at, rdrop_views) if rdrop_duplicate_at else None
         self._rdrop_rows: Tensor | None = None  # of the last training step
         self._rdrop_nan = guard.NanWatch()
 
@@ -218,8 +226,27 @@ class RDropMixin(MixinBase):
         predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
         if self.rdrop_passes == "separate":
             return torch.stack([predict(inputs) for _ in range(self.rdrop_views)])
-        prediction = predict(views.duplicate(inputs, self.rdrop_views))
+        split = self._rdrop_split(predict, inputs)
+        if split is None:
+            prediction = predict(views.duplicate(inputs, self.rdrop_views))
+        else:
+            prediction = split.predict(self, predict, inputs, self.rdrop_views)
         return views.split(prediction, self.rdrop_views, examples)
+
+    def _rdrop_split(self, predict: Callable[[Any], Any], inputs: Any) -> Split | None:
+        """Where the batch is doubled, if not at the entrance."""
+        if self._rdrop_late is None or self.rdrop_views == 1:
+            return None
+        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_modes())
+        if split is not None and new:
+            rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
+            if split.shared and self.rdrop_guard != "off":
+                warnings.warn(
+                    f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split.shared} lies before it and is random, and "
+                    "what it drops, it drops in all views alike. Double before it, or put it into eval mode.",
+                    stacklevel=3,
+                )
+        return split
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # they differentiate inside the step
     def _rdrop_regularize(self, terms: Terms, inputs: Any, target: Any) -> Terms:
@@ -240,7 +267,7 @@ class RDropMixin(MixinBase):
         self._rdrop_nan.look(predictions)
         if read:
             self._rdrop_complain(self._rdrop_nan.reason())
-        modes = [module.training for module in self._rdrop_modules]
+        modes = self._rdrop_modes()
         if modes == self._rdrop_guarded:
             return
         self._rdrop_guarded = modes
@@ -261,6 +288,9 @@ class RDropMixin(MixinBase):
         if reason is not None:
             warnings.warn(reason, stacklevel=3)
 
+    def _rdrop_modes(self) -> list[bool]:
+        return [module.training for module in self._rdrop_modules]
+
     @functools.cached_property
     def _rdrop_modules(self) -> list[nn.Module]:
         """A list: some microseconds a step, where a walk through the modules would take hundreds."""
@@ -277,6 +307,19 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
     return value
+
+
+def _check_duplicate_at(at: str | Sequence[str] | None, passes: str) -> str | Sequence[str] | None:
+    if at is None:
+        return None
+    if not at or not all(isinstance(name, str) for name in at):
+        raise ValueError(f"rdrop_duplicate_at must be the name of a submodule, several, 'auto' or None, got {at!r}.")
+    if passes == "separate":
+        raise ValueError(
+            f"rdrop_duplicate_at={at!r} doubles the batch of one pass, and rdrop_passes='separate' doubles none. "
+            "Give one of them."
+        )
+    return at
 
 
 def _check_regularizers(regularizers: Sequence[Regularizer], distance: Distance) -> Sequence[Regularizer]:

@@ -152,7 +152,7 @@ def _repeat(value: Any, views: int, examples: int, layout: Layout) -> Any:
         return torch.cat([value] * views) if layout == "block" else value.repeat_interleave(views, 0)
     parts = _structure(value)
     if parts is not None:
-        return _with_parts(value, {key: _repeat(part, views, examples, layout) for key, part in parts.items()})
+        return with_parts(value, {key: _repeat(part, views, examples, layout) for key, part in parts.items()})
     if not _is_list(value) or len(value) != examples:
         return value
     rows = range(examples * views)
@@ -161,11 +161,11 @@ def _repeat(value: Any, views: int, examples: int, layout: Layout) -> Any:
 
 def _structure(value: Any) -> dict[Any, Any] | None:
     """The parts of a nesting; None for a leaf. A list without rows is one: a thing for each example, or a constant."""
-    parts = _parts(value)
+    parts = parts_of(value)
     return None if _is_list(value) and not any(map(_has_rows, _flat(value))) else parts
 
 
-def _parts(value: Any) -> dict[Any, Any] | None:
+def parts_of(value: Any) -> dict[Any, Any] | None:
     """What a container holds, by key, index or attribute; None for what is no container that is known."""
     if isinstance(value, _ATOMS):
         return None
@@ -180,7 +180,7 @@ def _parts(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _with_parts(value: Any, parts: dict[Any, Any]) -> Any:
+def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
     """Another container of the same type, with these parts."""
     if type(value) is dict:  # copy.copy of it is beyond torch.compile
         return parts
@@ -197,7 +197,7 @@ def _with_parts(value: Any, parts: dict[Any, Any]) -> Any:
 
 def _flat(value: Any) -> Iterator[Any]:
     """All that is in a nesting, however deep."""
-    parts = _parts(value)
+    parts = parts_of(value)
     if parts is None:
         yield value
     else:

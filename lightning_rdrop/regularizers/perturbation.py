@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import views
+from lightning_rdrop.probe import buffers_aside
 
 if TYPE_CHECKING:
     from lightning_rdrop.mixin import RDropMixin
@@ -59,7 +60,7 @@ class Passes:
             added.append(torch.zeros_like(point, requires_grad=True) if perturbation is None else perturbation)
             return point + self.counted * added[0]  # type: ignore[no-any-return]
 
-        with _buffers_aside(self._module), self._same_masks():
+        with buffers_aside(self._module), self._same_masks():
             if self._place is None:
                 inputs = self._inputs
                 changed = {key: add(inputs[key]) for key in inputs} if isinstance(inputs, Mapping) else add(inputs)
@@ -155,16 +156,3 @@ def _find(module: RDropMixin, inputs: Any, at: str | None) -> nn.Module | None:
         f"No place for a perturbation is found: the input is no single tensor of floats, and {type(module).__name__} "
         "has no embedding. Name the submodule whose output is perturbed: at='...'."
     )
-
-
-@contextmanager
-def _buffers_aside(network: nn.Module) -> Iterator[None]:
-    """Copies in the place of buffers, for a while: the originals may be part of a graph, and are not written to."""
-    kept = [(module, dict(module._buffers)) for module in network.modules() if module._buffers]
-    try:
-        for module, buffers in kept:
-            module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.update(buffers)

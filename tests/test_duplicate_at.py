@@ -1,0 +1,463 @@
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rdrop import Gaussian, RDropMixin
+from lightning_rdrop.dropout import set_probability
+from lightning_rdrop.duplicate_at import find_split
+
+transformers = pytest.importorskip("transformers")
+
+BERT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 40}
+D_MODEL = {"d_model": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 16}
+
+
+class Wrapped(RDropMixin, pl.LightningModule):
+    def __init__(self, network, **kwargs):
+        super().__init__(**kwargs)
+        self.network = network
+
+    def forward(self, *args, **kwargs):
+        return self.network(*args, **kwargs)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def tokens(examples, length=7, decoder=False, labels="class"):
+    generator = torch.Generator().manual_seed(examples)
+    inputs = {"input_ids": torch.randint(3, 40, (examples, length), generator=generator)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][-1, length // 2 :] = 0
+    if decoder:
+        inputs["decoder_input_ids"] = torch.randint(3, 40, (examples, 5), generator=generator)
+    shape = {"class": (examples,), "token": (examples, length), "decoder": (examples, 5)}[labels]
+    return inputs | {"labels": torch.randint(2, shape, generator=generator)}
+
+
+def bert_like(name):
+    pads = {} if name == "Bert" else {"pad_token_id": 1}
+    settings = getattr(transformers, f"{name}Config")(**BERT, **pads, max_position_embeddings=20)
+    return getattr(transformers, f"{name}ForSequenceClassification")(settings), tokens
+
+
+def distilbert():
+    settings = transformers.DistilBertConfig(vocab_size=40, dim=16, hidden_dim=16, n_layers=4, n_heads=2)
+    return transformers.DistilBertForSequenceClassification(settings), tokens
+
+
+def gpt2():
+    settings = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=4, n_head=2, n_positions=20)
+    return transformers.GPT2LMHeadModel(settings), lambda n, t=7: tokens(n, t, labels="token")
+
+
+def llama():
+    settings = transformers.LlamaConfig(**BERT, num_key_value_heads=1, attention_dropout=0.2)
+    return transformers.LlamaForCausalLM(settings), lambda n, t=7: tokens(n, t, labels="token")
+
+
+def bart():
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in
+             {"layers": 2, "attention_heads": 2, "ffn_dim": 16}.items()}  # fmt: skip
+    settings = transformers.BartConfig(vocab_size=40, d_model=16, max_position_embeddings=20, **sizes)
+    return transformers.BartForConditionalGeneration(settings), lambda n, t=7: tokens(n, t, True, "decoder")
+
+
+def t5():
+    settings = transformers.T5Config(vocab_size=40, **D_MODEL)
+    return transformers.T5ForConditionalGeneration(settings), lambda n, t=7: tokens(n, t, True, "decoder")
+
+
+def images(examples, size=8):
+    generator = torch.Generator().manual_seed(examples)
+    x = torch.randn(examples, 3, size, size, generator=generator, dtype=torch.double)
+    return x, torch.arange(examples) % 2
+
+
+def vit():
+    sizes = {name: value for name, value in BERT.items() if name != "vocab_size"}
+    settings = transformers.ViTConfig(image_size=8, patch_size=4, hidden_dropout_prob=0.1, **sizes)
+    return transformers.ViTForImageClassification(settings), images
+
+
+class Block(nn.Module):
+    """As in a ResNet."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm, self.drop = (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.Dropout2d(0.2),
+        )
+
+    def forward(self, x):
+        return F.relu(x + self.drop(self.norm(self.conv(x))))
+
+
+def resnet():
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(4, 2))
+    return nn.Sequential(stem, Block(4), Block(4), head), images
+
+
+CASES = [
+    (lambda: bert_like("Bert"), "encoder.layer.2"),
+    (lambda: bert_like("Roberta"), "encoder.layer.1"),
+    (distilbert, "transformer.layer.3"),
+    (gpt2, "transformer.h.2"),
+    (llama, "model.layers.3"),
+    (bart, "encoder.layers.1"),
+    (bart, "decoder.layers.1"),
+    (t5, "encoder.block.1"),
+    (t5, "decoder.block.1"),
+    (vit, "layers.2"),
+    (resnet, "network.2"),
+]
+NAMES = ["bert", "roberta", "distilbert", "gpt2", "llama", "bart-e", "bart-d", "t5-e", "t5-d", "vit", "resnet"]
+
+
+def pair(build, at, **kwargs):
+    """The same network doubled at the entrance and late, with nothing random, and its batches."""
+    torch.manual_seed(0)
+    network, batch_of = build()
+    network = network.double().train()
+    early = Wrapped(copy.deepcopy(network), **kwargs)
+    late = Wrapped(network, rdrop_duplicate_at=at, **kwargs)
+    return early, late, batch_of
+
+
+def gradients(module, batch):
+    torch.manual_seed(1)
+    terms = module.rdrop_step(batch)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return terms, torch.autograd.grad(terms.loss, parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize(("build", "at"), CASES, ids=NAMES)
+def test_a_late_split_gives_the_loss_and_the_gradients_of_an_early_one(build, at):
+    early, late, batch_of = pair(build, at, rdrop_guard="off")
+    for module in (early, late):
+        set_probability(module, 0.0)
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eval()  # the unbiased variance of doubled rows is another
+    for examples, length in ((4, 7), (7, 7), (1, 6), (5, 8)):  # the first proves it; B == T; B == 1
+        batch = batch_of(examples, length) if batch_of is not images else batch_of(examples)
+        (terms, found), (expected, wanted) = gradients(late, batch), gradients(early, batch)
+        torch.testing.assert_close(terms.loss, expected.loss)
+        torch.testing.assert_close(terms.prediction, expected.prediction)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+FROZEN = [
+    (lambda: bert_like("Bert"), "encoder.layer.2", ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"]),
+    (gpt2, "transformer.h.1", ["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.h.0"]),
+    (t5, "encoder.block.1", ["shared", "encoder.dropout", "encoder.block.0"]),
+    (resnet, "network.2", ["0", "1"]),
+]
+
+
+def freeze(network, names):
+    for name in names:
+        network.get_submodule(name).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("build", "at", "frozen"), FROZEN, ids=["bert", "gpt2", "t5", "resnet"])
+@pytest.mark.parametrize("views", [2, 3])
+def test_with_dropout_on_the_masks_are_the_same_too(build, at, frozen, views):
+    early, late, batch_of = pair(build, at, rdrop_views=views)
+    for module in (early, late):
+        freeze(module.network, frozen)
+    for examples in (4, 6):
+        (terms, found), (expected, wanted) = gradients(late, batch_of(examples)), gradients(early, batch_of(examples))
+        assert terms.kl > 0
+        torch.testing.assert_close(terms.kl, expected.kl)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_what_lies_before_runs_once_and_keeps_no_graph_where_it_is_frozen():
+    module = Wrapped(bert_like("Bert")[0].train(), rdrop_duplicate_at="encoder.layer.2")
+    freeze(module.network, FROZEN[0][2])
+    module.rdrop_step(tokens(4))
+    rows = {}
+    for number, layer in enumerate(module.network.bert.encoder.layer):
+        layer.register_forward_hook(lambda _, args, out, number=number: rows.update({number: (len(out), out.grad_fn)}))
+    module.rdrop_step(tokens(5))
+    assert {number: size for number, (size, _) in rows.items()} == {0: 5, 1: 5, 2: 10, 3: 10}
+    assert [graph is None for _, graph in rows.values()] == [True, True, False, False]
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+
+
+def sequential(*dropouts):
+    """Linear layers with a dropout of the given probability behind each."""
+    return nn.Sequential(
+        *(part for p in dropouts for part in (nn.Linear(8, 8), nn.Tanh(), nn.Dropout(p))), nn.Linear(8, 3)
+    )
+
+
+def found(network, at="auto", x=None):
+    return find_split(network, network, torch.randn(4, 8) if x is None else x, 2, at)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        return x + self.drop(x)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.third(F.dropout(self.second(self.first(x)), 0.3, self.training))
+
+
+def test_auto_is_the_latest_place_before_anything_random():
+    assert found(sequential(0.0, 0.3)).at == ("5",)
+    assert found(sequential(0.3, 0.3)).at == ("2",)
+    assert found(nn.Sequential(nn.Linear(8, 8), Residual(), nn.Linear(8, 3))).at == ("1",)  # not inside of it
+    assert found(Functional()).at == ("second",)
+    assert found(sequential(0.0)) is None
+    assert found(sequential(0.3).eval()) is None
+    assert found(nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))).at == ("0",)
+
+
+def test_auto_in_a_half_frozen_encoder(caplog):
+    module = Wrapped(bert_like("Bert")[0].train(), rdrop_duplicate_at="auto")
+    freeze(module.network, FROZEN[0][2])
+    with caplog.at_level("INFO"):
+        assert module.rdrop_step(tokens(4)).kl > 0
+    # no residual connection reaches into it: what is added to its result is an argument of the submodule that does so
+    assert "doubled before network.bert.encoder.layer.2.attention.self; a forward pass takes 75%" in caplog.text
+
+
+def test_auto_passes_over_a_layerdrop_that_drops_nothing():
+    network, batch_of = bart()
+    network.train()
+    set_probability(network, 0.0)
+    network.model.decoder.layers[1].dropout = 0.3
+    module = Wrapped(network, rdrop_duplicate_at="auto")
+    assert module.rdrop_step(batch_of(4)).kl > 0
+    (split,) = module._rdrop_late._splits.values()
+    assert split.at == ("network.model.decoder.layers.1",)
+
+
+def test_the_share_of_the_work():
+    # 8 x 8, 8 x 8, 8 x 3 products: the first two for one view, the last for two
+    assert found(sequential(0.0, 0.3)).share == pytest.approx((64 + 64 + 2 * 24) / (2 * (64 + 64 + 24)))
+
+
+def test_another_mode_is_looked_at_anew():
+    module = Wrapped(sequential(0.3, 0.3), rdrop_duplicate_at="auto")
+    module.network[2].eval()
+    batch = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    module.rdrop_step(batch)
+    assert next(iter(module._rdrop_late._splits.values())).at == ("network.5",)
+    module.network[2].train()
+    module.rdrop_step(batch)
+    assert next(iter(module._rdrop_late._splits.values())).at == ("network.2",)
+
+
+def test_random_layers_before_the_split_are_named():
+    module = Wrapped(sequential(0.3, 0.3), rdrop_duplicate_at="network.3")
+    with pytest.warns(UserWarning, match=r"'network\.3': network\.2 lies before it and is random"):
+        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+
+
+def test_a_split_that_shares_nothing_is_no_warning(recwarn):
+    Wrapped(sequential(0.0, 0.3), rdrop_duplicate_at="network.3").rdrop_step(
+        (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
+    )
+    assert not len(recwarn)
+
+
+def test_nothing_random_behind_the_split_is_refused_by_the_guard():
+    module = Wrapped(sequential(0.3, 0.0), rdrop_duplicate_at="network.3")
+    with pytest.warns(UserWarning, match="lies before"), pytest.raises(ValueError, match="The views are identical"):
+        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head = sequential(0.0, 0.3), sequential(0.0, 0.3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.left(x), self.right(x)], -1))
+
+
+def test_several_splits():
+    network, x = Towers(), torch.randn(4, 8)
+    split = found(network, ["left.5", "right.5"], x)
+    rows = []
+    for part in (network.left[0], network.left[6], network.right[0], network.right[6]):
+        part.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    assert split.predict(network, network, x, 2).shape == (8, 3)
+    assert rows == [4, 8, 4, 8]
+    assert found(network, "*.5", x).at == ("left.5", "right.5")
+
+
+def test_batch_norm_behind_the_split_sees_all_rows():
+    network = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    early, late = (Wrapped(copy.deepcopy(network), rdrop_duplicate_at=at) for at in (None, "network.1"))
+    batch = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    for one, other in zip(gradients(late, batch)[1], gradients(early, batch)[1], strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(late.network[2].running_var, early.network[2].running_var)
+    assert late.network[2].num_batches_tracked == 1
+
+
+class AcrossTheBatch(nn.Module):
+    """Attention to all other examples."""
+
+    def forward(self, x):
+        scores = (x @ x.T).masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf)
+        return x + scores.softmax(-1) @ x
+
+
+class Columns(nn.Module):
+    """The batch in the second dimension, as in an LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x.unsqueeze(0)).squeeze(0))
+
+
+class Uncalled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.never, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+class Sized(nn.Module):
+    """Another layer for more than four rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.few, self.many = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.many(x) if len(x) > 4 else self.few(x)
+
+
+class Loop(nn.Module):
+    """A call for each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drop = nn.Linear(8, 3), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.drop(torch.cat([self.layer(row) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize(
+    ("network", "at", "message"),
+    [
+        (
+            nn.Sequential(AcrossTheBatch(), *sequential(0.3)),
+            "3",
+            "not that of a batch which is doubled at the entrance",
+        ),
+        (nn.Sequential(Residual(), nn.Linear(8, 3)), "0.drop", r"must match the size of tensor.*residual"),
+        (Columns(), "layer", r"gets a batch that is not its first dimension, \(1, 4, 8\)"),
+        (Sized(), "first", "How many is called depends on the number of rows"),
+        (Loop(), "layer", "layer gets no tensor with the batch"),
+        (Uncalled(), "never", "never is not called"),
+        (sequential(0.3), "7", r"'7' is no submodule of Sequential\. There are 0, 1, 2"),
+        (Towers(), "lef", "Did you mean left"),
+        (Towers(), "5", r"could be left\.5, right\.5: give more of the name"),
+    ],
+    ids=["across", "residual", "dimension", "sized", "loop", "uncalled", "unknown", "near", "ambiguous"],
+)
+def test_where_a_batch_cannot_be_doubled_the_submodule_is_named(network, at, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        found(network, at)
+    assert at in str(raised.value)
+
+
+def test_across_the_batch_behind_the_split_is_as_at_the_entrance():
+    assert found(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), AcrossTheBatch(), nn.Linear(8, 3)), "1").at == ("1",)
+
+
+def test_a_mask_of_positions_is_not_a_batch():
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+            return x
+
+    early, late = (Wrapped(Causal(), rdrop_distance=Gaussian(), rdrop_duplicate_at=at) for at in (None, "layers.1"))
+    late.load_state_dict(early.state_dict())
+    for module in (early, late):
+        module.network.layers[0].eval()
+    for examples in (6, 4, 6):  # B == T but once
+        batch = torch.randn(examples, 6, 8), torch.randn(examples, 6, 8)
+        torch.testing.assert_close(gradients(late, batch)[1], gradients(early, batch)[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", ["", [], [3]])
+def test_bad_names(at):
+    with pytest.raises(ValueError, match="rdrop_duplicate_at must be the name of a submodule"):
+        Wrapped(sequential(0.3), rdrop_duplicate_at=at)
+
+
+def test_it_is_for_joint_passes():
+    with pytest.raises(ValueError, match="rdrop_passes='separate' doubles none"):
+        Wrapped(sequential(0.3), rdrop_duplicate_at="auto", rdrop_passes="separate")
+
+
+def test_gradient_checkpointing_and_compiled_networks_are_refused():
+    network = bert_like("Bert")[0].train()
+    network.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"network\.bert computes its activations again"):
+        Wrapped(network, rdrop_duplicate_at="auto").rdrop_step(tokens(4))
+    compiled = torch.compile(sequential(0.3), backend="eager")
+    with pytest.raises(ValueError, match="network is compiled, which hides the calls"):
+        Wrapped(compiled, rdrop_duplicate_at="auto").rdrop_step((torch.randn(4, 8), torch.zeros(4, dtype=torch.long)))
+
+
+def test_a_split_that_is_left_out_is_noticed():
+    class Leaving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left_out, self.head = nn.Linear(8, 8), nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))
+
+        def forward(self, x):
+            return self.head(x if self.training else self.left_out(x))
+
+    module = Wrapped(Leaving(), rdrop_duplicate_at="left_out")
+    with pytest.raises(ValueError, match=r"network\.left_out was not called in this forward pass"):
+        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+
+
+def test_it_trains(fit):
+    x = torch.randn(22, 8)
+    loader = DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), batch_size=4)
+    module = Wrapped(sequential(0.0, 0.3), rdrop_duplicate_at="auto")
+    before = copy.deepcopy(module.network[0].weight)
+    assert fit(module, loader, max_epochs=2).callback_metrics["train/kl"] > 0
+    assert not torch.equal(module.network[0].weight, before)

@@ -93,11 +93,12 @@ def arguments(size):
     torch.manual_seed(0)
     rows, *_, classes = size
     target = torch.randint(classes, (rows,))
+    states = torch.randn(2, rows, size[1])
+    states[1].mul_(0.5).add_(states[0])  # in place, so that no copy raises the peak before it is measured
     if len(size) == 2:
-        logits = torch.randn(rows, classes) + 0.5 * torch.randn(2, rows, classes)
-        return [logits.requires_grad_()], target
-    hidden = torch.randn(rows, size[1]) + 0.5 * torch.randn(2, rows, size[1])
-    return [hidden.requires_grad_(), (torch.randn(classes, size[1]) / size[1] ** 0.5).requires_grad_()], target
+        return [states.requires_grad_()], target
+    weight = torch.randn(classes, size[1]).div_(size[1] ** 0.5)
+    return [states.requires_grad_(), weight.requires_grad_()], target
 
 
 def ways(size):
@@ -111,11 +112,12 @@ def step(loss, leaves, target):
 def times(size, threads, rounds, seconds):
     """The median time of a step for each way, all in turns."""
     leaves, target = arguments(size)
+    torch.compiler.reset()  # it gives up after a few sizes
     timers, calls = {}, {}
     for name, loss in ways(size).items():
         timer = Timer("step(loss, leaves, target)", globals=dict(globals(), **locals()), num_threads=threads)
-        timer.timeit(2)  # warm-up, and compilation
-        timers[name], calls[name] = timer, max(1, int(5e-3 / timer.timeit(2).mean))
+        timer.timeit(1)  # warm-up, and compilation
+        timers[name], calls[name] = timer, max(1, int(5e-3 / timer.timeit(1).mean))
     found, end = {name: [] for name in timers}, time.monotonic() + seconds
     while len(found["plain"]) < LEAST or (len(found["plain"]) < rounds and time.monotonic() < end):
         for name, timer in timers.items():
@@ -143,8 +145,8 @@ def measure(sizes, threads, rounds, seconds):
         memory = peaks(size)
         for count in threads:
             found = times(size, count, rounds, seconds)
-            for name, value in found.items():
-                yield {
+            yield [
+                {
                     "size": " x ".join(map(str, size)),
                     "threads": count,
                     "way": name,
@@ -152,17 +154,24 @@ def measure(sizes, threads, rounds, seconds):
                     "ratio": value / found["plain"],
                     "bytes": memory[name],
                 }
+                for name, value in found.items()
+            ]
 
 
-def table(rows, title):
-    names = list(dict.fromkeys(row["way"] for row in rows))
+def table(sizes, title, given):
+    """Measures, and prints line by line."""
+    names, rows = list(ways(sizes[0])), []
     print(f"\n| {title}, threads | plain, ms | {' | '.join(names[1:])} | peak memory, MiB: {', '.join(names)} |")
-    print("|---" * (len(names) + 2) + "|")
-    for size, threads in dict.fromkeys((row["size"], row["threads"]) for row in rows):
-        group = {row["way"]: row for row in rows if (row["size"], row["threads"]) == (size, threads)}
-        ratios = " | ".join(f"{group[name]['ratio']:.2f}" for name in names[1:])
-        memory = ", ".join(f"{group[name]['bytes'] / 2**20:.0f}" for name in names)
-        print(f"| {size}, {threads} | {1e3 * group['plain']['seconds']:.3g} | {ratios} | {memory} |")
+    print("|---" * (len(names) + 2) + "|", flush=True)
+    for group in measure(sizes, given.threads, given.rounds, given.seconds):
+        ratios = " | ".join(f"{row['ratio']:.2f}" for row in group[1:])
+        memory = ", ".join(f"{row['bytes'] / 2**20:.0f}" for row in group)
+        first = group[0]
+        print(
+            f"| {first['size']}, {first['threads']} | {1e3 * first['seconds']:.3g} | {ratios} | {memory} |", flush=True
+        )
+        rows += group
+    return rows
 
 
 def draw(rows, path):
@@ -193,10 +202,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=20, help="for a size, after its first few rounds")
     parser.add_argument("--folder", type=Path, default=Path("."), help="of loss.csv and loss.png")
     given = parser.parse_args()
-    losses = list(measure(SIZES, given.threads, given.rounds, given.seconds))
-    table(losses, "N x C")
-    heads = list(measure([HEAD], given.threads, given.rounds, given.seconds))
-    table(heads, "head, N x D x C")
+    losses = table(SIZES, "N x C", given)
+    heads = table([HEAD], "head, N x D x C", given)
     given.folder.mkdir(parents=True, exist_ok=True)
     with open(given.folder / "loss.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, losses[0])

@@ -85,11 +85,12 @@ def rdrop_cross_entropy(
     labels.check(target, *logits.shape[1:])
     with _without_autocast(logits):
         if _fuses(logits, target):
-            size = _size(chunk, _CACHED, logits)
-            loss, ce, kl, rows = _Fused.apply(target, labels, size, alpha, logits)  # type: ignore[no-untyped-call]
+            sweep = _Sweep(target, labels, alpha, logits.shape[2], logits)
+            loss = _Fused.apply(sweep, _size(chunk, _CACHED, logits), alpha, logits)  # type: ignore[no-untyped-call]
+            (ce, kl), rows = sweep.terms, sweep.weight
         else:
             loss, ce, kl, rows = _composite(logits, target, alpha, labels)
-    return Terms(loss, ce.detach(), kl.detach(), logits[0].detach(), rows)
+    return Terms(loss, ce, kl, logits.detach()[0], rows)
 
 
 def linear_rdrop_cross_entropy(
@@ -158,11 +159,13 @@ def linear_rdrop_cross_entropy(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with _without_autocast(hidden):
         if _fuses(hidden, target):
+            sweep = _Sweep(target, labels, alpha, len(weight), hidden)
             size = _size(chunk, _HELD, hidden)
-            loss, ce, kl, rows = _Fused.apply(target, labels, size, alpha, hidden, weight, bias)  # type: ignore[no-untyped-call]
+            loss = _Fused.apply(sweep, size, alpha, hidden, weight, bias)  # type: ignore[no-untyped-call]
+            (ce, kl), rows = sweep.terms, sweep.weight
         else:
             loss, ce, kl, rows = _composite(F.linear(hidden, weight, bias), target, alpha, labels)
-    return Terms(loss, ce.detach(), kl.detach(), None, rows)
+    return Terms(loss, ce, kl, None, rows)
 
 
 class Labels(NamedTuple):
@@ -217,68 +220,76 @@ def _composite(
         rows = torch.stack(pairs)
         counted = target != labels.ignore_index if target.dim() == 1 else rows.new_ones(rows.shape[1], dtype=torch.bool)
         kl = Average(rows.where(counted, 0).sum(), counted.sum().to(rows) * len(pairs)).mean / 2
-    return ce.mean + alpha * kl, ce.mean, kl, ce.weight / views
+    return ce.mean + alpha * kl, ce.mean.detach(), kl.detach(), ce.weight / views
 
 
 class _Fused(torch.autograd.Function):
     """Both functions: the gradients are made on the way forward, and scaled on the way back.
 
-    ``inputs`` are alpha, and the logits; or alpha, hidden states, a weight, and a bias or None.
+    ``inputs`` are alpha, and the logits; or alpha, hidden states, a weight, and a bias or None. The terms are left in
+    the sweep.
     """
 
     @staticmethod
-    def forward(ctx: Any, target: Tensor, labels: Labels, size: int, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, sweep: _Sweep, size: int, *inputs: Any) -> Tensor:
         alpha, first, *head = inputs
-        wanted = ctx.needs_input_grad[4:]
-        sweep = _Sweep(target, labels, alpha, len(head[0]) if head else first.shape[2], first)
+        wanted = ctx.needs_input_grad[3:]
         gradients = sweep.head(first, *head, wanted, size) if head else sweep.logits(first, wanted, size)  # type: ignore[call-arg]
-        ctx.alpha, ctx.labels = alpha, labels
+        ce, kl = sweep.terms
         tensors = (part if isinstance(part, Tensor) else None for part in inputs)
-        ce, kl = sweep.terms()
-        ctx.save_for_backward(target, sweep.lift, kl, *tensors, *gradients)
-        ctx.mark_non_differentiable(ce, kl, sweep.weight)
+        ctx.save_for_backward(sweep.target, sweep.lift, kl, *tensors, *gradients)
+        ctx.alpha, ctx.labels = alpha, sweep.labels
         ctx.set_materialize_grads(False)
-        return ce + alpha * kl, ce, kl, sweep.weight
+        return ce + alpha * kl
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:  # nothing depends on the loss
             return (None,) * len(ctx.needs_input_grad)
         target, lift, kl, *saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[2:]
         inputs, gradients = saved[: len(needed)], saved[len(needed) :]
         if torch.is_grad_enabled():  # under create_graph: the formula has a second derivative
             alpha, first, *head = inputs
             logits = F.linear(first, *head) if head else first
-            loss = _composite(logits, target, ctx.alpha if alpha is None else alpha, ctx.labels)[0]
+            loss, *_ = _composite(logits, target, ctx.alpha if alpha is None else alpha, ctx.labels)
             found = iter(torch.autograd.grad(loss, [*compress(inputs, needed)], upstream, create_graph=True))
-            return None, None, None, *(next(found) if need else None for need in needed)
+            return None, None, *(next(found) if need else None for need in needed)
         scale = upstream if lift is None else upstream / lift
         scaled = [
             None if gradient is None else _scaled(gradient, scale).to(part.dtype)
             for part, gradient in zip(inputs[1:], gradients, strict=True)
         ]
-        return None, None, None, kl * upstream if needed[0] else None, *scaled
+        return None, None, kl * upstream if needed[0] else None, *scaled
 
 
 class _Sweep:
     """One pass over the rows of two views: their terms, and the gradient of these."""
 
     def __init__(self, target: Tensor, labels: Labels, alpha: float | Tensor, classes: int, like: Tensor) -> None:
+        self.target, self.labels = target, labels
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.class_weight = None if labels.weight is None else labels.weight.to(like.device, self.dtype)
         self.smooths = labels.label_smoothing > 0
-        target = target.unsqueeze(-1)
-        ignored = target == labels.ignore_index
-        counted = ~ignored
-        label = target.masked_fill(ignored, 0)
-        count = self.weight = counted.sum(dtype=self.dtype)
-        each = share = own = counted / count.clamp(min=1)
+        label = target.unsqueeze(-1)
+        ignored: Tensor | None = label == labels.ignore_index
+        each: Tensor | float
+        if label.is_cpu and not ignored.any():  # elsewhere a look at it would wait for the device
+            ignored, counted, each = None, 1, 1 / max(1, len(target))
+            count = self.weight = like.new_full((), len(target), dtype=self.dtype)
+        else:
+            counted = ~ignored
+            label = label.masked_fill(ignored, 0)
+            count = self.weight = counted.sum(dtype=self.dtype)
+            each = counted / count.clamp(min=1)
+        share = own = each
         if self.class_weight is not None:
             own = self.class_weight[label] * counted
             self.weight = own.sum()
             share, own = counted / _nonzero(self.weight), own / _nonzero(self.weight)
         hot = smooth = own * ((labels.label_smoothing - 1) / 2)
+        if not isinstance(hot, Tensor):
+            hot = like.new_full(label.shape, hot, dtype=self.dtype)
         if self.smooths:
             smooth = share * (-labels.label_smoothing / (2 * classes))
         kl = each * 0.25
@@ -287,6 +298,7 @@ class _Sweep:
         # a gradient of 1 / n would vanish in float16: it is kept n times as large, until the way back
         self.lift = count.clamp(min=1) if like.dtype == torch.float16 else None
 
+    @property
     def terms(self) -> tuple[Tensor, Tensor]:
         """ce and kl of all rows that were seen."""
         ce, kl = (part[0] if len(part) == 1 else torch.stack(part).sum() for part in zip(*self.parts, strict=True))
@@ -349,15 +361,15 @@ class _Sweep:
         p, q = both.unbind(0)
 
         label = rows.label.expand(2, -1, -1)
-        ce = (log_p.gather(-1, label).masked_fill_(rows.ignored, 0) * rows.hot).sum()
+        ce = (rows.mask(log_p.gather(-1, label)) * rows.hot).sum()
         if self.smooths:
             every = (log_p if self.class_weight is None else log_p * self.class_weight).sum(-1, keepdim=True)
-            ce += (every.masked_fill_(rows.ignored, 0) * rows.smooth).sum()
+            ce += (rows.mask(every) * rows.smooth).sum()
         # a class that neither view allows has no part in the sum
         gap = torch.sub(first, second).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         torch.sub(p, q, out=first)
         jeffreys = torch.linalg.vecdot(first, gap).unsqueeze_(-1)
-        kl = (jeffreys.masked_fill_(rows.ignored, 0) * rows.kl).sum()
+        kl = (rows.mask(jeffreys) * rows.kl).sum()
         if out is not None:
             # the gradient for log p and log q takes their place, and then passes through the softmax
             torch.neg(first, out=second).addcmul_(q, gap, value=-1)
@@ -370,17 +382,23 @@ class _Sweep:
 
 
 class _Rows(NamedTuple):
-    """What each row counts, all (N, 1)."""
+    """What each row counts: (n, 1), or a number where all rows count the same."""
 
-    ignored: Tensor
+    ignored: Tensor | None  # None where all count
     label: Tensor  # 0 where it does not count
     hot: Tensor  # the factor of log p(y), in each view, in ce: not positive
-    smooth: Tensor  # that of w_c log p_c for every c, likewise
-    kl: Tensor  # that of KL(p || q) + KL(q || p) in kl
-    apart: Tensor  # the same in the loss
+    smooth: Tensor | float  # that of w_c log p_c for every c, likewise
+    kl: Tensor | float  # that of KL(p || q) + KL(q || p) in kl
+    apart: Tensor | float  # the same in the loss
+
+    def mask(self, values: Tensor) -> Tensor:
+        """In place: 0 for the rows that do not count, whatever stands there."""
+        return values if self.ignored is None else values.masked_fill_(self.ignored, 0)
 
     def of(self, start: int, stop: int) -> _Rows:
-        return self if stop - start >= len(self.ignored) else _Rows(*(part[start:stop] for part in self))
+        if stop - start >= len(self.label):
+            return self
+        return _Rows(*(part[start:stop] if isinstance(part, Tensor) and part.dim() else part for part in self))
 
 
 def _pieces(rows: int, step: int) -> Iterator[slice]:

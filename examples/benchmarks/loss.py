@@ -115,7 +115,8 @@ def times(size, threads, rounds, seconds):
     torch.compiler.reset()  # it gives up after a few sizes
     timers, calls = {}, {}
     for name, loss in ways(size).items():
-        timer = Timer("step(loss, leaves, target)", globals=dict(globals(), **locals()), num_threads=threads)
+        given = {"step": step, "loss": loss, "leaves": leaves, "target": target}
+        timer = Timer("step(loss, leaves, target)", globals=given, num_threads=threads)
         timer.timeit(1)  # warm-up, and compilation
         timers[name], calls[name] = timer, max(1, int(5e-3 / timer.timeit(1).mean))
     found, end = {name: [] for name in timers}, time.monotonic() + seconds

@@ -240,7 +240,8 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(sweep.target, sweep.lift, kl, *tensors, *gradients)
         ctx.alpha, ctx.labels = alpha, sweep.labels
         ctx.set_materialize_grads(False)
-        return ce + alpha * kl
+        loss: Tensor = ce + alpha * kl
+        return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -272,16 +273,16 @@ class _Sweep:
         self.class_weight = None if labels.weight is None else labels.weight.to(like.device, self.dtype)
         self.smooths = labels.label_smoothing > 0
         label = target.unsqueeze(-1)
-        ignored: Tensor | None = label == labels.ignore_index
-        each: Tensor | float
-        if label.is_cpu and not ignored.any():  # elsewhere a look at it would wait for the device
-            ignored, counted, each = None, 1, 1 / max(1, len(target))
-            count = self.weight = like.new_full((), len(target), dtype=self.dtype)
-        else:
-            counted = ~ignored
-            label = label.masked_fill(ignored, 0)
-            count = self.weight = counted.sum(dtype=self.dtype)
+        ignored = label == labels.ignore_index
+        counted: Tensor | float = 1.0
+        each: Tensor | float = 1 / max(1, len(target))
+        count = like.new_full((), len(target), dtype=self.dtype)
+        masked = not label.is_cpu or bool(ignored.any())  # elsewhere the look at it would wait for the device
+        if masked:
+            label, counted = label.masked_fill(ignored, 0), ~ignored
+            count = counted.sum(dtype=self.dtype)
             each = counted / count.clamp(min=1)
+        self.weight = count
         share = own = each
         if self.class_weight is not None:
             own = self.class_weight[label] * counted
@@ -293,7 +294,7 @@ class _Sweep:
         if self.smooths:
             smooth = share * (-labels.label_smoothing / (2 * classes))
         kl = each * 0.25
-        self.rows = _Rows(ignored, label, hot, smooth, kl, kl * alpha)
+        self.rows = _Rows(ignored if masked else None, label, hot, smooth, kl, kl * alpha)
         self.parts: list[tuple[Tensor, Tensor]] = []
         # a gradient of 1 / n would vanish in float16: it is kept n times as large, until the way back
         self.lift = count.clamp(min=1) if like.dtype == torch.float16 else None
@@ -398,7 +399,8 @@ class _Rows(NamedTuple):
     def of(self, start: int, stop: int) -> _Rows:
         if stop - start >= len(self.label):
             return self
-        return _Rows(*(part[start:stop] if isinstance(part, Tensor) and part.dim() else part for part in self))
+        parts: list[Any] = [part[start:stop] if isinstance(part, Tensor) and part.dim() else part for part in self]
+        return _Rows(*parts)
 
 
 def _pieces(rows: int, step: int) -> Iterator[slice]:

@@ -137,7 +137,9 @@ def peak(name, size):
 
 
 def peaks(size):
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_rdrop"])
+    with context.Pool(1, maxtasksperchild=1) as pool:
         return {name: pool.apply(peak, (name, size)) for name in ways(size)}
 
 

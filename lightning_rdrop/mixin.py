@@ -141,23 +141,30 @@ class RDropMixin(MixinBase):
 
     def rdrop_step(self, batch: Any) -> Terms:
         """The whole computation without logging, for manual optimisation or a training_step of one's own."""
-        alpha = _check_alpha(self.rdrop_alpha)
         inputs, target = self.rdrop_unpack(batch)
         examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
         predictions = self._rdrop_predictions(inputs, examples)
         self._rdrop_guard_batch(predictions, inputs, target, lambda: self._rdrop_predictions(inputs, examples))
+        alpha = self._rdrop_checked_alpha()
         terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha, self.rdrop_head())
         terms = self._rdrop_regularize(terms, inputs, target) if self.rdrop_regularizers else terms
         return dataclasses.replace(terms, examples=examples)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
     def rdrop_log(self, terms: Terms) -> None:
-        """Log the terms of a step, with the number of examples (never of views) as the batch size."""
+        """Log the terms of a step, with the number of examples (never of views) as the batch size.
+
+        The values of a step are those of one rank, which takes no collective. Those of an epoch, ``train/ce_epoch``
+        and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks.
+        """
         task, consistency = self.rdrop_distance.term_names
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         values: dict[str, Any] = {task: terms.ce, consistency: terms.kl, "alpha": self.rdrop_alpha} | terms.extra
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)
+        rows: Any = terms.examples if terms.rows is None else terms.rows  # a tensor, which is not waited for
+        for name, value in ((task, terms.ce), (consistency, terms.kl)):
+            self.log(f"train/{name}_epoch", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
 
     def rdrop_unpack(self, batch: Any) -> tuple[Any, Any]:
         """Hook: the inputs of the network and the target, out of a batch.
@@ -220,6 +227,10 @@ class RDropMixin(MixinBase):
                 parts = value if isinstance(value, (list, tuple)) else [value]
                 if any(isinstance(part, nn.Module) for part in parts):
                     del saved[name]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph that read it would be made anew for each alpha
+    def _rdrop_checked_alpha(self) -> float:
+        return _check_alpha(self.rdrop_alpha)
 
     def _rdrop_predictions(self, inputs: Any, examples: int) -> Tensor:
         """K predictions of the same inputs, (K, N, ...), or the hidden states of which a head makes them."""

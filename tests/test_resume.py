@@ -154,7 +154,7 @@ def in_order():
 
 def logged(folder):
     with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["train/loss"]]  # of steps, not of epochs
 
 
 def bits(module):

@@ -147,7 +147,8 @@ def linear_rdrop_cross_entropy(
     if not _is_plain(weight):
         raise TypeError(
             f"weight is a {type(weight).__name__}, sharded across ranks: no chunk of plain hidden states can be "
-            "multiplied with it. Leave the output layer unsharded, or pass weight.full_tensor(), which gathers it."
+            "multiplied with it. Under FSDP2 pass weight.full_tensor(grad_placements=[Partial('avg')]), which gathers "
+            "it, and averages its gradient over the ranks as FSDP2 does; full_tensor() alone would not."
         )
     labels = Labels(ignore_index, label_smoothing, class_weight)
     labels.check(target, hidden.shape[1], len(weight))

@@ -36,7 +36,9 @@ def same(first: Tensor, second: Tensor) -> bool:
     return all(torch.equal(one, other) or _close(one, other) for one, other in zip(*pieces, strict=True))
 
 
-def diagnose(network: nn.Module, draw: Callable[[], Tensor], views: Tensor) -> str | None:
+def diagnose(
+    network: nn.Module, draw: Callable[[], Tensor], views: Tensor, on_all_ranks: Callable[[bool], bool] = bool
+) -> str | None:
     """Whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
 
     Equal views can be chance (one row, a small p, LayerDrop), and a weight that starts at zero (LoRA, a zero head)
@@ -48,6 +50,8 @@ def diagnose(network: nn.Module, draw: Callable[[], Tensor], views: Tensor) -> s
         network: the module whose parts the reason names.
         draw: predicts the same batch again, (K, N, ...).
         views: the predictions at hand, (K, N, ...).
+        on_all_ranks: whether a decision is the same, True, on all ranks. One that drew again alone would wait forever
+            in the collectives of a SyncBatchNorm or of sharded weights.
 
     Example:
         >>> network, batch = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.ones(2, 3, 4)
@@ -57,14 +61,14 @@ def diagnose(network: nn.Module, draw: Callable[[], Tensor], views: Tensor) -> s
         >>> "model.train()" in diagnose(network, lambda: network(batch), network(batch))
         True
     """
-    if not _agree(views):
+    if not on_all_ranks(_agree(views)):
         return None
     devices = [views.get_device()] if views.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices), _stand_ins(network):
         first = draw()
         shared = False
         for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
-            if not _agree(again):
+            if not on_all_ranks(_agree(again)):
                 return None
             shared = shared or not same(first[0], again[0])
     return explain(network, shared=shared)
@@ -169,19 +173,28 @@ def _close(first: Tensor, second: Tensor) -> bool:
 def _stand_ins(network: nn.Module) -> Iterator[None]:
     """For a while: copies in the place of buffers, and noise in that of trained parameters that are all zero.
 
-    The originals are put aside, not written back: the graph of the step still holds them.
+    The originals are put aside, not written back: the graph of the step still holds them (but no sharded one).
     """
     modules = list(network.modules())
     kept = [(dict(module._buffers), dict(module._parameters)) for module in modules]
+    sharded: list[nn.Parameter] = []
     try:
         for module, (buffers, parameters) in zip(modules, kept, strict=True):
             module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
             for name, parameter in parameters.items():
                 # an empty parameter is one that is sharded away
-                if parameter is not None and parameter.requires_grad and parameter.numel() and not parameter.any():
-                    module._parameters[name] = nn.Parameter(0.1 * torch.randn_like(parameter))
+                if parameter is None or not (parameter.requires_grad and parameter.numel()) or parameter.any():
+                    continue
+                noise = 0.1 * torch.randn_like(parameter)
+                if hasattr(parameter, "full_tensor"):  # a DTensor, of which FSDP2 makes what stands here in a forward
+                    sharded.append(parameter)
+                    parameter.copy_(noise)
+                else:
+                    module._parameters[name] = nn.Parameter(noise)
         yield
     finally:
         for module, (buffers, parameters) in zip(modules, kept, strict=True):
             module._buffers.update(buffers)
             module._parameters.update(parameters)
+        for parameter in sharded:
+            parameter.zero_()

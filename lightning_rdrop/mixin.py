@@ -288,7 +288,7 @@ class RDropMixin(MixinBase):
         self._rdrop_complain(guard.fed_its_source(self, inputs))
         if self.rdrop_views == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
             return  # with alpha = 0 on purpose, equal views cost nothing but time
-        reason = guard.diagnose(self, draw, predictions)
+        reason = guard.diagnose(self, draw, predictions, self._rdrop_on_all_ranks)
         self._rdrop_complain(reason)
         if reason is None and (dead := dropout.explain_dead(self)):
             warnings.warn(dead, stacklevel=2)  # a live head hides a dead backbone
@@ -301,6 +301,10 @@ class RDropMixin(MixinBase):
 
     def _rdrop_modes(self) -> list[bool]:
         return [module.training for module in self._rdrop_modules]
+
+    def _rdrop_on_all_ranks(self, decision: bool) -> bool:
+        owner = self._trainer or self._fabric
+        return bool(owner.strategy.reduce_boolean_decision(decision)) if owner else decision
 
     @functools.cached_property
     def _rdrop_modules(self) -> list[nn.Module]:

@@ -79,10 +79,21 @@ class OutputLayer:
 
     @property
     def head(self) -> Head:
-        """The layer's weight, and what is added to its result."""
+        """The layer's weight, and what is added to its result.
+
+        Raises:
+            TypeError: the weight is sharded across ranks.
+        """
+        weight = self._layer.weight
+        if hasattr(weight, "full_tensor") or weight.shape != (self._layer.out_features, self._layer.in_features):
+            raise TypeError(
+                f"fused_head=True needs the whole output layer, and that of {type(self._network).__name__} is sharded "
+                "across ranks: FSDP and DeepSpeed gather it in the layer's forward only, which is never called. "
+                "Leave fused_head at False, or train with DDP."
+            )
         biases = (self._layer.bias, getattr(self._network, "final_logits_bias", None))
         added = [bias.flatten() for bias in biases if bias is not None]
-        return Head(self._layer.weight, sum(added[1:], added[0]) if added else None)
+        return Head(weight, sum(added[1:], added[0]) if added else None)
 
     def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
         """The hidden states (B, T, D) before the layer."""

@@ -1,0 +1,405 @@
+"""Two processes on the CPU, connected by gloo, train as one does that has both their rows."""
+
+import multiprocessing
+import os
+import traceback
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from test_launch import free_port
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_rdrop import RDropMixin
+from lightning_rdrop.loss import Head
+from lightning_rdrop.modules import CausalLM
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+class Pair:
+    """Two processes that are started once, and run one function after the other, each as a rank."""
+
+    def __init__(self):
+        self.ranks = []
+
+    def run(self, function, *arguments, seconds=60):
+        """What it returns on rank 0 and on rank 1."""
+        if not self.ranks:
+            self.start()
+        for _, connection in self.ranks:
+            connection.send((function, arguments))
+        answers = []
+        for _, connection in self.ranks:
+            if not connection.poll(seconds):
+                self.stop()
+                pytest.fail(f"a rank still waits after {seconds} s", pytrace=False)
+            answers.append(connection.recv())
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def start(self):
+        spawn, port = multiprocessing.get_context("spawn"), free_port()
+        for rank in (0, 1):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            self.ranks.append((process, ours))
+
+    def stop(self):
+        for process, _ in self.ranks:
+            process.kill()
+            process.join()
+        self.ranks = []
+
+
+def serve(rank, port, connection):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    while True:
+        function, arguments = connection.recv()
+        try:
+            connection.send(function(*arguments))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send(error)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    pair = Pair()
+    yield pair
+    pair.stop()
+
+
+class Noise(nn.Module):
+    """In the place of dropout: it depends on a row and its view alone, not on the batch or the process."""
+
+    def __init__(self, joint):
+        super().__init__()
+        self.joint = joint
+        self.passes = 0
+
+    def forward(self, x):
+        view = torch.arange(len(x)) * 2 // len(x) if self.joint else torch.full((len(x),), self.passes % 2)
+        self.passes += 1
+        return x * (1 + 0.5 * torch.sin((10 + view.view(-1, *[1] * (x.dim() - 1))) * x))
+
+
+class Network(RDropMixin, pl.LightningModule):
+    """Three classes for eight numbers, or for each token of eight numbers."""
+
+    def __init__(self, passes="joint", *, reentrant=None, unused=False, norm=False, fused=False, lr=0.5, **kwargs):
+        super().__init__(rdrop_passes=passes, **kwargs)
+        torch.manual_seed(7)
+        self.first = nn.Linear(8, 8)
+        self.noise = Noise(passes == "joint")
+        self.block = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16) if norm else nn.Identity(), nn.Tanh())
+        self.head = nn.Linear(16, 3)
+        self.never = nn.Linear(2, 2) if unused else None
+        self.reentrant = reentrant
+        self.fused = fused
+        self.lr = lr
+
+    def forward(self, x):
+        return self.head(self.rdrop_hidden(x))
+
+    def rdrop_hidden(self, inputs):
+        x = self.noise(self.first(inputs))
+        return self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+    def rdrop_head(self):
+        return Head(self.head.weight, self.head.bias) if self.fused else None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Sharded(Network):
+    """Its parameters lie on both ranks, half and half."""
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            for part in (self.first, self.block, self.head, self):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class Steps(pl.Callback):
+    """The terms of each step, and the number of rows that they are means over."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append([float(outputs["ce"]), float(outputs["kl"]), float(pl_module._rdrop_rows)])
+
+
+def train(module, rows, batch_size, strategy="auto", callbacks=(), **trainer):
+    """Two epochs; the weights, the metrics and the terms of each step."""
+    steps = Steps()
+    trainer = pl.Trainer(
+        **{"accelerator": "cpu", "precision": "64-true", "max_epochs": 2} | trainer,
+        devices=1 if strategy == "auto" else 2,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        callbacks=[steps, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    # Lightning's own sampler would shuffle them
+    share = None if strategy == "auto" else DistributedSampler(rows, 2, int(os.environ["LOCAL_RANK"]), shuffle=False)
+    trainer.fit(module, DataLoader(rows, batch_size, sampler=share))
+    weights = [getattr(part, "full_tensor", lambda part=part: part)().detach() for part in module.parameters()]
+    return {
+        "weights": torch.cat([part.flatten() for part in weights]).tolist(),
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "steps": steps.steps,
+    }
+
+
+def ddp(arguments, rows, batch_size, options=None, epochs=2):
+    return train(Network(**arguments), rows, batch_size, DDPStrategy(**options or {}), max_epochs=epochs)
+
+
+def examples(number=16):
+    x = torch.randn(number, 8, generator=torch.Generator().manual_seed(1))
+    return list(zip(x, x[:, :3].argmax(-1), strict=True))
+
+
+def sentences():
+    """Eight of one to eight tokens that count."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (8, 1, 3, 2, 7, 1, 5, 4):
+        target = torch.randint(3, (8,), generator=generator)
+        target[length:] = -100
+        rows.append((torch.randn(8, 8, generator=generator), target))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({"passes": "joint"}, {}),
+        ({"passes": "separate"}, {}),
+        ({"passes": "joint"}, {"static_graph": True}),
+        ({"passes": "separate"}, {"static_graph": True}),
+        ({"passes": "joint", "unused": True}, {"find_unused_parameters": True}),
+        ({"passes": "separate", "unused": True}, {"find_unused_parameters": True}),
+        ({"passes": "joint", "reentrant": True}, {}),
+        ({"passes": "joint", "reentrant": False}, {}),
+        ({"passes": "separate", "reentrant": True}, {"static_graph": True}),
+        ({"passes": "separate", "reentrant": False}, {}),
+        ({"passes": "joint", "fused": True}, {}),
+    ],
+    ids=str,
+)
+def test_ddp_of_two_batches_is_one_batch_of_both(pair, arguments, options):
+    one = train(Network(**arguments), examples(), 8)
+    two = pair.run(ddp, arguments, examples(), 4, options)
+    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-9)
+
+
+def test_uneven_last_batches(pair):
+    rows = examples(13)  # seven a rank, for which the first one is taken twice
+    one = train(Network(), [*rows, rows[0]], 8)
+    two = pair.run(ddp, {}, rows, 4)
+    assert [step[2] for step in two[0]["steps"]] == [4, 3, 4, 3]
+    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-9)
+
+
+def test_batch_norm(pair):
+    """Each rank has statistics of its own, over the rows of both views."""
+    two = pair.run(ddp, {"norm": True}, examples(), 4)
+    assert two[0]["weights"] == two[1]["weights"]
+    assert all(kl > 0 for rank in two for _, kl, _ in rank["steps"])
+
+
+def test_reentrant_checkpoints_in_separate_passes_need_a_static_graph(pair):
+    with pytest.raises(RuntimeError, match="marked as ready twice"):
+        pair.run(ddp, {"passes": "separate", "reentrant": True}, examples(), 4)
+
+
+def test_epoch_means_count_the_tokens_of_all_ranks(pair):
+    """Without learning, so that one process sees what two see."""
+    one = train(Network(lr=0.0), sentences(), 8, max_epochs=1)
+    two = pair.run(ddp, {"lr": 0.0}, sentences(), 1, {}, 1)
+    counted = [rows for rank in two for _, _, rows in rank["steps"]]
+    assert counted == [8, 3, 7, 5, 1, 2, 1, 4]  # 31: an odd number, and unlike ones a rank
+    for index, name in enumerate(("train/ce", "train/kl")):
+        by_hand = sum(step[index] * step[2] for rank in two for step in rank["steps"]) / 31
+        for rank in two:
+            assert rank["metrics"][f"{name}_epoch"] == pytest.approx(by_hand) == one["metrics"][f"{name}_epoch"]
+            assert rank["metrics"][name] == rank["steps"][-1][index]  # a step is the rank's own
+
+
+class Plain(pl.LightningModule):
+    """What one writes without R-Drop, and logs without collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Linear(8, 3)
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Collectives(pl.Callback):
+    """The collectives of each step, by name, as the profiler saw them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.profiler.start()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.profiler.stop()
+        self.steps.append(sorted(event.name for event in self.profiler.events() if event.name.startswith("c10d::")))
+
+
+def collectives(kind, callbacks=()):
+    watch = Collectives()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks, watch],
+    )  # fmt: skip
+    trainer.fit(kind(), DataLoader(examples(32), 4))
+    return watch.steps
+
+
+def test_no_step_has_a_collective_that_plain_training_has_not(pair):
+    plain, ours = pair.run(collectives, Plain)[0], pair.run(collectives, Network)[0]
+    assert len(plain) == 4
+    assert all(plain)
+    assert ours[1:] == plain[1:]
+    assert len(ours[0]) == len(plain[0]) + 2  # the guard decides, on the first batch: a barrier and a reduction
+
+
+class Synchronised(nn.Module):
+    """Shifts rows to a mean of zero over all ranks, which takes a collective in each pass, as SyncBatchNorm does."""
+
+    def forward(self, x):
+        mean = x.detach().mean(0)
+        torch.distributed.all_reduce(mean)
+        return x - mean / 2
+
+
+class Together(RDropMixin, pl.LightningModule):
+    def __init__(self, p):
+        super().__init__()
+        self.network = nn.Sequential(nn.Dropout(p), Synchronised(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.network(x)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def guarded(p):
+    rows = examples(16)
+    for x, _ in rows[1:8:2]:
+        x.zero_()  # the first batch of rank 1, whose views agree by chance
+    return train(Together(p), rows, 4, "ddp")
+
+
+def test_the_guard_of_all_ranks_decides_together(pair):
+    """A rank that drew again alone would wait for the others in the collective of its network."""
+    two = pair.run(guarded, 0.5, seconds=30)
+    assert two[1]["steps"][0][1] == 0 < two[0]["steps"][0][1]  # kl
+    assert two[0]["weights"] == two[1]["weights"]
+    with pytest.raises(ValueError, match=r"p = 0: network\.0"):
+        pair.run(guarded, 0.0, seconds=30)
+
+
+def fsdp2(kind, arguments):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return train(kind(**arguments), examples(), 4, strategy, precision="32-true")
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_fsdp2_of_two_batches_is_one_batch_of_both(pair, passes, reentrant):
+    arguments = {"passes": passes, "reentrant": reentrant}
+    one = train(Network(**arguments), examples(), 8, precision="32-true")
+    two = pair.run(fsdp2, Sharded, arguments)
+    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
+
+
+class Zero(Sharded):
+    """A head that starts at zero, as LoRA does, and hides the noise of the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+
+
+class Dead(Zero):
+    def forward(self, x):
+        return self.head(self.block(self.first(x)))
+
+
+def test_the_guard_under_fsdp2(pair):
+    one = train(Zero(), examples(), 8, precision="32-true")
+    two = pair.run(fsdp2, Zero, {}, seconds=30)
+    assert two[0]["steps"][0][1] == 0 < two[0]["steps"][1][1]
+    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
+    with pytest.raises(ValueError, match="no stochastic layer"):
+        pair.run(fsdp2, Dead, {}, seconds=30)
+
+
+class Gathered(Sharded):
+    def rdrop_head(self):
+        parts = (self.head.weight, self.head.bias)
+        if not isinstance(parts[0], DTensor):
+            return Head(*parts)
+        return Head(*(part.full_tensor(grad_placements=[Partial("avg")]) for part in parts))
+
+
+def test_a_fused_head_under_fsdp2(pair):
+    one = train(Network(), examples(), 8, precision="32-true")
+    two = pair.run(fsdp2, Gathered, {})
+    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
+    with pytest.raises(TypeError, match=r"weight is a DTensor, sharded across ranks.*full_tensor\(grad_placements"):
+        pair.run(fsdp2, Sharded, {"fused": True}, seconds=30)
+
+
+class ShardedLM(CausalLM):
+    def configure_model(self):
+        if self.device_mesh is not None:
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
+
+def language_model(folder, fused_head, strategy):
+    options = {"data_parallel_size": 2, "tensor_parallel_size": 1} if strategy is ModelParallelStrategy else {}
+    texts = torch.randint(20, (16, 7), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": text} for text in texts]
+    return train(ShardedLM(folder, fused_head=fused_head), rows, 4, strategy(**options), precision="32-true")
+
+
+def test_a_language_model_is_sharded_with_its_logits_only(pair, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 20}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    for fused_head, strategy in ((False, ModelParallelStrategy), (True, DDPStrategy)):
+        two = pair.run(language_model, tmp_path, fused_head, strategy)
+        assert two[0]["weights"] == two[1]["weights"]
+        assert all(kl > 0 for rank in two for _, kl, _ in rank["steps"])
+    with pytest.raises(TypeError, match=r"the whole output layer, and that of .*GPT2LMHeadModel is sharded"):
+        pair.run(language_model, tmp_path, True, ModelParallelStrategy, seconds=30)

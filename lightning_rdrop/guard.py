@@ -121,6 +121,9 @@ def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
 class NanWatch:
     """Since which batch a view is NaN: written on the device in every batch, read only where it is asked for.
 
+    It is forgotten when a view is a number again: a search for a learning rate goes on until the loss diverges, and
+    puts the weights back; a GradScaler leaves out the steps in which float16 overflows.
+
     Example:
         >>> watch = NanWatch()
         >>> watch.look(torch.zeros(2, 3))
@@ -139,7 +142,7 @@ class NanWatch:
         rows = predictions.detach().flatten(1)
         nan = rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).isnan()
         since = torch.full_like(nan, -1, dtype=torch.long) if self._since is None else self._since.to(nan.device)
-        self._since = torch.where(nan & (since < 0), self.batches, since)
+        self._since = torch.where(nan, torch.where(since < 0, self.batches, since), -1)
         self.batches += 1
 
     def reason(self) -> str | None:

@@ -1,6 +1,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -104,3 +105,18 @@ def test_manual_optimization_is_refused(fit):
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="works in automatic optimization"):
         fit(module, DataLoader(sentences(), 2), [ExactAccumulation()])
+
+
+class KeepsGradients(SingleDeviceStrategy):
+    """As an engine does that has buffers of its own for them."""
+
+    def backward(self, *args, **kwargs):
+        loss = super().backward(*args, **kwargs)
+        for parameter in self.lightning_module.parameters():
+            parameter.grad = None
+        return loss
+
+
+def test_gradients_out_of_reach_are_refused(fit):
+    with pytest.raises(ValueError, match="KeepsGradients, keeps them to itself, as DeepSpeed does"):
+        fit(Tagger(), DataLoader(sentences(), 2), [ExactAccumulation()], strategy=KeepsGradients(torch.device("cpu")))

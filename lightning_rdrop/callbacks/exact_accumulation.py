@@ -28,7 +28,8 @@ class ExactAccumulation(Callback):
     takes one all-reduce of a number a step.
 
     Raises:
-        ValueError: class weights, for which ce and kl have two denominators, or manual optimization.
+        ValueError: class weights, for which ce and kl have two denominators, manual optimization, or a strategy that
+            keeps the gradients to itself (DeepSpeed).
         TypeError: the module is no ``RDropMixin``.
 
     Example:
@@ -66,5 +67,10 @@ class ExactAccumulation(Callback):
         means = trainer.accumulate_grad_batches * trainer.world_size
         factor = means / trainer.strategy.reduce(self._rows, reduce_op="sum")
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            raise ValueError(
+                f"ExactAccumulation found no gradient to divide: the strategy, {type(trainer.strategy).__name__}, keeps "
+                "them to itself, as DeepSpeed does. Train without this callback, or with DDP or FSDP."
+            )
         torch._foreach_mul_(gradients, factor)
         self._rows = 0.0

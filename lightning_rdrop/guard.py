@@ -156,6 +156,11 @@ class NanWatch:
         return None
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is one rank's part of a parameter, under FSDP2 (a DTensor) or FSDP."""
+    return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
+
+
 def _agree(views: Tensor) -> bool:
     return all(same(views[0], view) for view in views[1:])
 
@@ -189,7 +194,7 @@ def _stand_ins(network: nn.Module) -> Iterator[None]:
                 if parameter is None or not (parameter.requires_grad and parameter.numel()) or parameter.any():
                     continue
                 noise = 0.1 * torch.randn_like(parameter)
-                if hasattr(parameter, "full_tensor"):  # a DTensor, of which FSDP2 makes what stands here in a forward
+                if is_sharded(parameter):  # a forward gathers it, whatever stands in its place
                     sharded.append(parameter)
                     parameter.copy_(noise)
                 else:

@@ -7,10 +7,10 @@ import traceback
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from test_launch import free_port
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
@@ -126,7 +126,7 @@ class Sharded(Network):
     """Its parameters lie on both ranks, half and half."""
 
     def configure_model(self):
-        if self.device_mesh is not None:
+        if self.device_mesh is not None:  # by ModelParallelStrategy
             for part in (self.first, self.block, self.head, self):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
@@ -355,13 +355,48 @@ class Dead(Zero):
         return self.head(self.block(self.first(x)))
 
 
-def test_the_guard_under_fsdp2(pair):
+class OnCPU(FSDPStrategy):
+    """Lightning's FSDPStrategy, which asks for a GPU; FSDP itself does not, once it is told."""
+
+    def __init__(self):
+        super().__init__(auto_wrap_policy={nn.Linear}, process_group_backend="gloo")
+
+    def _setup_model(self, model):
+        policy = self.sharding_strategy
+        return FullyShardedDataParallel(model, sharding_strategy=policy, device_id=torch.device("cpu"), **self.kwargs)
+
+
+class Whole(pl.Callback):
+    """The weights, gathered from all ranks."""
+
+    def on_train_end(self, trainer, pl_module):
+        with FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False):
+            self.weights = torch.cat([part.detach().flatten() for part in pl_module.parameters()]).tolist()
+
+
+def fsdp(kind, arguments):
+    whole = Whole()
+    trained = train(kind(**arguments), examples(), 4, OnCPU(), [whole], precision="32-true")
+    return trained | {"weights": whole.weights}
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_fsdp_of_two_batches_is_one_batch_of_both(pair, passes, reentrant):
+    arguments = {"passes": passes, "reentrant": reentrant}
+    one = train(Network(**arguments), examples(), 8, precision="32-true")
+    two = pair.run(fsdp, Network, arguments)
+    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("sharded", [fsdp2, fsdp])
+def test_the_guard_on_sharded_weights(pair, sharded):
     one = train(Zero(), examples(), 8, precision="32-true")
-    two = pair.run(fsdp2, Zero, {}, seconds=30)
+    two = pair.run(sharded, Zero, {}, seconds=30)
     assert two[0]["steps"][0][1] == 0 < two[0]["steps"][1][1]
     assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
     with pytest.raises(ValueError, match="no stochastic layer"):
-        pair.run(fsdp2, Dead, {}, seconds=30)
+        pair.run(sharded, Dead, {}, seconds=30)
 
 
 class Gathered(Sharded):
@@ -403,3 +438,5 @@ def test_a_language_model_is_sharded_with_its_logits_only(pair, tmp_path):
         assert all(kl > 0 for rank in two for _, kl, _ in rank["steps"])
     with pytest.raises(TypeError, match=r"the whole output layer, and that of .*GPT2LMHeadModel is sharded"):
         pair.run(language_model, tmp_path, True, ModelParallelStrategy, seconds=30)
+    with pytest.raises(TypeError, match=r"the whole output layer, and that of .*GPT2LMHeadModel is sharded"):
+        pair.run(language_model, tmp_path, True, OnCPU, seconds=30)

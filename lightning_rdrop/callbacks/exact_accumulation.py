@@ -69,8 +69,8 @@ class ExactAccumulation(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             raise ValueError(
-                f"ExactAccumulation found no gradient to divide: the strategy, {type(trainer.strategy).__name__}, keeps "
-                "them to itself, as DeepSpeed does. Train without this callback, or with DDP or FSDP."
+                f"ExactAccumulation found no gradient to divide: the strategy, {type(trainer.strategy).__name__}, "
+                "keeps them to itself, as DeepSpeed does. Train without this callback, or with DDP or FSDP."
             )
         torch._foreach_mul_(gradients, factor)
         self._rows = 0.0

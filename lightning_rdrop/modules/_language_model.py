@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from lightning_rdrop.guard import is_sharded
 from lightning_rdrop.loss import Head
 from lightning_rdrop.modules.task import Task
 
@@ -85,7 +86,7 @@ class OutputLayer:
             TypeError: the weight is sharded across ranks.
         """
         weight = self._layer.weight
-        if hasattr(weight, "full_tensor") or weight.shape != (self._layer.out_features, self._layer.in_features):
+        if is_sharded(weight) or weight.shape != (self._layer.out_features, self._layer.in_features):
             raise TypeError(
                 f"fused_head=True needs the whole output layer, and that of {type(self._network).__name__} is sharded "
                 "across ranks: FSDP and DeepSpeed gather it in the layer's forward only, which is never called. "

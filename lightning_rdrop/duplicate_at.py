@@ -87,18 +87,32 @@ class LateDuplication:
     _splits: dict[tuple[Path, ...], Split | None] = field(default_factory=dict)
     _modes: list[bool] = field(default_factory=list)
 
-    def split(self, network: nn.Module, predict: Predict, inputs: Any, modes: list[bool]) -> tuple[Split | None, bool]:
+    def split(
+        self,
+        network: nn.Module,
+        predict: Predict,
+        inputs: Any,
+        modes: list[bool],
+        on_all_ranks: Callable[[bool], bool] = bool,
+    ) -> tuple[Split | None, bool]:
         """Where such inputs are doubled in these modes, and whether this is news; None is the entrance."""
         if modes != self._modes:  # what was frozen, or switched off, may not be so any more
             self._splits, self._modes = {}, modes
         structure = tuple(path for path, _ in _tensors(inputs))
         new = structure not in self._splits
         if new:
-            self._splits[structure] = find_split(network, predict, inputs, self.views, self.at)
+            self._splits[structure] = find_split(network, predict, inputs, self.views, self.at, on_all_ranks)
         return self._splits[structure], new
 
 
-def find_split(network: nn.Module, predict: Predict, inputs: Any, count: int, at: str | Sequence[str]) -> Split | None:
+def find_split(
+    network: nn.Module,
+    predict: Predict,
+    inputs: Any,
+    count: int,
+    at: str | Sequence[str],
+    on_all_ranks: Callable[[bool], bool] = bool,
+) -> Split | None:
     """Double a batch late, with dropout off, and hold the prediction against that of a batch doubled at the entrance.
 
     Which argument of which call carries the batch is told by passes of B and of K * B rows: it is what grows K-fold.
@@ -110,6 +124,7 @@ def find_split(network: nn.Module, predict: Predict, inputs: Any, count: int, at
         inputs: those of B examples.
         count: K.
         at: see :class:`LateDuplication`.
+        on_all_ranks: as for :func:`lightning_rdrop.guard.diagnose`.
 
     Returns:
         None for ``"auto"`` where nothing is random, or nothing lies before what is.
@@ -128,7 +143,7 @@ def find_split(network: nn.Module, predict: Predict, inputs: Any, count: int, at
         inputs = views.duplicate(inputs, 2)
     device = next(tensor.device for _, tensor in _tensors(inputs))
     with untouched(network, device):
-        calls, random = _first_random(network, predict, inputs, device)
+        calls, random = _first_random(network, predict, inputs, device, on_all_ranks)
         network.eval()
         trial = _Trial(network, predict, inputs, count)
         if chosen is None:
@@ -278,7 +293,7 @@ def _before_calls(modules: Mapping[str, nn.Module], change: Callable[[Call, Any]
 
 
 def _first_random(
-    network: nn.Module, predict: Predict, inputs: Any, device: torch.device
+    network: nn.Module, predict: Predict, inputs: Any, device: torch.device, on_all_ranks: Callable[[bool], bool]
 ) -> tuple[list[Call], int | None]:
     """The calls of a pass, and the number of the first whose arguments random numbers change; None if none does.
 
@@ -305,7 +320,7 @@ def _first_random(
         pairs = enumerate(zip_longest(first, one_pass()[0]))
         differing = next((number for number, (one, other) in pairs if one != other), None)
         random = min((number for number in (random, differing) if number is not None), default=None)
-        if random == drawn.index(True):
+        if on_all_ranks(random == drawn.index(True)):
             break
     return [call for call, _ in first], random
 

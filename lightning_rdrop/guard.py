@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop.dropout import explain
+from lightning_rdrop.probe import untouched
 
 _REDRAWS = 16
 
@@ -63,8 +64,7 @@ def diagnose(
     """
     if not on_all_ranks(_agree(views)):
         return None
-    devices = [views.get_device()] if views.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _stand_ins(network):
+    with untouched(network, views.device), _noise_for_zeros(network):
         first = draw()
         shared = False
         for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
@@ -178,17 +178,15 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 
 @contextmanager
-def _stand_ins(network: nn.Module) -> Iterator[None]:
-    """For a while: copies in the place of buffers, and noise in that of trained parameters that are all zero.
+def _noise_for_zeros(network: nn.Module) -> Iterator[None]:
+    """For a while: noise in the place of trained parameters that are all zero.
 
     The originals are put aside, not written back: the graph of the step still holds them (but no sharded one).
     """
-    modules = list(network.modules())
-    kept = [(dict(module._buffers), dict(module._parameters)) for module in modules]
+    kept = [(module, dict(module._parameters)) for module in network.modules()]
     sharded: list[nn.Parameter] = []
     try:
-        for module, (buffers, parameters) in zip(modules, kept, strict=True):
-            module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+        for module, parameters in kept:
             for name, parameter in parameters.items():
                 # an empty parameter is one that is sharded away
                 if parameter is None or not (parameter.requires_grad and parameter.numel()) or parameter.any():
@@ -201,8 +199,7 @@ def _stand_ins(network: nn.Module) -> Iterator[None]:
                     module._parameters[name] = nn.Parameter(noise)
         yield
     finally:
-        for module, (buffers, parameters) in zip(modules, kept, strict=True):
-            module._buffers.update(buffers)
+        for module, parameters in kept:
             module._parameters.update(parameters)
         for parameter in sharded:
             parameter.zero_()

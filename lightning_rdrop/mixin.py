@@ -248,7 +248,7 @@ class RDropMixin(MixinBase):
         """Where the batch is doubled, if not at the entrance."""
         if self._rdrop_late is None or self.rdrop_views == 1:
             return None
-        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_modes())
+        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_modes(), self._rdrop_on_all_ranks)
         if split is not None and new:
             rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
             if split.shared and self.rdrop_guard != "off":

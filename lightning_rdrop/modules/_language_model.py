@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 from lightning_rdrop.guard import is_sharded
 from lightning_rdrop.loss import Head
 from lightning_rdrop.modules.task import Task
+from lightning_rdrop.probe import untouched
 
 
 class LanguageModel(Task):
@@ -63,15 +64,10 @@ class OutputLayer:
         self._layer = layer
         tokens = torch.tensor([[0, 1]], device=network.device)
         inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
-        modes = {module: module.training for module in network.modules()}
-        network.eval()
-        try:
-            with torch.no_grad():
-                expected = network(**inputs).logits
-                found = nn.functional.linear(self.hidden(inputs), *self.head)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with untouched(network, network.device):
+            network.eval()
+            expected = network(**inputs).logits
+            found = nn.functional.linear(self.hidden(inputs), *self.head)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise ValueError(
                 f"fused_head=True needs logits that the output layer alone makes, but {name} changes them further, as "

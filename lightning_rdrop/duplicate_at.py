@@ -35,7 +35,7 @@ class Split:
         at: the submodules before which it is.
         places: the arguments (args, kwargs) that are doubled, by submodule and call: those of ``at``, and what later
             ones get from outside.
-        share: the operations of a forward pass, as a share of those with a batch that is doubled at the entrance.
+        share: the FLOPs of a forward pass (those of matrix products), as a share of those of a doubled batch.
         shared: the submodule before it whose random numbers all views share, if there is one.
     """
 
@@ -45,7 +45,7 @@ class Split:
     shared: str | None = None
 
     def __str__(self) -> str:
-        return f"The batch is doubled before {', '.join(self.at)}; a forward pass takes {self.share:.0%} of the work."
+        return f"The batch is doubled before {', '.join(self.at)}; a forward pass takes {self.share:.0%} of the FLOPs."
 
     def predict(self, network: nn.Module, predict: Predict, inputs: Any, count: int) -> Any:
         """The prediction for K views of the inputs.
@@ -135,7 +135,7 @@ def find_split(
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2))
         >>> print(find_split(network, network, torch.ones(5, 4), 2, "auto"))
-        The batch is doubled before 1; a forward pass takes 67% of the work.
+        The batch is doubled before 1; a forward pass takes 67% of the FLOPs.
     """
     _refuse_hidden_calls(network)
     chosen = None if at == "auto" else _named(network, [at] if isinstance(at, str) else at)

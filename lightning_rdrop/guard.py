@@ -118,11 +118,29 @@ def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
     return None
 
 
+def none_counts(target: Any, ignore_index: int = -100) -> str | None:
+    """Why nothing is learned from unlabelled rows all of which are marked as not counting; else ``None``.
+
+    Example:
+        >>> none_counts(torch.tensor([3, -100])) is None
+        True
+    """
+    if not isinstance(target, Tensor) or (target != ignore_index).any():
+        return None
+    return (
+        f"No row of the unlabelled part counts: its labels, or its attention mask, mark all of them as padding, "
+        f"{ignore_index}. Leave the labels out of this part, and all its rows count."
+    )
+
+
 class NanWatch:
     """Since which batch a view is NaN: written on the device in every batch, read only where it is asked for.
 
     It is forgotten when a view is a number again: a search for a learning rate goes on until the loss diverges, and
     puts the weights back; a GradScaler leaves out the steps in which float16 overflows.
+
+    Args:
+        part: the part of the batch that is watched, for the message; all of it, if there is but one.
 
     Example:
         >>> watch = NanWatch()
@@ -132,7 +150,8 @@ class NanWatch:
         The prediction of view 1 is NaN since batch 1. ...
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: str = "") -> None:
+        self.part = part
         self.batches = 0
         self._since: Tensor | None = None
 
@@ -150,8 +169,8 @@ class NanWatch:
         for view, batch in enumerate([] if self._since is None else self._since.tolist()):
             if batch >= 0:
                 return (
-                    f"The prediction of view {view} is NaN since batch {batch}. Too high a learning rate, a row of the "
-                    "attention mask without a token, or an overflow in half precision are the usual causes."
+                    f"The prediction of view {view}{self.part} is NaN since batch {batch}. Too high a learning rate, "
+                    "a row of the attention mask without a token, or an overflow in half precision are usual causes."
                 )
         return None
 

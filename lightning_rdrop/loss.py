@@ -8,10 +8,12 @@ import math
 from itertools import combinations
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_rdrop.cross_entropy import linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average, Terms
 
 
@@ -68,12 +70,33 @@ class RDropLoss(nn.Module):
 
     def averages(self, predictions: Tensor, target: Tensor) -> tuple[Average, Average]:
         """D to the target over the rows of all views, and D between the views over all pairs of them (not halved)."""
-        views = predictions.shape[0]
-        ce = self.distance.to_target(predictions.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)))
-        kl = Average(ce.total.new_zeros(()), ce.total.new_zeros(()))
-        for j, k in combinations(range(views), 2):
-            kl = kl + self.distance.between(predictions[j], predictions[k], target)
-        return ce, kl
+        ce = self.distance.to_target(
+            predictions.flatten(0, 1), target.repeat(len(predictions), *[1] * (target.dim() - 1))
+        )
+        return ce, self._between_views(predictions, target)
+
+    def consistency(self, predictions: Tensor, alpha: float | Tensor, target: Tensor | None = None) -> Terms:
+        """The terms of unlabelled rows, which have no ce: loss = alpha kl.
+
+        Args:
+            predictions: shape (K, N, ...), views first.
+            alpha: the weight of kl.
+            target: shape (N, ...), tells which rows count, by the ``ignore_index`` of the distance, and nothing else;
+                without it all do.
+
+        Example:
+            >>> from torch import tensor
+            >>> views = tensor([[[0.5, 0.2, 0.3]], [[0.5, 0.3, 0.2]]]).log()
+            >>> RDropLoss().consistency(views, alpha=4.0).loss  # 4 ln(1.5) / 20
+            tensor(0.0811)
+        """
+        kl = self._between_views(predictions, target).mean / 2
+        return Terms(loss=alpha * kl, ce=torch.zeros_like(kl), kl=kl.detach(), prediction=predictions[0].detach())
+
+    def _between_views(self, predictions: Tensor, target: Tensor | None) -> Average:
+        zero = at_least_float32(predictions.new_zeros(()))
+        pairs = (self.distance.between(first, second, target) for first, second in combinations(predictions, 2))
+        return sum(pairs, start=Average(zero, zero))
 
     def _categorical(self, distance: Categorical, predictions: Tensor, target: Tensor, alpha: float | Tensor) -> Terms:
         indices = distance.counts_indices(predictions[0], target)

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, ClassVar, Literal
 
@@ -16,12 +16,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_rdrop import dropout, guard, views
+from lightning_rdrop import dropout, guard, unlabeled, views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.duplicate_at import LateDuplication, Split
 from lightning_rdrop.loss import Head, RDropLoss
-from lightning_rdrop.regularizers.regularizer import Regularizer
+from lightning_rdrop.regularizers.regularizer import Regularizer, at_least
 from lightning_rdrop.terms import Terms
 
 TARGET_KEYS = ("labels", "label", "target")
@@ -37,6 +37,14 @@ class RDropMixin(MixinBase):
     terms. Inherit it first, pass ``**kwargs`` on, and return logits from ``forward`` (or an object with ``.logits``).
     It logs ``train/loss``, ``train/ce``, ``train/kl`` and ``train/alpha``; validation and prediction run once.
 
+    A batch ``{"labeled": ..., "unlabeled": ...}``, what a ``CombinedLoader`` gives, is semi-supervised:
+
+    .. math:: \text{kl} = w_\text{labeled}\,\text{kl}_\text{labeled} + w\,\text{kl}_\text{unlabeled}
+
+    each a mean over its own rows, logged as ``train/kl_labeled`` and ``train/kl_unlabeled`` beside their sum. The two
+    parts are two passes; batch size, prediction and ce are those of the labelled one. See
+    :meth:`rdrop_unpack_unlabeled` for what the other may hold.
+
     Args:
         rdrop_alpha: the weight of the consistency, >= 0; a plain attribute, which callbacks set.
         rdrop_views: K, the predictions of an example; 1 is ordinary training.
@@ -47,6 +55,10 @@ class RDropMixin(MixinBase):
         rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
             dotted name or the end of it, several, a glob, or ``"auto"`` for the latest place before which nothing is
             random. ``None`` doubles at the entrance. See :mod:`lightning_rdrop.duplicate_at`.
+        rdrop_unlabeled_weight: w, >= 0, of all that unlabelled examples add: kl, and the regularizers that need no
+            target; a plain attribute. While it is 0 they have no pass, and training is supervised to the bit.
+        rdrop_labeled_weight: :math:`w_\text{labeled}`, >= 0, where there are unlabelled examples. With 0 the labelled
+            ones have but one pass, and plain cross-entropy, as in Su's experiments.
         rdrop_regularizers: further terms of the loss, such as :class:`~lightning_rdrop.VAT`, each logged by its name;
             see :class:`~lightning_rdrop.Regularizer`. They are not saved among the hyper-parameters.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
@@ -85,6 +97,8 @@ class RDropMixin(MixinBase):
         rdrop_distance: Distance | None = None,
         rdrop_passes: Literal["joint", "separate"] = "joint",
         rdrop_duplicate_at: str | Sequence[str] | None = None,
+        rdrop_unlabeled_weight: float = 1.0,
+        rdrop_labeled_weight: float = 1.0,
         rdrop_regularizers: Sequence[Regularizer] = (),
         rdrop_guard: Literal["error", "warn", "off"] = "error",
         **kwargs: Any,
@@ -100,13 +114,15 @@ class RDropMixin(MixinBase):
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = _check_choice("rdrop_passes", rdrop_passes, ("joint", "separate"))
         self.rdrop_duplicate_at = _check_duplicate_at(rdrop_duplicate_at, rdrop_passes)
+        self.rdrop_unlabeled_weight = at_least("rdrop_unlabeled_weight", rdrop_unlabeled_weight, 0)
+        self.rdrop_labeled_weight = at_least("rdrop_labeled_weight", rdrop_labeled_weight, 0)
         self.rdrop_regularizers = nn.ModuleList(_check_regularizers(rdrop_regularizers, self.rdrop_distance))
         self.rdrop_guard = _check_choice("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self._rdrop_own_alpha = self.rdrop_alpha
-        self._rdrop_guarded: list[bool] | None = None
+        self._rdrop_guarded: dict[str, list[bool]] = {}
         self._rdrop_late = LateDuplication(rdrop_duplicate_at, rdrop_views) if rdrop_duplicate_at else None
         self._rdrop_rows: Tensor | None = None  # of the last training step
-        self._rdrop_nan = guard.NanWatch()
+        self._rdrop_nan = {"labeled": guard.NanWatch(), "unlabeled": guard.NanWatch(" of the unlabelled part")}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,14 +157,24 @@ class RDropMixin(MixinBase):
 
     def rdrop_step(self, batch: Any) -> Terms:
         """The whole computation without logging, for manual optimisation or a training_step of one's own."""
-        inputs, target = self.rdrop_unpack(batch)
-        examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
-        predictions = self._rdrop_predictions(inputs, examples)
-        self._rdrop_guard_batch(predictions, inputs, target, lambda: self._rdrop_predictions(inputs, examples))
-        alpha = self._rdrop_checked_alpha()
-        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha, self.rdrop_head())
-        terms = self._rdrop_regularize(terms, inputs, target) if self.rdrop_regularizers else terms
-        return dataclasses.replace(terms, examples=examples)
+        labeled, others = unlabeled.parts(batch)
+        if others is None:
+            return self._rdrop_labeled(labeled)
+        if self.rdrop_head() is not None:
+            raise ValueError(
+                "A fused head makes kl and cross-entropy together, and unlabelled examples have no target for the "
+                "latter. Train without rdrop_head (fused_head=False), or without the unlabelled part."
+            )
+        weight = at_least("rdrop_unlabeled_weight", self.rdrop_unlabeled_weight, 0)
+        labeled_weight = at_least("rdrop_labeled_weight", self.rdrop_labeled_weight, 0)
+        terms = self._rdrop_labeled(labeled, labeled_weight)
+        return unlabeled.join(
+            terms,
+            self._rdrop_unlabeled(others, terms) if weight else None,
+            labeled_weight=labeled_weight,
+            weight=weight,
+            consistency=self.rdrop_distance.term_names[1],
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
     def rdrop_log(self, terms: Terms) -> None:
@@ -192,6 +218,20 @@ class RDropMixin(MixinBase):
             "rdrop_unpack(self, batch) to return (inputs, target)."
         )
 
+    def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[Any, Any]:
+        """Hook: the inputs of the network out of a batch without labels, and None or what tells which rows count.
+
+        A tensor, a mapping without ``labels``, ``label`` or ``target``, or the one element of a tuple or list, is the
+        inputs. All else goes to :meth:`rdrop_unpack`. Labels that are found there are not learned from; where they
+        are -100 (the distance's ``ignore_index``), a row does not count. Without labels, nor does a token whose
+        ``attention_mask`` is 0.
+        """
+        if isinstance(batch, (tuple, list)) and len(batch) == 1:
+            return batch[0], None
+        if isinstance(batch, Tensor) or (isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)):
+            return batch, None
+        return self.rdrop_unpack(batch)
+
     def rdrop_predict(self, inputs: Any) -> Any:
         """Hook: the prediction for some inputs; calls ``forward``, and takes ``.logits`` of a model output."""
         output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
@@ -232,6 +272,42 @@ class RDropMixin(MixinBase):
     def _rdrop_checked_alpha(self) -> float:
         return _check_alpha(self.rdrop_alpha)
 
+    def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
+        inputs, target = self.rdrop_unpack(batch)
+        examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
+
+        def predict() -> Tensor:
+            if not weight:
+                return views.split(self.rdrop_predict(inputs), 1, examples)
+            return self._rdrop_predictions(inputs, examples)
+
+        predictions = predict()
+        self._rdrop_guard_batch(predictions, inputs, target, predict)
+        alpha = weight * self._rdrop_checked_alpha()
+        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha, self.rdrop_head())
+        if self.rdrop_regularizers:
+            terms = self._rdrop_regularize(terms, inputs, target, self.rdrop_regularizers)
+        return dataclasses.replace(terms, examples=examples)
+
+    def _rdrop_unlabeled(self, batch: Any, labeled: Terms) -> Terms | None:
+        """alpha kl of unlabelled examples, and the regularizers that need no target; None where there is neither."""
+        regularizers = [one for one in self.rdrop_regularizers if not one.uses_target]
+        if self.rdrop_views == 1 and not regularizers:
+            return None
+        inputs, target = self.rdrop_unpack_unlabeled(batch)
+        if (ignore_index := getattr(self.rdrop_distance, "ignore_index", None)) is not None:
+            target = unlabeled.counted(inputs, target, labeled.prediction.dim() - 1, ignore_index)
+        zero = torch.zeros_like(labeled.ce)
+        terms = Terms(loss=zero, ce=zero, kl=zero)
+        if self.rdrop_views > 1:
+            examples = views.batch_size(inputs) if self.rdrop_passes == "joint" else 0  # separate ones never ask
+            draw = functools.partial(self._rdrop_predictions, inputs, examples)
+            predictions = draw()
+            self._rdrop_guard_batch(predictions, inputs, target, draw, "unlabeled")
+            alpha = self._rdrop_checked_alpha()
+            terms = RDropLoss(self.rdrop_distance).consistency(predictions, alpha, target)
+        return self._rdrop_regularize(terms, inputs, target, regularizers) if regularizers else terms
+
     def _rdrop_predictions(self, inputs: Any, examples: int) -> Tensor:
         """K predictions of the same inputs, (K, N, ...), or the hidden states of which a head makes them."""
         predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
@@ -260,33 +336,39 @@ class RDropMixin(MixinBase):
         return split
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # they differentiate inside the step
-    def _rdrop_regularize(self, terms: Terms, inputs: Any, target: Any) -> Terms:
+    def _rdrop_regularize(self, terms: Terms, inputs: Any, target: Any, regularizers: Iterable[Any]) -> Terms:
         loss, extra = terms.loss, {}
-        regularizer: Any  # nn.ModuleList knows modules only
-        for regularizer in self.rdrop_regularizers:
+        for regularizer in regularizers:
             term = regularizer(self, inputs, target).mean
             loss, extra[regularizer.name] = loss + regularizer.weight * term, term.detach()
         return dataclasses.replace(terms, loss=loss, extra=extra)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _rdrop_guard_batch(self, predictions: Tensor, inputs: Any, target: Any, draw: Callable[[], Tensor]) -> None:
+    def _rdrop_guard_batch(
+        self, predictions: Tensor, inputs: Any, target: Any, draw: Callable[[], Tensor], part: str = "labeled"
+    ) -> None:
         """Look at values, which waits for the device: on a first batch, after a change of mode, and at each log."""
         if self.rdrop_guard == "off":
             return
         every = getattr(self._trainer, "log_every_n_steps", 1)
-        read = not every or self._rdrop_nan.batches % every == 0
-        self._rdrop_nan.look(predictions)
+        watch = self._rdrop_nan[part]
+        read = not every or watch.batches % every == 0
+        watch.look(predictions)
         if read:
-            self._rdrop_complain(self._rdrop_nan.reason())
+            self._rdrop_complain(watch.reason())
         modes = self._rdrop_modes()
-        if modes == self._rdrop_guarded:
+        if modes == self._rdrop_guarded.get(part):
             return
-        self._rdrop_guarded = modes
-        head = self.rdrop_head()
-        self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
-        self._rdrop_complain(guard.unshifted(inputs, target, getattr(self.rdrop_distance, "ignore_index", -100)))
+        self._rdrop_guarded[part] = modes
+        ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
+        if part == "labeled":
+            head = self.rdrop_head()
+            self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
+            self._rdrop_complain(guard.unshifted(inputs, target, ignore_index))
+        else:
+            self._rdrop_complain(guard.none_counts(target, ignore_index))
         self._rdrop_complain(guard.fed_its_source(self, inputs))
-        if self.rdrop_views == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
+        if len(predictions) == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
             return  # with alpha = 0 on purpose, equal views cost nothing but time
         reason = guard.diagnose(self, draw, predictions, self._rdrop_on_all_ranks)
         self._rdrop_complain(reason)

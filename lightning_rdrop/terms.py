@@ -54,9 +54,11 @@ class Terms:
         ce: the task loss, a mean over the rows of all views; detached, for the log.
         kl: the consistency of the views, a mean over the same rows; detached, for the log.
         prediction: the first view's prediction, detached, so that a training metric needs no further forward.
-        rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor.
+        rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor. None where
+            the loss is no mean over rows.
         examples: B, the number of examples of the batch (not of its views): the batch size to log with.
-        extra: the terms of regularizers by name, without their weights; detached, for the log.
+        extra: what else is logged, by name: the terms of regularizers, without their weights, and the parts of a
+            semi-supervised kl; detached.
     """
 
     loss: Tensor
@@ -65,4 +67,4 @@ class Terms:
     prediction: Any = None
     rows: Tensor | None = None
     examples: int | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor | float] = field(default_factory=dict)

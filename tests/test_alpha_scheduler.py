@@ -160,9 +160,9 @@ def test_a_duration_is_a_number(ramp):
 
 def test_a_shape_that_leaves_0_to_1_is_refused():
     with pytest.raises(ValueError, match=r"returned 2\.0 at progress 1\.0.*peak"):
-        AlphaScheduler(lambda t: 2 * t, ramp=5, peak=1.0).alpha_at(5)
+        AlphaScheduler(lambda t: 2 * t, ramp=5, peak=1.0).value_at(5)
     with pytest.raises(ValueError, match="returned nan"):
-        AlphaScheduler(lambda t: math.nan, ramp=5, peak=1.0).alpha_at(5)
+        AlphaScheduler(lambda t: math.nan, ramp=5, peak=1.0).value_at(5)
 
 
 def test_a_module_without_the_mixin_is_refused(fit, rows):

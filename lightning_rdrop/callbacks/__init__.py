@@ -4,5 +4,6 @@ from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
 from lightning_rdrop.callbacks.curves import Curves
 from lightning_rdrop.callbacks.dropout_probability import DropoutProbability
 from lightning_rdrop.callbacks.exact_accumulation import ExactAccumulation
+from lightning_rdrop.callbacks.unlabeled_weight_scheduler import UnlabeledWeightScheduler
 
-__all__ = ["AlphaScheduler", "Curves", "DropoutProbability", "ExactAccumulation"]
+__all__ = ["AlphaScheduler", "Curves", "DropoutProbability", "ExactAccumulation", "UnlabeledWeightScheduler"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.callbacks._module import require_rdrop
@@ -41,11 +41,14 @@ class AlphaScheduler(Callback):
 
     Example:
         >>> scheduler = AlphaScheduler("linear", ramp=100, delay=50, peak=4.0)
-        >>> [scheduler.alpha_at(step) for step in (0, 50, 100, 150, 1000)]
+        >>> [scheduler.value_at(step) for step in (0, 50, 100, 150, 1000)]
         [0.0, 0.0, 2.0, 4.0, 4.0]
         >>> AlphaScheduler(ramp=0.1)  # with a Trainer: the first tenth of the training
         AlphaScheduler(shape='sigmoid', ramp=0.1, delay=0, peak=None)
     """
+
+    attribute: ClassVar[str] = "rdrop_alpha"
+    """What is scheduled: an attribute of the module."""
 
     def __init__(
         self,
@@ -59,16 +62,18 @@ class AlphaScheduler(Callback):
         if not callable(shape) and shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a function of progress, got {shape!r}.")
         if peak is not None and not (math.isfinite(peak) and peak >= 0):
-            raise ValueError(f"peak must be a finite number >= 0, or None for the module's rdrop_alpha, got {peak!r}.")
+            raise ValueError(
+                f"peak must be a finite number >= 0, or None for the module's {self.attribute}, got {peak!r}."
+            )
         self.shape = shape
         self.ramp = _check_duration("ramp", ramp)
         self.delay = _check_duration("delay", delay)
         self.peak = peak
-        self._own_alpha: float | None = None
+        self._own_value: float | None = None
         self._training_steps: int | None = None
 
-    def alpha_at(self, step: int) -> float:
-        """Alpha after ``step`` optimizer steps, in the training that is under way (steps alone need none)."""
+    def value_at(self, step: int) -> float:
+        """What is scheduled, after ``step`` steps of the training that is under way (an int alone needs none)."""
         delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
         if step < delay:
             return 0.0
@@ -79,11 +84,11 @@ class AlphaScheduler(Callback):
         if not 0.0 <= factor <= 1.0:
             raise ValueError(
                 f"shape {self.shape!r} returned {factor} at progress {progress}: a shape maps [0, 1] to [0, 1]. "
-                "Say how high alpha rises with peak."
+                f"Say how high {self.attribute} rises with peak."
             )
-        peak = self._own_alpha if self.peak is None else self.peak
+        peak = self._own_value if self.peak is None else self.peak
         if peak is None:
-            raise ValueError("peak is None, and there is no module under training to take rdrop_alpha from.")
+            raise ValueError(f"peak is None, and there is no module under training to take {self.attribute} from.")
         return peak * factor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -91,20 +96,20 @@ class AlphaScheduler(Callback):
             self._training_steps = None  # of an earlier training; that of a resumed one is loaded after this
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._own_alpha = require_rdrop(self, pl_module).rdrop_alpha
+        self._own_value = getattr(require_rdrop(self, pl_module), self.attribute)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training_steps is None and (isinstance(self.ramp, float) or isinstance(self.delay, float)):
             steps = trainer.estimated_stepping_batches
             self._training_steps = int(steps) if 0 <= steps < math.inf else None
-        self.alpha_at(0)  # what is wrong with the schedule shows before the first step
+        self.value_at(0)  # what is wrong with the schedule shows before the first step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # With several optimizers, which only manual optimization has, global_step counts the steps of each.
         # What the loggers count, _batches_that_stepped, is one ahead after a checkpoint of a step that failed.
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         step = trainer.global_step if pl_module.automatic_optimization else batches
-        require_rdrop(self, pl_module).rdrop_alpha = self.alpha_at(step)
+        setattr(require_rdrop(self, pl_module), self.attribute, self.value_at(step))
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._training_steps is None else {"training_steps": self._training_steps}
@@ -119,9 +124,9 @@ class AlphaScheduler(Callback):
         self._put_back(pl_module)
 
     def _put_back(self, pl_module: LightningModule) -> None:
-        if self._own_alpha is not None:
-            require_rdrop(self, pl_module).rdrop_alpha = self._own_alpha
-            self._own_alpha = None
+        if self._own_value is not None:
+            setattr(require_rdrop(self, pl_module), self.attribute, self._own_value)
+            self._own_value = None
 
     def _in_steps(self, name: str, duration: int | float) -> float:
         if isinstance(duration, int):
@@ -135,7 +140,8 @@ class AlphaScheduler(Callback):
         return duration * self._training_steps
 
     def __repr__(self) -> str:
-        return f"AlphaScheduler(shape={self.shape!r}, ramp={self.ramp}, delay={self.delay}, peak={self.peak})"
+        arguments = f"shape={self.shape!r}, ramp={self.ramp}, delay={self.delay}, peak={self.peak}"
+        return f"{type(self).__name__}({arguments})"
 
 
 def _check_duration(name: str, duration: int | float) -> int | float:

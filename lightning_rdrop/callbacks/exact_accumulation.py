@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.callbacks._module import require_rdrop
 from lightning_rdrop.distance import Categorical
+from lightning_rdrop.unlabeled import parts
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -28,8 +29,8 @@ class ExactAccumulation(Callback):
     takes one all-reduce of a number a step.
 
     Raises:
-        ValueError: class weights, for which ce and kl have two denominators, manual optimization, or a strategy that
-            keeps the gradients to itself (DeepSpeed).
+        ValueError: class weights, or unlabelled examples, with which ce and kl have two denominators; manual
+            optimization; a loss that is no mean over rows; or a strategy that keeps the gradients to itself (DeepSpeed).
         TypeError: the module is no ``RDropMixin``.
 
     Example:
@@ -55,10 +56,20 @@ class ExactAccumulation(Callback):
             )
         self._rows = 0.0
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if parts(batch)[1] is not None:
+            raise ValueError(
+                "ExactAccumulation needs one denominator, but labelled and unlabelled examples are two means, each "
+                "over rows of its own. Train without the unlabelled part, or without this callback."
+            )
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         rows = require_rdrop(self, pl_module)._rdrop_rows
         if rows is None:
-            raise ValueError("ExactAccumulation needs the mixin's own training_step, which counts the rows.")
+            raise ValueError(
+                "ExactAccumulation needs the mixin's own training_step, which counts the rows, and a loss that is a "
+                "mean over them; that of SimCSE is not, whose negatives are the other examples of the micro-batch."
+            )
         loss.register_hook(lambda gradient: gradient * rows)  # type: ignore[no-untyped-call]
         self._rows = self._rows + rows
 

@@ -1,0 +1,24 @@
+"""The weight of unlabelled examples as a function of how far the training has come."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
+
+
+class UnlabeledWeightScheduler(AlphaScheduler):
+    """Raises the module's ``rdrop_unlabeled_weight`` from 0 to its peak, as :class:`AlphaScheduler` does with alpha.
+
+    Early predictions are poor, and agreement on them is worth little; while the weight is exactly 0, in the ``delay``
+    and in the first step of a linear ramp, unlabelled examples have no pass at all.
+
+    Args:
+        shape, ramp, delay, peak: as for :class:`AlphaScheduler`; ``peak=None`` is the module's own weight.
+
+    Example:
+        >>> UnlabeledWeightScheduler("linear", ramp=100, peak=1.0).value_at(50)
+        0.5
+    """
+
+    attribute: ClassVar[str] = "rdrop_unlabeled_weight"

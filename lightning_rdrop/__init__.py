@@ -15,6 +15,7 @@ from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, s
 from lightning_rdrop.loss import RDropLoss, convert_alpha
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.regularizers import FGM, VAT, GradientPenalty, Regularizer
+from lightning_rdrop.simcse import SimCSEMixin
 from lightning_rdrop.terms import Average, Terms
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RDropLoss",
     "RDropMixin",
     "Regularizer",
+    "SimCSEMixin",
     "Terms",
     "convert_alpha",
     "jensen_shannon",

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -53,10 +53,13 @@ class TextDataModule(pl.LightningDataModule):
     Args:
         tokenizer: name or folder of a Hugging Face tokenizer; it pads each batch to its longest text.
         train: a table (see :func:`read_table`) to learn from; val, test, predict: likewise, each optional.
+        unlabeled: another table to learn from, without labels or whatever they are: training batches become
+            ``{"labeled": ..., "unlabeled": ...}``, and an epoch is as long as the longer of the two tables.
         text: the column of the text; ``pair`` that of a second one, for sentence pairs.
         label: the column of the label; ``None`` is text alone.
         labels: the classes in the order of their indices; ``None`` sorts those of the training table.
         batch_size: examples in a batch (R-Drop's views are not counted).
+        unlabeled_batch_size: those without labels; ``None`` is as many.
         max_length: longer texts are cut, in tokens.
         num_workers: processes that load data.
 
@@ -67,6 +70,9 @@ class TextDataModule(pl.LightningDataModule):
     :meth:`encode`; one with other labels, :meth:`targets`.
     """
 
+    without_labels: ClassVar[tuple[str, ...]] = ("unlabeled", "predict")
+    """The parts whose labels, if they have any, are left out."""
+
     def __init__(
         self,
         tokenizer: str,
@@ -75,26 +81,29 @@ class TextDataModule(pl.LightningDataModule):
         test: str | None = None,
         predict: str | None = None,
         *,
+        unlabeled: str | None = None,
         text: str = "sentence",
         pair: str | None = None,
         label: str | None = "label",
         labels: list[str] | None = None,
         batch_size: int = 32,
+        unlabeled_batch_size: int | None = None,
         max_length: int = 128,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.tables = {"train": train, "val": val, "test": test, "predict": predict}
+        self.tables = {"train": train, "val": val, "test": test, "predict": predict, "unlabeled": unlabeled}
         self.text, self.pair = text, pair
         self.label: Any = label
         self.labels = labels
         self.batch_size = batch_size
+        self.unlabeled_batch_size = unlabeled_batch_size
         self.max_length = max_length
         self.num_workers = num_workers
 
     def rows(self, split: str) -> Sequence[Row] | None:
-        """Hook: the rows of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``; None where there are none."""
+        """Hook: the rows of ``"train"``, ``"unlabeled"``, ``"val"``, ``"test"`` or ``"predict"``; None for no table."""
         path = self.tables[split]
         return None if path is None else read_table(path)
 
@@ -121,8 +130,11 @@ class TextDataModule(pl.LightningDataModule):
             named = {label for row in self._table("train") for label in self.classes(row)}
             self.labels = [str(label) for label in sorted(named)]
 
-    def train_dataloader(self) -> DataLoader[Row]:
-        return self._loader("train", shuffle=True)
+    def train_dataloader(self) -> DataLoader[Row] | dict[str, DataLoader[Row]]:
+        labeled = self._loader("train", shuffle=True)
+        if self.rows("unlabeled") is None:
+            return labeled
+        return {"labeled": labeled, "unlabeled": self._loader("unlabeled", shuffle=True)}
 
     def val_dataloader(self) -> DataLoader[Row] | list[Any]:
         return [] if self.rows("val") is None else self._loader("val")
@@ -143,7 +155,7 @@ class TextDataModule(pl.LightningDataModule):
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Row]:
         return DataLoader(
             self._table(split),  # type: ignore[arg-type]  # a list is a map-style dataset
-            self.batch_size,
+            batch_size=self.unlabeled_batch_size or self.batch_size if split == "unlabeled" else self.batch_size,
             shuffle=shuffle,
             collate_fn=self.collate,
             num_workers=self.num_workers,
@@ -154,14 +166,15 @@ class TextDataModule(pl.LightningDataModule):
         rows = self.rows(split)
         if not rows:
             raise ValueError(f"There is no {split} table: give {split}=..., a .json, .jsonl, .tsv or .csv file.")
-        if split == "predict":  # its labels, if it has any, may be blanks
+        unlabeled = self.label is not None and split in self.without_labels
+        if unlabeled:  # what labels there are may be blanks
             rows = [{column: value for column, value in row.items() if column != self.label} for row in rows]
-        needed = [self.text, self.pair, None if split == "predict" else self.label]
+        needed = [self.text, self.pair, None if unlabeled else self.label]
         for number, row in enumerate(rows):
             for column in needed:
                 if column is not None and column not in row:
                     raise ValueError(f"{split} table, row {number}: no column {column!r}, only {', '.join(row)}.")
-            if self.labels is None or split == "predict":
+            if self.labels is None or unlabeled:
                 continue
             for label in self.classes(row):
                 if str(label) in self.labels:
@@ -223,6 +236,34 @@ class TextRegressionDataModule(TextDataModule):
 
     def targets(self, rows: list[Row], encoded: Any) -> Tensor:
         return torch.tensor([float(row[self.label]) for row in rows])
+
+
+class SentencePairDataModule(TextRegressionDataModule):
+    """Batches for embeddings of sentences: in training sentences alone, each of both columns, without any label.
+
+    Validation and test have pairs with a score, ``{"first": ..., "second": ..., "labels": ...}``, each sentence encoded
+    by itself, where :class:`TextRegressionDataModule` encodes the two as one text. Prediction takes the first column.
+
+    Args:
+        args, kwargs: those of :class:`TextDataModule`; ``text`` and ``pair`` are the columns of the sentences, and
+            ``label`` that of the score, which a training table need not have.
+    """
+
+    without_labels = ("train", "unlabeled", "predict")
+
+    def collate(self, rows: list[Row]) -> dict[str, Any]:
+        pair: Any = self.pair
+        if not all(pair in row for row in rows):
+            return dict(self.encode([row[self.text] for row in rows], None))
+        first, second = (self.encode([row[column] for row in rows], None) for column in (self.text, pair))
+        return {"first": dict(first), "second": dict(second), "labels": self.targets(rows, None)}
+
+    def _table(self, split: str) -> Sequence[Row]:
+        rows = super()._table(split)
+        if split not in self.without_labels:
+            return rows
+        columns = [self.text] if self.pair is None or split == "predict" else [self.text, self.pair]
+        return [{self.text: row[column]} for row in rows for column in columns]
 
 
 class TextToTextDataModule(TextDataModule):

@@ -300,13 +300,17 @@ class RDropMixin(MixinBase):
         zero = torch.zeros_like(labeled.ce)
         terms = Terms(loss=zero, ce=zero, kl=zero)
         if self.rdrop_views > 1:
-            examples = views.batch_size(inputs) if self.rdrop_passes == "joint" else 0  # separate ones never ask
-            draw = functools.partial(self._rdrop_predictions, inputs, examples)
+            draw = self._rdrop_drawn(inputs)
             predictions = draw()
             self._rdrop_guard_batch(predictions, inputs, target, draw, "unlabeled")
             alpha = self._rdrop_checked_alpha()
             terms = RDropLoss(self.rdrop_distance).consistency(predictions, alpha, target)
         return self._rdrop_regularize(terms, inputs, target, regularizers) if regularizers else terms
+
+    def _rdrop_drawn(self, inputs: Any) -> Callable[[], Tensor]:
+        """What draws K predictions of unlabelled inputs."""
+        examples = views.batch_size(inputs) if self.rdrop_passes == "joint" else 0  # separate ones never ask
+        return functools.partial(self._rdrop_predictions, inputs, examples)
 
     def _rdrop_predictions(self, inputs: Any, examples: int) -> Tensor:
         """K predictions of the same inputs, (K, N, ...), or the hidden states of which a head makes them."""

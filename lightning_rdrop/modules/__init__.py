@@ -4,6 +4,7 @@ from lightning_rdrop.modules.causal_lm import CausalLM
 from lightning_rdrop.modules.classifier import Classifier
 from lightning_rdrop.modules.multilabel_classifier import MultilabelClassifier
 from lightning_rdrop.modules.regressor import Regressor
+from lightning_rdrop.modules.sentence_encoder import SentenceEncoder
 from lightning_rdrop.modules.seq2seq import Seq2Seq
 from lightning_rdrop.modules.sequence_classifier import SequenceClassifier
 from lightning_rdrop.modules.sequence_multilabel_classifier import SequenceMultilabelClassifier
@@ -16,6 +17,7 @@ __all__ = [
     "Classifier",
     "MultilabelClassifier",
     "Regressor",
+    "SentenceEncoder",
     "Seq2Seq",
     "SequenceClassifier",
     "SequenceMultilabelClassifier",

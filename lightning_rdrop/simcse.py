@@ -1,0 +1,195 @@
+"""SimCSE: the two views of a sentence are told from all other sentences of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rdrop.divergence import at_least_float32
+from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.regularizers.regularizer import at_least
+from lightning_rdrop.terms import Terms
+
+Pooling = Literal["cls", "mean", "first-last-average"]
+
+
+class SimCSEMixin(RDropMixin):
+    r"""Makes a LightningModule learn embeddings by unsupervised SimCSE, from the two views that R-Drop compares.
+
+    .. math:: \text{loss} = \operatorname*{mean}_i -\log
+        \frac{e^{\cos(f_i, f'_i) / \tau}}{\sum_j e^{\cos(f_i, f'_j) / \tau}}
+
+    with f and f' the embeddings of the same inputs under two dropout masks, and j over the batches of all ranks. It
+    logs ``train/loss``, ``train/alignment`` and ``train/uniformity``. Batches are those that
+    :meth:`~lightning_rdrop.RDropMixin.rdrop_unpack_unlabeled` reads, so labels may be there and are ignored. Hooks,
+    guard and passes are those of R-Drop, ``forward`` returns embeddings; there is no alpha, no distance, and no
+    regularizer.
+
+    Args:
+        simcse_temperature: :math:`\tau`, > 0.
+        rdrop: ``rdrop_passes`` and ``rdrop_guard`` of :class:`~lightning_rdrop.RDropMixin`.
+
+    Shapes:
+        embeddings (B, D); every rank has the same B, as with Lightning's sampler, and a loader that drops its last
+        batch.
+
+    Raises:
+        ValueError: an argument out of its range, embeddings of another shape, or no second example to be told from.
+
+    Source: Gao et al. 2021, arXiv 2104.08821, equation 4. Without their additional layer, which only training has.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> class Encoder(SimCSEMixin, pl.LightningModule):
+        ...     def __init__(self, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.network = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(8, 4))
+        ...     def forward(self, x):
+        ...         return self.network(x)
+        >>> terms = Encoder().rdrop_step(torch.randn(5, 8))
+        >>> terms.prediction.shape, list(terms.extra)
+        (torch.Size([5, 4]), ['alignment', 'uniformity'])
+    """
+
+    def __init__(self, *args: Any, simcse_temperature: float = 0.05, **kwargs: Any) -> None:
+        # given here, they are no arguments of the subclass: what they set has no place in this loss
+        super().__init__(
+            *args,
+            rdrop_alpha=1.0,
+            rdrop_views=2,
+            rdrop_distance=None,
+            rdrop_unlabeled_weight=1.0,
+            rdrop_labeled_weight=1.0,
+            rdrop_regularizers=(),
+            **kwargs,
+        )
+        self.simcse_temperature = at_least("simcse_temperature", simcse_temperature, 0)
+        if not simcse_temperature:
+            raise ValueError("simcse_temperature must be > 0 (0.05 is the default), got 0.")
+
+    def rdrop_step(self, batch: Any) -> Terms:
+        """The whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` 0."""
+        inputs, _ = self.rdrop_unpack_unlabeled(batch)
+        begins = self.rdrop_guard != "off" and not self._rdrop_guarded
+        draw = self._rdrop_drawn(inputs)
+        embeddings = draw()
+        if embeddings.dim() != 3:
+            shape = tuple(embeddings.shape[1:])
+            raise ValueError(f"SimCSE compares embeddings (B, D), and forward returned the shape {shape}.")
+        self._rdrop_guard_batch(embeddings, inputs, None, draw, "unlabeled")
+        first, second = embeddings
+        candidates, rank = self._gathered(second)
+        if begins and len(candidates) == 1:  # a last batch may be so
+            self._rdrop_complain(
+                "SimCSE tells an example from the others of its batch, which has but one: batch_size=1."
+            )
+        loss = info_nce(first, candidates, self.simcse_temperature, offset=rank * len(first))
+        first, second = first.detach(), second.detach()
+        return Terms(
+            loss=loss,
+            ce=loss.detach(),
+            kl=torch.zeros_like(loss.detach()),
+            prediction=first,
+            examples=len(first),
+            extra={"alignment": alignment(first, second), "uniformity": uniformity(first)},
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as for the log of R-Drop
+    def rdrop_log(self, terms: Terms) -> None:
+        """Log the loss, the alignment and the uniformity."""
+        for name, value in ({"loss": terms.loss} | terms.extra).items():
+            self.log(f"train/{name}", value, prog_bar=name != "loss", batch_size=terms.examples)
+
+    def _gathered(self, embeddings: Tensor) -> tuple[Tensor, int]:
+        """Those of all ranks, (W * B, D), with their gradients, and the number of this rank."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return embeddings, 0
+        # On the way back the gradients of all ranks are summed, and DDP divides them by W, as it does the loss of
+        # each rank: the result is the gradient of the mean over the joined batch, with no factor to be added.
+        gathered: Any = self.all_gather(embeddings, sync_grads=True)
+        return gathered.flatten(0, 1), self.trainer.global_rank
+
+
+def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset: int = 0) -> Tensor:
+    r"""How well each embedding is told by its counterpart from all others.
+
+    .. math:: \operatorname*{mean}_i -\log \frac{e^{\cos(f_i, f'_i) / \tau}}{\sum_j e^{\cos(f_i, f'_j) / \tau}}
+
+    Args:
+        first: f, shape (B, D).
+        second: f', shape (M, D) with M >= B.
+        temperature: :math:`\tau`.
+        offset: ``second[offset + i]`` is the counterpart of ``first[i]``.
+
+    Source: van den Oord et al. 2018, arXiv 1807.03748; Gao et al. 2021, arXiv 2104.08821, equation 4.
+
+    Example:
+        >>> info_nce(torch.eye(2), torch.eye(2), temperature=1.0)  # ln(1 + 1 / e)
+        tensor(0.3133)
+    """
+    first, second = _unit(first), _unit(second)
+    with torch.autocast(first.device.type, enabled=False):  # cosines / 0.05 in half precision would be 0.1 apart
+        logits = first @ second.T / temperature
+    return F.cross_entropy(logits, offset + torch.arange(len(first), device=first.device))
+
+
+def alignment(first: Tensor, second: Tensor) -> Tensor:
+    r"""How close the two embeddings of an example are, mean of :math:`\|f - f'\|^2` on the unit sphere; in [0, 4].
+
+    Source: Wang & Isola 2020, arXiv 2005.10242, with their exponent 2.
+
+    Example:
+        >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor(2.)
+    """
+    return (_unit(first) - _unit(second)).square().sum(-1).mean()
+
+
+def uniformity(embeddings: Tensor) -> Tensor:
+    r"""How evenly embeddings (N, D) fill the unit sphere: log of the mean of :math:`e^{-2\|f_i - f_j\|^2}` over pairs.
+
+    It is 0 where all are the same, or where there is but one, and the lower the better.
+
+    Source: Wang & Isola 2020, arXiv 2005.10242, with their t = 2.
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))  # -2 times 2
+        tensor(-4.0000)
+    """
+    if len(embeddings) < 2:
+        return embeddings.new_zeros(())
+    return torch.pdist(_unit(embeddings)).square().mul(-2).exp().mean().log()
+
+
+def pool(hidden_states: Sequence[Tensor], attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """A sentence's embedding out of its tokens'.
+
+    Args:
+        hidden_states: those of the embedding layer and of every layer after it, each (B, T, D).
+        attention_mask: (B, T), 0 at padding; None is no padding.
+        pooling: ``"cls"`` is the first token of the last layer, ``"mean"`` the mean over the tokens of the last layer,
+            ``"first-last-average"`` the mean over tokens of the first and the last layer together.
+
+    Source: Gao et al. 2021, arXiv 2104.08821, table 6; Su et al. 2021, arXiv 2103.15316, for the first and last layer.
+
+    Example:
+        >>> states = [torch.zeros(1, 2, 1), torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0], [5.0]]])]
+        >>> [pool(states, None, pooling).item() for pooling in ("cls", "mean", "first-last-average")]
+        [3.0, 4.0, 2.75]
+    """
+    last = hidden_states[-1]
+    if pooling == "cls":
+        return last[:, 0]
+    tokens = last if pooling == "mean" else (hidden_states[1] + last) / 2
+    if attention_mask is None:
+        return tokens.mean(1)
+    weight = attention_mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    return F.normalize(at_least_float32(embeddings), dim=-1)

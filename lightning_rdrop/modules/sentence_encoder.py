@@ -39,8 +39,11 @@ class SentenceEncoder(SimCSEMixin, Task):
         self.pooling = pooling
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
-        hidden_states = self(**inputs, output_hidden_states=True).hidden_states
-        return pool(hidden_states, inputs.get("attention_mask"), self.pooling)
+        both = self.pooling == "first-last-average"
+        output = self(**inputs, output_hidden_states=both)
+        return pool(
+            output.hidden_states if both else [output.last_hidden_state], inputs.get("attention_mask"), self.pooling
+        )
 
     def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanMetric) -> None:
         first, second = (self.rdrop_predict(batch[side]) for side in ("first", "second"))

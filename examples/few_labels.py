@@ -35,7 +35,7 @@ METHODS = {
     "VAT": ("vat", "epsilon", {epsilon: with_term("VAT", epsilon=epsilon) for epsilon in (0.03, 0.1, 0.3)}),
     "FGM": ("fgm", "epsilon", {epsilon: with_term("FGM", epsilon=epsilon) for epsilon in (0.01, 0.03, 0.1)}),
     "gradient penalty": (
-        "gradient_penalty", "weight", 
+        "gradient_penalty", "weight",
         {weight: with_term("GradientPenalty", weight=weight) for weight in (0.001, 0.01, 0.1)},
     ),
 }  # fmt: skip

@@ -70,7 +70,6 @@ def test_half_precision_is_computed_in_float32():
 
 
 class Noisy(Encoder):
-    """Its noise depends on the example and the view alone, not on the batch or the rank."""
 
     def __init__(self):
         super().__init__(rdrop_passes="separate")
@@ -103,17 +102,15 @@ class Record(pl.Callback):
 
 
 def test_two_ranks_are_the_joined_batch(fit, tmp_path):
-    """The steps of SGD are equal, so the gradients are that DDP averages; only negatives of its own are other ones."""
+    """The steps of SGD are equal, so the gradients are that DDP averages."""
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))  # one batch an epoch: Lightning may shuffle
     fit(Noisy(), DataLoader(x, 8), [joined := Record(tmp_path)], max_epochs=2)
-    fit(Noisy(), DataLoader(x, 4), [alone := Record(tmp_path)])
     fit(Noisy(), DataLoader(x, 4), [Record(tmp_path)], strategy="ddp_spawn", devices=2, max_epochs=2)
     ranks = [torch.load(tmp_path / f"2_{rank}.pt") for rank in (0, 1)]
     torch.testing.assert_close((ranks[0]["losses"] + ranks[1]["losses"]) / 2, torch.stack(joined.losses))
     for rank in ranks:
         torch.testing.assert_close(rank["weights"], joined.weights)
     assert (joined.weights - weights(Noisy())).abs().max() > 1e-2
-    assert torch.stack(alone.losses).mean() < 0.8 * torch.stack(joined.losses).mean()
 
 
 def test_it_learns_and_logs_what_it_should(fit):

@@ -70,7 +70,6 @@ def test_half_precision_is_computed_in_float32():
 
 
 class Noisy(Encoder):
-
     def __init__(self):
         super().__init__(rdrop_passes="separate")
         torch.manual_seed(7)

@@ -30,7 +30,7 @@ class ExactAccumulation(Callback):
 
     Raises:
         ValueError: class weights, or unlabelled examples, with which ce and kl have two denominators; manual
-            optimization; a loss that is no mean over rows; or a strategy that keeps the gradients to itself (DeepSpeed).
+            optimization; a loss that is no mean over rows; or a strategy that keeps gradients to itself (DeepSpeed).
         TypeError: the module is no ``RDropMixin``.
 
     Example:

@@ -200,6 +200,7 @@ def sentences():
         ({"passes": "separate", "reentrant": True}, {"static_graph": True}),
         ({"passes": "separate", "reentrant": False}, {}),
         ({"passes": "joint", "fused": True}, {}),
+        ({"passes": "joint", "rdrop_duplicate_at": "noise"}, {}),
     ],
     ids=str,
 )

@@ -280,7 +280,7 @@ def seconds(name, rounds, steps):
 def peak(name, way):
     """Bytes that training adds to what module and batch take."""
     torch.set_num_threads(2)
-    logging.getLogger("lightning.pytorch").setLevel("ERROR")
+    logging.disable(logging.INFO)
     batch, module = MODELS[name][1](), ways(name)[way]()
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -332,7 +332,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("."), help="of step.csv and step.png")
     given = parser.parse_args()
     torch.set_num_threads(2)
-    logging.getLogger("pytorch_lightning").setLevel("ERROR")
+    logging.disable(logging.INFO)
     rows = [row for name in given.models for row in measure(name, given.rounds, given.steps)]
     given.folder.mkdir(parents=True, exist_ok=True)
     with open(given.folder / "step.csv", "w", newline="") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from itertools import combinations, compress
 from typing import Any, NamedTuple
 
@@ -300,7 +301,7 @@ class _Sweep:
         # a gradient of 1 / n would vanish in float16: it is kept n times as large, until the way back
         self.lift = count.clamp(min=1) if like.dtype == torch.float16 else None
 
-    @property
+    @cached_property
     def terms(self) -> tuple[Tensor, Tensor]:
         """ce and kl of all rows that were seen."""
         ce, kl = (part[0] if len(part) == 1 else torch.stack(part).sum() for part in zip(*self.parts, strict=True))

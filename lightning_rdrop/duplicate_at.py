@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_rdrop import guard, views
+from lightning_rdrop import guard, submodules, views
 from lightning_rdrop.probe import untouched
 
 Predict = Callable[[Any], Any]
@@ -74,7 +73,7 @@ class Split:
 
 @dataclass
 class LateDuplication:
-    """Predicts K views of a batch, each view by itself from a split on.
+    """The splits of a module, each found when it is first asked for.
 
     Args:
         at: a submodule, by its dotted name or the end of it; several; or a glob. ``"auto"`` is the latest place before
@@ -151,7 +150,7 @@ def find_split(
         split = trial.split(chosen)
     reached = min((number for number, call in enumerate(calls) if call[0] in chosen), default=0)
     shared = calls[random - 1][0] if random is not None and 0 < random <= reached else None
-    return Split(split.at, split.places, split.share, shared)
+    return replace(split, shared=shared)
 
 
 def _refuse_hidden_calls(network: nn.Module) -> None:
@@ -172,7 +171,7 @@ class _Trial:
     """Passes of a batch that is doubled late, beside those of the batch and of the doubled batch."""
 
     def __init__(self, network: nn.Module, predict: Predict, inputs: Any, count: int) -> None:
-        self._modules, self._predict, self._inputs, self._count = _submodules(network), predict, inputs, count
+        self._modules, self._predict, self._inputs, self._count = submodules.named(network), predict, inputs, count
         self._once, _, _ = self._shapes(inputs)
         self._twice, expected, self._work = self._shapes(views.duplicate(inputs, count))
         self._expected = views.split(expected, count, views.batch_size(inputs)).flatten(0, 1)
@@ -309,7 +308,7 @@ def _first_random(
             drawn.append(not all(map(torch.equal, start, _random_state(device))))
             return arguments
 
-        with _before_calls(_submodules(network), look):
+        with _before_calls(submodules.named(network), look):
             prediction = predict(inputs)
         look(("", 0), prediction)
         return seen, drawn
@@ -352,13 +351,9 @@ def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from _tensors(part, (*path, key))
 
 
-def _submodules(network: nn.Module) -> dict[str, nn.Module]:
-    return {name: part for name, part in network.named_modules() if name and not name.startswith("rdrop_")}
-
-
 def _named(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     """The submodules whose names, or the ends of whose names, are these."""
-    names = list(_submodules(network))
+    names = list(submodules.named(network))
     found = []
     for pattern in patterns:
         parts = pattern.split(".")
@@ -367,9 +362,7 @@ def _named(network: nn.Module, patterns: Sequence[str]) -> list[str]:
         if pattern in names:
             fitting = [pattern]
         if not fitting:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(names[:5])}, ..."
-            raise ValueError(f"rdrop_duplicate_at={pattern!r} is no submodule of {type(network).__name__}. {hint}")
+            raise submodules.unknown("rdrop_duplicate_at", pattern, network, names)
         if len(fitting) > 1 and not any(sign in pattern for sign in "*?["):
             raise ValueError(
                 f"rdrop_duplicate_at={pattern!r} could be {', '.join(fitting)}: give more of the name, or a list of "

@@ -59,6 +59,39 @@ class Small(RDropMixin, pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Two(Small):
+    """Manual optimization, with an optimizer for each layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.network[0], self.network[3])]
+
+    def training_step(self, batch, batch_idx):
+        terms = self.rdrop_step(batch)
+        self.rdrop_log(terms)
+        self.manual_backward(terms.loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Net(RDropMixin, pl.LightningModule):
+    """Whatever network, called with whatever inputs."""
+
+    def __init__(self, network, **kwargs):
+        super().__init__(**kwargs)
+        self.network = network
+
+    def forward(self, *args, **kwargs):
+        return self.network(*args, **kwargs)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 @pytest.fixture
 def small():
     return Small

@@ -1,13 +1,13 @@
 import copy
 
 import pytest
-import pytorch_lightning as pl
 import torch
+from conftest import Net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import Gaussian, RDropMixin
+from lightning_rdrop import Gaussian
 from lightning_rdrop.dropout import set_probability
 from lightning_rdrop.duplicate_at import find_split
 
@@ -15,18 +15,6 @@ transformers = pytest.importorskip("transformers")
 
 BERT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 40}
 D_MODEL = {"d_model": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 16}
-
-
-class Wrapped(RDropMixin, pl.LightningModule):
-    def __init__(self, network, **kwargs):
-        super().__init__(**kwargs)
-        self.network = network
-
-    def forward(self, *args, **kwargs):
-        return self.network(*args, **kwargs)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
 def tokens(examples, length=7, decoder=False, labels="class"):
@@ -127,8 +115,8 @@ def pair(build, at, **kwargs):
     torch.manual_seed(0)
     network, batch_of = build()
     network = network.double().train()
-    early = Wrapped(copy.deepcopy(network), **kwargs)
-    late = Wrapped(network, rdrop_duplicate_at=at, **kwargs)
+    early = Net(copy.deepcopy(network), **kwargs)
+    late = Net(network, rdrop_duplicate_at=at, **kwargs)
     return early, late, batch_of
 
 
@@ -183,7 +171,7 @@ def test_with_dropout_on_the_masks_are_the_same_too(build, at, frozen, views):
 
 
 def test_what_lies_before_runs_once_and_keeps_no_graph_where_it_is_frozen():
-    module = Wrapped(bert_like("Bert")[0].train(), rdrop_duplicate_at="encoder.layer.2")
+    module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="encoder.layer.2")
     freeze(module.network, FROZEN[0][2])
     module.rdrop_step(tokens(4))
     rows = {}
@@ -235,7 +223,7 @@ def test_auto_is_the_latest_place_before_anything_random():
 
 
 def test_auto_in_a_half_frozen_encoder(caplog):
-    module = Wrapped(bert_like("Bert")[0].train(), rdrop_duplicate_at="auto")
+    module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="auto")
     freeze(module.network, FROZEN[0][2])
     with caplog.at_level("INFO"):
         assert module.rdrop_step(tokens(4)).kl > 0
@@ -248,7 +236,7 @@ def test_auto_passes_over_a_layerdrop_that_drops_nothing():
     network.train()
     set_probability(network, 0.0)
     network.model.decoder.layers[1].dropout = 0.3
-    module = Wrapped(network, rdrop_duplicate_at="auto")
+    module = Net(network, rdrop_duplicate_at="auto")
     assert module.rdrop_step(batch_of(4)).kl > 0
     (split,) = module._rdrop_late._splits.values()
     assert split.at == ("network.model.decoder.layers.1",)
@@ -260,7 +248,7 @@ def test_the_share_of_the_work():
 
 
 def test_another_mode_is_looked_at_anew():
-    module = Wrapped(sequential(0.3, 0.3), rdrop_duplicate_at="auto")
+    module = Net(sequential(0.3, 0.3), rdrop_duplicate_at="auto")
     module.network[2].eval()
     batch = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
     module.rdrop_step(batch)
@@ -271,20 +259,20 @@ def test_another_mode_is_looked_at_anew():
 
 
 def test_random_layers_before_the_split_are_named():
-    module = Wrapped(sequential(0.3, 0.3), rdrop_duplicate_at="network.3")
+    module = Net(sequential(0.3, 0.3), rdrop_duplicate_at="network.3")
     with pytest.warns(UserWarning, match=r"'network\.3': network\.2 lies before it and is random"):
         module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
 
 def test_a_split_that_shares_nothing_is_no_warning(recwarn):
-    Wrapped(sequential(0.0, 0.3), rdrop_duplicate_at="network.3").rdrop_step(
+    Net(sequential(0.0, 0.3), rdrop_duplicate_at="network.3").rdrop_step(
         (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
     )
     assert not len(recwarn)
 
 
 def test_nothing_random_behind_the_split_is_refused_by_the_guard():
-    module = Wrapped(sequential(0.3, 0.0), rdrop_duplicate_at="network.3")
+    module = Net(sequential(0.3, 0.0), rdrop_duplicate_at="network.3")
     with pytest.warns(UserWarning, match="lies before"), pytest.raises(ValueError, match="The views are identical"):
         module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
@@ -311,7 +299,7 @@ def test_several_splits():
 
 def test_batch_norm_behind_the_split_sees_all_rows():
     network = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    early, late = (Wrapped(copy.deepcopy(network), rdrop_duplicate_at=at) for at in (None, "network.1"))
+    early, late = (Net(copy.deepcopy(network), rdrop_duplicate_at=at) for at in (None, "network.1"))
     batch = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
     for one, other in zip(gradients(late, batch)[1], gradients(early, batch)[1], strict=True):
         torch.testing.assert_close(one, other)
@@ -410,7 +398,7 @@ def test_a_mask_of_positions_is_not_a_batch():
                 x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
             return x
 
-    early, late = (Wrapped(Causal(), rdrop_distance=Gaussian(), rdrop_duplicate_at=at) for at in (None, "layers.1"))
+    early, late = (Net(Causal(), rdrop_distance=Gaussian(), rdrop_duplicate_at=at) for at in (None, "layers.1"))
     late.load_state_dict(early.state_dict())
     for module in (early, late):
         module.network.layers[0].eval()
@@ -422,22 +410,22 @@ def test_a_mask_of_positions_is_not_a_batch():
 @pytest.mark.parametrize("at", ["", [], [3]])
 def test_bad_names(at):
     with pytest.raises(ValueError, match="rdrop_duplicate_at must be the name of a submodule"):
-        Wrapped(sequential(0.3), rdrop_duplicate_at=at)
+        Net(sequential(0.3), rdrop_duplicate_at=at)
 
 
 def test_it_is_for_joint_passes():
     with pytest.raises(ValueError, match="rdrop_passes='separate' doubles none"):
-        Wrapped(sequential(0.3), rdrop_duplicate_at="auto", rdrop_passes="separate")
+        Net(sequential(0.3), rdrop_duplicate_at="auto", rdrop_passes="separate")
 
 
 def test_gradient_checkpointing_and_compiled_networks_are_refused():
     network = bert_like("Bert")[0].train()
     network.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"network\.bert computes its activations again"):
-        Wrapped(network, rdrop_duplicate_at="auto").rdrop_step(tokens(4))
+        Net(network, rdrop_duplicate_at="auto").rdrop_step(tokens(4))
     compiled = torch.compile(sequential(0.3), backend="eager")
     with pytest.raises(ValueError, match="network is compiled, which hides the calls"):
-        Wrapped(compiled, rdrop_duplicate_at="auto").rdrop_step((torch.randn(4, 8), torch.zeros(4, dtype=torch.long)))
+        Net(compiled, rdrop_duplicate_at="auto").rdrop_step((torch.randn(4, 8), torch.zeros(4, dtype=torch.long)))
 
 
 def test_a_split_that_is_left_out_is_noticed():
@@ -449,7 +437,7 @@ def test_a_split_that_is_left_out_is_noticed():
         def forward(self, x):
             return self.head(x if self.training else self.left_out(x))
 
-    module = Wrapped(Leaving(), rdrop_duplicate_at="left_out")
+    module = Net(Leaving(), rdrop_duplicate_at="left_out")
     with pytest.raises(ValueError, match=r"network\.left_out was not called in this forward pass"):
         module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
@@ -457,7 +445,7 @@ def test_a_split_that_is_left_out_is_noticed():
 def test_it_trains(fit):
     x = torch.randn(22, 8)
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), batch_size=4)
-    module = Wrapped(sequential(0.0, 0.3), rdrop_duplicate_at="auto")
+    module = Net(sequential(0.0, 0.3), rdrop_duplicate_at="auto")
     before = copy.deepcopy(module.network[0].weight)
     assert fit(module, loader, max_epochs=2).callback_metrics["train/kl"] > 0
     assert not torch.equal(module.network[0].weight, before)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import Net
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -15,20 +16,6 @@ from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.regularizers.perturbation import Passes
 
 EVERY = [FGM, GradientPenalty, VAT]
-
-
-class Net(RDropMixin, pl.LightningModule):
-    """Whatever network, called with whatever inputs."""
-
-    def __init__(self, network, **kwargs):
-        super().__init__(**kwargs)
-        self.network = network
-
-    def forward(self, *args, **kwargs):
-        return self.network(*args, **kwargs)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def softmax_network(**kwargs):

@@ -10,7 +10,7 @@ import signal
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Small
+from conftest import Small, Two
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -104,25 +104,6 @@ class Plain(pl.LightningModule):
     def __init__(self, p: float = 0.3):
         super().__init__()
         self.network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(p), nn.Linear(16, 3))
-
-
-class Two(Small):
-    """Two optimizers, and manual optimization."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.network[0], self.network[3])]
-
-    def training_step(self, batch, batch_idx):
-        terms = self.rdrop_step(batch)
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(terms.loss)
-        for optimizer in self.optimizers():
-            optimizer.step()
 
 
 class Validated(Small):

@@ -334,15 +334,6 @@ def fsdp2(kind, arguments):
     return train(kind(**arguments), examples(), 4, strategy, precision="32-true")
 
 
-@pytest.mark.parametrize("passes", ["joint", "separate"])
-@pytest.mark.parametrize("reentrant", [None, False])
-def test_fsdp2_of_two_batches_is_one_batch_of_both(pair, passes, reentrant):
-    arguments = {"passes": passes, "reentrant": reentrant}
-    one = train(Network(**arguments), examples(), 8, precision="32-true")
-    two = pair.run(fsdp2, Sharded, arguments)
-    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
-
-
 class Zero(Sharded):
     """A head that starts at zero, as LoRA does, and hides the noise of the first batch."""
 
@@ -383,10 +374,11 @@ def fsdp(kind, arguments):
 
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 @pytest.mark.parametrize("reentrant", [None, False])
-def test_fsdp_of_two_batches_is_one_batch_of_both(pair, passes, reentrant):
+@pytest.mark.parametrize(("sharded", "kind"), [(fsdp2, Sharded), (fsdp, Network)])
+def test_sharded_training_on_two_batches_is_one_on_both(pair, sharded, kind, passes, reentrant):
     arguments = {"passes": passes, "reentrant": reentrant}
     one = train(Network(**arguments), examples(), 8, precision="32-true")
-    two = pair.run(fsdp, Network, arguments)
+    two = pair.run(sharded, kind, arguments)
     assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-6)
 
 

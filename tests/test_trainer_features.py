@@ -5,7 +5,7 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Small
+from conftest import Small, Two
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from pytorch_lightning.tuner import Tuner
 from torch import nn
@@ -61,25 +61,6 @@ def test_accumulation_and_clipping(fit, rows, clip):
         elif clip:
             assert step.abs().max() == pytest.approx(0.01, rel=1e-3)
     torch.testing.assert_close(*trained)
-
-
-class Two(Small):
-    """Manual optimization, with an optimizer for each layer; each is clipped on its own."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.network[0], self.network[3])]
-
-    def training_step(self, batch, batch_idx):
-        terms = self.rdrop_step(batch)
-        self.rdrop_log(terms)
-        self.manual_backward(terms.loss)
-        for optimizer in self.optimizers():
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 def test_two_optimizers_by_hand_are_the_one(fit, rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop import views
+from lightning_rdrop import submodules, views
 from lightning_rdrop.probe import buffers_aside
 
 if TYPE_CHECKING:
@@ -131,14 +130,11 @@ def unit(direction: Tensor) -> Tensor:
 
 def _find(module: RDropMixin, inputs: Any, at: str | None) -> nn.Module | None:
     """The submodule whose output is perturbed; None is the input itself."""
-    named = ((name, part) for name, part in module.named_modules() if name and not name.startswith("rdrop_"))
-    modules: dict[str, nn.Module] = dict(named)
+    modules = submodules.named(module)
     if at is not None:
         if at in modules:
             return modules[at]
-        near = difflib.get_close_matches(at, modules, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(modules)[:5])}, ..."
-        raise ValueError(f"at={at!r} is no submodule of {type(module).__name__}. {hint}")
+        raise submodules.unknown("at", at, module, modules)
     for part in modules.values():
         config = getattr(part, "config", None)
         if config is not None and hasattr(part, "get_input_embeddings"):

@@ -228,75 +228,63 @@ def _composite(
 class _Fused(torch.autograd.Function):
     """Both functions: the gradients are made on the way forward, and scaled on the way back.
 
-    ``inputs`` are alpha, and the logits; or alpha, hidden states, a weight, and a bias or None. The terms are left in
-    the sweep.
+    ``inputs`` are the logits; or hidden states, a weight, and a bias or None. The terms are left in the sweep, which
+    also holds the alpha that is passed for its gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, sweep: _Sweep, size: int, *inputs: Any) -> Tensor:
-        alpha, first, *head = inputs
-        wanted = ctx.needs_input_grad[3:]
-        gradients = sweep.head(first, *head, wanted, size) if head else sweep.logits(first, wanted, size)  # type: ignore[call-arg]
+    def forward(ctx: Any, sweep: _Sweep, size: int, alpha: float | Tensor, *inputs: Any) -> Tensor:
+        gradients = sweep.over(size, ctx.needs_input_grad[3:], *inputs)
+        ctx.save_for_backward(*inputs, *gradients)
+        ctx.sweep = sweep
         ce, kl = sweep.terms
-        tensors = (part if isinstance(part, Tensor) else None for part in inputs)
-        ctx.save_for_backward(sweep.target, sweep.lift, kl, *tensors, *gradients)
-        ctx.alpha, ctx.labels = alpha, sweep.labels
-        ctx.set_materialize_grads(False)
         loss: Tensor = ce + alpha * kl
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream is None:  # nothing depends on the loss
-            return (None,) * len(ctx.needs_input_grad)
-        target, lift, kl, *saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        inputs, gradients = saved[: len(needed)], saved[len(needed) :]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        sweep, saved = ctx.sweep, ctx.saved_tensors
+        inputs, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if torch.is_grad_enabled():  # under create_graph: the formula has a second derivative
-            alpha, first, *head = inputs
-            logits = F.linear(first, *head) if head else first
-            loss, *_ = _composite(logits, target, ctx.alpha if alpha is None else alpha, ctx.labels)
-            found = iter(torch.autograd.grad(loss, [*compress(inputs, needed)], upstream, create_graph=True))
+            logits = inputs[0] if len(inputs) == 1 else F.linear(*inputs)
+            loss, *_ = _composite(logits, sweep.target, sweep.alpha, sweep.labels)
+            needed = ctx.needs_input_grad[2:]
+            wanted = [*compress((sweep.alpha, *inputs), needed)]
+            found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True))
             return None, None, *(next(found) if need else None for need in needed)
-        scale = upstream if lift is None else upstream / lift
-        scaled = [
-            None if gradient is None else _scaled(gradient, scale).to(part.dtype)
-            for part, gradient in zip(inputs[1:], gradients, strict=True)
-        ]
-        return None, None, kl * upstream if needed[0] else None, *scaled
+        scale = upstream if sweep.lift is None else upstream / sweep.lift
+        scaled = (_scaled(gradient, scale, part) for gradient, part in zip(gradients, inputs, strict=True))
+        return None, None, sweep.terms[1] * upstream if ctx.needs_input_grad[2] else None, *scaled
 
 
 class _Sweep:
     """One pass over the rows of two views: their terms, and the gradient of these."""
 
     def __init__(self, target: Tensor, labels: Labels, alpha: float | Tensor, classes: int, like: Tensor) -> None:
-        self.target, self.labels = target, labels
+        self.target, self.labels, self.alpha = target, labels, alpha
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.class_weight = None if labels.weight is None else labels.weight.to(like.device, self.dtype)
-        self.smooths = labels.label_smoothing > 0
-        label = target.unsqueeze(-1)
-        ignored = label == labels.ignore_index
+        label, rows = target.expand(2, -1).unsqueeze(-1), target.numel()
+        counts = target != labels.ignore_index
+        self.weight = count = counts.sum(dtype=self.dtype)
+        ignored: Tensor | None = None
         counted: Tensor | float = 1.0
-        each: Tensor | float = 1 / max(1, len(target))
-        count = like.new_full((), len(target), dtype=self.dtype)
-        masked = not label.is_cpu or bool(ignored.any())  # elsewhere the look at it would wait for the device
-        if masked:
-            label, counted = label.masked_fill(ignored, 0), ~ignored
-            count = counted.sum(dtype=self.dtype)
-            each = counted / count.clamp(min=1)
-        self.weight = count
-        share = own = each
+        mean: Tensor | float = 1 / max(1, rows)
+        if not target.is_cpu or count.item() < rows:  # elsewhere the look at it would wait for the device
+            counted, mean = counts.unsqueeze(-1), 1 / count.clamp(min=1)
+            ignored = ~counted
+            label = label.masked_fill(ignored, 0)
+        self.kl = mean / 4
+        self.apart = self.kl * alpha
+        own = counted
         if self.class_weight is not None:
-            own = self.class_weight[label] * counted
+            own = self.class_weight[label[0]] * counted
             self.weight = own.sum()
-            share, own = counted / _nonzero(self.weight), own / _nonzero(self.weight)
-        hot = smooth = own * ((labels.label_smoothing - 1) / 2)
-        if not isinstance(hot, Tensor):
-            hot = like.new_full(label.shape, hot, dtype=self.dtype)
-        if self.smooths:
-            smooth = share * (-labels.label_smoothing / (2 * classes))
-        kl = each * 0.25
-        self.rows = _Rows(ignored if masked else None, label, hot, smooth, kl, kl * alpha)
+            mean = 1 / _nonzero(self.weight)
+        smooth: Tensor | float = counted * mean * (-labels.label_smoothing / (2 * classes))
+        hot: Tensor | float = own * mean * ((labels.label_smoothing - 1) / 2)
+        each = hot.expand(2, -1, -1) if isinstance(hot, Tensor) else like.new_full(label.shape, hot, dtype=self.dtype)
+        self.rows = _Rows(ignored, label, each, smooth)
         self.parts: list[tuple[Tensor, Tensor]] = []
         # a gradient of 1 / n would vanish in float16: it is kept n times as large, until the way back
         self.lift = count.clamp(min=1) if like.dtype == torch.float16 else None
@@ -304,18 +292,22 @@ class _Sweep:
     @cached_property
     def terms(self) -> tuple[Tensor, Tensor]:
         """ce and kl of all rows that were seen."""
-        ce, kl = (part[0] if len(part) == 1 else torch.stack(part).sum() for part in zip(*self.parts, strict=True))
+        if len(self.parts) == 1:
+            return self.parts[0]
+        ce, kl = (torch.stack(part).sum() for part in zip(*self.parts, strict=True))
         return ce, kl
 
-    def logits(self, logits: Tensor, wanted: Sequence[bool], size: int) -> list[Tensor | None]:
-        """The gradient for logits (2, N, C)."""
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if wanted[0] else None
-        self._walk(logits, gradient, size)
-        return [gradient]
+    def over(self, size: int, wanted: Sequence[bool], first: Tensor, *head: Any) -> Sequence[Tensor | None]:
+        """The gradients for logits (2, N, C); or for hidden states, weight and bias."""
+        if head:
+            return self._head(size, wanted, first, *head)
+        gradient = torch.empty_like(first, memory_format=torch.contiguous_format) if wanted[0] else None
+        self._walk(first, gradient, size)
+        return (gradient,)
 
-    def head(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool], size: int
-    ) -> list[Tensor | None]:
+    def _head(
+        self, size: int, wanted: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Sequence[Tensor | None]:
         """The gradients for hidden states (2, N, D), weight and bias."""
         to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
         to_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
@@ -333,29 +325,31 @@ class _Sweep:
                 to_weight += gradient.flatten(0, 1).T @ states.flatten(0, 1)
             if to_bias is not None:
                 to_bias += logits.sum((0, 1))
-        return [to_hidden, to_weight, to_bias]
+        return to_hidden, to_weight, to_bias
 
     def _walk(self, logits: Tensor, gradient: Tensor | None, size: int, start: int = 0) -> None:
         """Over the logits (2, n, C) of the rows from ``start`` on, whose gradient may take their place."""
-        widened = logits.dtype != self.dtype
-        for rows in _pieces(logits.shape[1], size // (2 * logits.shape[2])):
-            whole = rows.stop - rows.start == logits.shape[1]  # the usual case, without a dozen slices
-            part = (logits if whole else logits[:, rows]).to(self.dtype)
-            place = gradient if whole or gradient is None else gradient[:, rows]
-            out = part if widened and place is not None else place
-            self.parts.append(self._chunk(part, self.rows.of(start + rows.start, start + rows.stop), out))
-            if out is not None and self.lift is not None:
-                out.mul_(self.lift)
-            if widened and place is not None:
-                place.copy_(part)
+        step = max(1, size // (2 * logits.shape[2]))
+        if logits.shape[1] > step:
+            for rows in _pieces(logits.shape[1], step):
+                place = None if gradient is None else gradient[:, rows]
+                self._walk(logits[:, rows], place, size, start + rows.start)
+            return
+        wide = logits if logits.dtype == self.dtype else logits.to(self.dtype)
+        out = gradient if wide is logits or gradient is None else wide
+        self.parts.append(self._chunk(wide, self.rows.of(start, start + logits.shape[1]), out))
+        if out is not None and self.lift is not None:
+            out.mul_(self.lift)
+        if gradient is not None and gradient is not out:
+            gradient.copy_(wide)
 
     def _chunk(self, logits: Tensor, rows: _Rows, out: Tensor | None) -> tuple[Tensor, Tensor]:
         """The parts of some rows (2, n, C) in ce and kl; their gradient is written to ``out``, maybe the logits."""
         if logits.shape[2] < _FEW:
-            log_p = torch.log_softmax(logits, -1)
+            log_p = rows.mask(torch.log_softmax(logits, -1))
             both = torch.exp(log_p, out=out)
         else:
-            log_p = logits - logits.amax(-1, keepdim=True)
+            log_p = rows.mask(logits - logits.amax(-1, keepdim=True))
             both = torch.empty_like(log_p) if out is None else out
             for shifted, probability in zip(log_p, both, strict=True):
                 torch.softmax(shifted, -1, out=probability)
@@ -363,45 +357,41 @@ class _Sweep:
         first, second = log_p.unbind(0)
         p, q = both.unbind(0)
 
-        label = rows.label.expand(2, -1, -1)
-        ce = (rows.mask(log_p.gather(-1, label)) * rows.hot).sum()
-        if self.smooths:
-            every = (log_p if self.class_weight is None else log_p * self.class_weight).sum(-1, keepdim=True)
-            ce += (rows.mask(every) * rows.smooth).sum()
+        ce = (log_p.gather(-1, rows.label) * rows.hot).sum()
+        if self.labels.label_smoothing:
+            every = log_p if self.class_weight is None else log_p * self.class_weight
+            ce += (every.sum(-1, keepdim=True) * rows.smooth).sum()
         # a class that neither view allows has no part in the sum
-        gap = torch.sub(first, second).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        torch.sub(p, q, out=first)
-        jeffreys = torch.linalg.vecdot(first, gap).unsqueeze_(-1)
-        kl = (rows.mask(jeffreys) * rows.kl).sum()
+        gap = (first - second).nan_to_num_(0.0, torch.inf, -torch.inf)
+        lead = p - q
+        kl = lead.flatten().dot(gap.flatten()) * self.kl
         if out is not None:
             # the gradient for log p and log q takes their place, and then passes through the softmax
-            torch.neg(first, out=second).addcmul_(q, gap, value=-1)
-            first.addcmul_(p, gap)
-            log_p.mul_(rows.apart).scatter_add_(-1, label, rows.hot.expand(2, -1, -1))
-            if self.smooths:
+            torch.addcmul(lead, both, gap, out=log_p)
+            second.neg_()
+            log_p.mul_(self.apart).scatter_add_(-1, rows.label, rows.hot)
+            if self.labels.label_smoothing:
                 log_p += rows.smooth if self.class_weight is None else rows.smooth * self.class_weight
             torch.addcmul(log_p, both, log_p.sum(-1, keepdim=True), value=-1, out=both)
         return ce, kl
 
 
 class _Rows(NamedTuple):
-    """What each row counts: (n, 1), or a number where all rows count the same."""
+    """What each of n rows counts."""
 
-    ignored: Tensor | None  # None where all count
-    label: Tensor  # 0 where it does not count
-    hot: Tensor  # the factor of log p(y), in each view, in ce: not positive
-    smooth: Tensor | float  # that of w_c log p_c for every c, likewise
-    kl: Tensor | float  # that of KL(p || q) + KL(q || p) in kl
-    apart: Tensor | float  # the same in the loss
+    ignored: Tensor | None  # (n, 1), or None where all count
+    label: Tensor  # (2, n, 1); 0 where it does not count
+    hot: Tensor  # (2, n, 1): the factor of log p(y) in ce, not positive
+    smooth: Tensor | float  # (n, 1), or a number for all: that of w_c log p_c for every c, likewise
 
     def mask(self, values: Tensor) -> Tensor:
         """In place: 0 for the rows that do not count, whatever stands there."""
         return values if self.ignored is None else values.masked_fill_(self.ignored, 0)
 
     def of(self, start: int, stop: int) -> _Rows:
-        if stop - start >= len(self.label):
+        if stop - start >= self.label.shape[1]:
             return self
-        parts: list[Any] = [part[start:stop] if isinstance(part, Tensor) and part.dim() else part for part in self]
+        parts: list[Any] = [part[..., start:stop, :] if isinstance(part, Tensor) else part for part in self]
         return _Rows(*parts)
 
 
@@ -414,14 +404,16 @@ def _nonzero(weight: Tensor) -> Tensor:
     return weight.where(weight != 0, 1)
 
 
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+def _scaled(gradient: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
     """The product; in place where the gradient can not be asked for again."""
+    if gradient is None:
+        return None
     batched = torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(scale)
     if batched or _graph_is_kept():
-        return gradient * scale
-    if gradient.is_cpu and scale.item() == 1:  # elsewhere a look at the scale would wait for the device
-        return gradient
-    return gradient.mul_(scale)
+        gradient = gradient * scale
+    elif not gradient.is_cpu or scale.item() != 1:  # elsewhere a look at the scale would wait for the device
+        gradient = gradient.mul_(scale)
+    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def _graph_is_kept() -> bool:
@@ -432,8 +424,9 @@ def _graph_is_kept() -> bool:
 
 def _fuses(first: Tensor, target: Tensor) -> bool:
     """Whether the gradient can be made on the way forward: two views, class indices, and nothing that traces."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return len(first) == 2 and target.dim() == 1 and _is_plain(first) and not traced
+    if first.shape[0] != 2 or target.dim() != 1 or not _is_plain(first):
+        return False
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 
 from lightning_rdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
 ALPHA = 4.0
 SIZES = [(64, 15), (512, 119), (4096, 1000), (2048, 8000), (512, 32000), (2048, 32000)]
 HEAD = (2048, 512, 32000)  # N, D, C
-LEAST = 5
+LEAST = 3
 """Rounds at the least, however long they take."""
 
 
@@ -109,20 +108,27 @@ def step(loss, leaves, target):
     torch.autograd.grad(loss(*leaves, target), leaves)
 
 
+def clocked(loss, leaves, target, calls=1):
+    """Seconds of a step."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        step(loss, leaves, target)
+    return (time.perf_counter() - start) / calls
+
+
 def times(size, threads, rounds, seconds):
     """The median time of a step for each way, all in turns."""
     leaves, target = arguments(size)
     torch.compiler.reset()  # it gives up after a few sizes
-    timers, calls = {}, {}
+    torch.set_num_threads(threads)
+    found, calls, end = {}, {}, time.monotonic() + seconds
     for name, loss in ways(size).items():
-        given = {"step": step, "loss": loss, "leaves": leaves, "target": target}
-        timer = Timer("step(loss, leaves, target)", globals=given, num_threads=threads)
-        timer.timeit(1)  # warm-up, and compilation
-        timers[name], calls[name] = timer, max(1, int(5e-3 / timer.timeit(1).mean))
-    found, end = {name: [] for name in timers}, time.monotonic() + seconds
+        step(loss, leaves, target)  # warm-up, and compilation
+        found[name] = [clocked(loss, leaves, target)]
+        calls[name] = max(1, int(5e-3 / found[name][0]))
     while len(found["plain"]) < LEAST or (len(found["plain"]) < rounds and time.monotonic() < end):
-        for name, timer in timers.items():
-            found[name].append(timer.timeit(calls[name]).mean)
+        for name, loss in ways(size).items():
+            found[name].append(clocked(loss, leaves, target, calls[name]))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -201,7 +207,7 @@ def draw(rows, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20, help="for a size, after its first few rounds")
     parser.add_argument("--folder", type=Path, default=Path("."), help="of loss.csv and loss.png")
     given = parser.parse_args()

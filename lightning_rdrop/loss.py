@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from itertools import combinations
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.cross_entropy import linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.divergence import at_least_float32
@@ -199,8 +199,7 @@ def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, n
         near = difflib.get_close_matches(source, _SOURCES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"source {source!r} is unknown: {hint}There are {', '.join(_SOURCES)}.")
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha must be a finite number >= 0, got {alpha!r}.")
+    non_negative("alpha", alpha)
     ce, j, size = _SOURCES[source]
     factor = 4 * j / ce
     if size is None:

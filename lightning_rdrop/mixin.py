@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_rdrop import dropout, guard, unlabeled, views
 from lightning_rdrop._lightning import MixinBase
+from lightning_rdrop.arguments import non_negative, one_of
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.duplicate_at import LateDuplication, Split
 from lightning_rdrop.loss import Head, RDropLoss
-from lightning_rdrop.regularizers.regularizer import Regularizer, at_least
+from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Terms
 
 TARGET_KEYS = ("labels", "label", "target")
@@ -105,19 +105,19 @@ class RDropMixin(MixinBase):
     ) -> None:
         _refuse_unknown(kwargs)
         super().__init__(*args, **kwargs)
-        self.rdrop_alpha = _check_alpha(rdrop_alpha)
+        self.rdrop_alpha = non_negative("rdrop_alpha", rdrop_alpha)
         if isinstance(rdrop_views, bool) or not isinstance(rdrop_views, int) or rdrop_views < 1:
             raise ValueError(f"rdrop_views must be an int >= 1 (1 is ordinary training), got {rdrop_views!r}.")
         self.rdrop_views = rdrop_views
         if not isinstance(rdrop_distance, (Distance, type(None))):
             raise TypeError(f"rdrop_distance must be a Distance or None, got {rdrop_distance!r}.")
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
-        self.rdrop_passes = _check_choice("rdrop_passes", rdrop_passes, ("joint", "separate"))
+        self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))
         self.rdrop_duplicate_at = _check_duplicate_at(rdrop_duplicate_at, rdrop_passes)
-        self.rdrop_unlabeled_weight = at_least("rdrop_unlabeled_weight", rdrop_unlabeled_weight, 0)
-        self.rdrop_labeled_weight = at_least("rdrop_labeled_weight", rdrop_labeled_weight, 0)
+        self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
+        self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
         self.rdrop_regularizers = nn.ModuleList(_check_regularizers(rdrop_regularizers, self.rdrop_distance))
-        self.rdrop_guard = _check_choice("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
+        self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_guarded: dict[str, list[bool]] = {}
         self._rdrop_late = LateDuplication(rdrop_duplicate_at, rdrop_views) if rdrop_duplicate_at else None
@@ -165,8 +165,8 @@ class RDropMixin(MixinBase):
                 "A fused head makes kl and cross-entropy together, and unlabelled examples have no target for the "
                 "latter. Train without rdrop_head (fused_head=False), or without the unlabelled part."
             )
-        weight = at_least("rdrop_unlabeled_weight", self.rdrop_unlabeled_weight, 0)
-        labeled_weight = at_least("rdrop_labeled_weight", self.rdrop_labeled_weight, 0)
+        weight = non_negative("rdrop_unlabeled_weight", self.rdrop_unlabeled_weight)
+        labeled_weight = non_negative("rdrop_labeled_weight", self.rdrop_labeled_weight)
         terms = self._rdrop_labeled(labeled, labeled_weight)
         return unlabeled.join(
             terms,
@@ -270,7 +270,7 @@ class RDropMixin(MixinBase):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph that read it would be made anew for each alpha
     def _rdrop_checked_alpha(self) -> float:
-        return _check_alpha(self.rdrop_alpha)
+        return non_negative("rdrop_alpha", self.rdrop_alpha)
 
     def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
         inputs, target = self.rdrop_unpack(batch)
@@ -396,18 +396,6 @@ class RDropMixin(MixinBase):
     def _rdrop_modules(self) -> list[nn.Module]:
         """A list: some microseconds a step, where a walk through the modules would take hundreds."""
         return list(self.modules())
-
-
-def _check_alpha(alpha: float) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"rdrop_alpha must be a finite number >= 0 (4.0 is the default), got {alpha!r}.")
-    return alpha
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-    return value
 
 
 def _check_duplicate_at(at: str | Sequence[str] | None, passes: str) -> str | Sequence[str] | None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.mixin import RDropMixin
-from lightning_rdrop.regularizers.regularizer import at_least
 from lightning_rdrop.terms import Terms
 
 Pooling = Literal["cls", "mean", "first-last-average"]
@@ -67,7 +67,7 @@ class SimCSEMixin(RDropMixin):
             rdrop_regularizers=(),
             **kwargs,
         )
-        self.simcse_temperature = at_least("simcse_temperature", simcse_temperature, 0)
+        self.simcse_temperature = non_negative("simcse_temperature", simcse_temperature)
         if not simcse_temperature:
             raise ValueError("simcse_temperature must be > 0 (0.05 is the default), got 0.")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection, SpearmanCorrCoef
 
+from lightning_rdrop.arguments import one_of
 from lightning_rdrop.modules._pretrained import load
 from lightning_rdrop.modules.task import Task
 from lightning_rdrop.simcse import Pooling, SimCSEMixin, pool
@@ -29,14 +30,12 @@ class SentenceEncoder(SimCSEMixin, Task):
     def __init__(self, pretrained: str, *, pooling: Pooling = "cls", **kwargs: Any) -> None:
         from transformers import AutoModel  # an extra, needed by the modules of Hugging Face models alone
 
-        if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling must be one of {', '.join(map(repr, get_args(Pooling)))}, got {pooling!r}.")
         network: Any = load(AutoModel, pretrained)
         if getattr(network, "pooler", None) is not None:
             network.pooler = None  # its output is not used, and DDP would wait for its gradients
         # by name, or the CLI would ask for them: it does not follow positions through SimCSEMixin
         super().__init__(network=network, metrics=MetricCollection({"spearman": SpearmanCorrCoef()}), **kwargs)
-        self.pooling = pooling
+        self.pooling = one_of("pooling", pooling, get_args(Pooling))
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
         both = self.pooling == "first-last-average"

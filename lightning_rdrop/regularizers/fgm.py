@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.regularizers.perturbation import Passes, unit
-from lightning_rdrop.regularizers.regularizer import Regularizer, at_least
+from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Average
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class FGM(Regularizer):
 
     def __init__(self, *, weight: float = 1.0, epsilon: float = 1.0, at: str | None = None) -> None:
         super().__init__(weight=weight, at=at)
-        self.epsilon = at_least("epsilon", epsilon, 0)
+        self.epsilon = non_negative("epsilon", epsilon)
 
     def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
         passes, distance = Passes(module, inputs, self.at), module.rdrop_distance

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.terms import Average
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Regularizer(nn.Module):
 
     def __init__(self, *, weight: float = 1.0, at: str | None = None) -> None:
         super().__init__()
-        self.weight = at_least("weight", weight, 0)
+        self.weight = non_negative("weight", weight)
         self.at = at
 
     def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
@@ -54,10 +54,3 @@ class Regularizer(nn.Module):
             terms, the loss stays exact under :class:`~lightning_rdrop.callbacks.ExactAccumulation`.
         """
         raise NotImplementedError
-
-
-def at_least(name: str, value: float, least: float) -> float:
-    """A finite number that is not less, or an error that says so."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}.")
-    return value

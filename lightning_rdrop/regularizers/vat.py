@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.regularizers.perturbation import Passes, unit
-from lightning_rdrop.regularizers.regularizer import Regularizer, at_least
+from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Average
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class VAT(Regularizer):
         at: str | None = None,
     ) -> None:
         super().__init__(weight=weight, at=at)
-        self.epsilon = at_least("epsilon", epsilon, 0)
-        if xi is not None and not at_least("xi", xi, 0):
+        self.epsilon = non_negative("epsilon", epsilon)
+        if xi is not None and not non_negative("xi", xi):
             raise ValueError(f"xi must be > 0, or None to fit the precision, got {xi!r}: at 0 the gradient is 0.")
         self.xi = xi
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:

@@ -1,0 +1,29 @@
+"""Arguments out of their range are refused, by an error that says what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+Word = TypeVar("Word", bound=str)
+
+
+def non_negative(name: str, value: float) -> float:
+    """A finite number >= 0.
+
+    Example:
+        >>> non_negative("alpha", -1.0)
+        Traceback (most recent call last):
+        ValueError: alpha must be a finite number >= 0, got -1.0.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
+    return value
+
+
+def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:
+    """One of some words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value

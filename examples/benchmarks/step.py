@@ -275,7 +275,8 @@ def seconds(name, rounds, steps):
         train(module, batch, 3)  # the guard, and the search for a split
     found = {way: [] for way in modules}
     for _ in range(rounds):
-        for way in random.sample(list(modules), len(modules)):  # whoever follows a small one has to ask for memory again
+        # in a random order, since whoever follows a small one has to ask for memory again
+        for way in random.sample(list(modules), len(modules)):
             found[way] += train(modules[way], batch, steps)
     return {way: statistics.median(times) for way, times in found.items()}
 

@@ -92,6 +92,17 @@ class Net(RDropMixin, pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def ragged(classes, features):
+    """Eight sentences, of one to eight tokens that count."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (8, 1, 3, 2, 7, 1, 5, 4):
+        target = torch.randint(classes, (8,), generator=generator)
+        target[length:] = -100
+        rows.append((torch.randn(8, features, generator=generator), target))
+    return rows
+
+
 @pytest.fixture
 def small():
     return Small

@@ -1,6 +1,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import ragged
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,24 +27,13 @@ class Tagger(RDropMixin, pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def sentences():
-    """Eight sentences, of one to eight tokens that count."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in (8, 1, 3, 2, 7, 1, 5, 4):
-        target = torch.randint(5, (8,), generator=generator)
-        target[length:] = -100
-        rows.append((torch.randn(8, 4, generator=generator), target))
-    return rows
-
-
 def weights(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 def trained(fit, batch_size, callbacks=(), **trainer):
     module = Tagger(rdrop_alpha=2.0)
-    fit(module, DataLoader(sentences(), batch_size), callbacks, **trainer)
+    fit(module, DataLoader(ragged(5, 4), batch_size), callbacks, **trainer)
     return weights(module)
 
 
@@ -76,7 +66,7 @@ def test_two_ranks_are_the_one(fit, tmp_path):
     module = Tagger(rdrop_alpha=2.0)
     fit(
         module,
-        DataLoader(sentences(), 2),  # Lightning shares it out
+        DataLoader(ragged(5, 4), 2),  # Lightning shares it out
         [ExactAccumulation(), Save(tmp_path / "weights.pt")],
         strategy="ddp_spawn",
         devices=2,
@@ -87,7 +77,7 @@ def test_two_ranks_are_the_one(fit, tmp_path):
 
 
 def test_the_loss_of_the_big_batch_is_the_weighted_mean_of_the_small_ones():
-    x, y = (torch.stack(column) for column in zip(*sentences(), strict=True))
+    x, y = (torch.stack(column) for column in zip(*ragged(5, 4), strict=True))
     terms = [Tagger().rdrop_step((x[i : i + 2], y[i : i + 2])) for i in range(0, 8, 2)]
     whole = Tagger().rdrop_step((x, y))
     assert [int(term.rows) for term in terms] == [9, 5, 8, 9]
@@ -97,14 +87,14 @@ def test_the_loss_of_the_big_batch_is_the_weighted_mean_of_the_small_ones():
 def test_what_has_two_denominators_is_refused(fit):
     module = Tagger(rdrop_distance=Categorical(weight=torch.ones(5)))
     with pytest.raises(ValueError, match=r"class weights.*without Categorical\(weight"):
-        fit(module, DataLoader(sentences(), 2), [ExactAccumulation()])
+        fit(module, DataLoader(ragged(5, 4), 2), [ExactAccumulation()])
 
 
 def test_manual_optimization_is_refused(fit):
     module = Tagger()
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="works in automatic optimization"):
-        fit(module, DataLoader(sentences(), 2), [ExactAccumulation()])
+        fit(module, DataLoader(ragged(5, 4), 2), [ExactAccumulation()])
 
 
 class KeepsGradients(SingleDeviceStrategy):
@@ -119,4 +109,4 @@ class KeepsGradients(SingleDeviceStrategy):
 
 def test_gradients_out_of_reach_are_refused(fit):
     with pytest.raises(ValueError, match="KeepsGradients, keeps them to itself, as DeepSpeed does"):
-        fit(Tagger(), DataLoader(sentences(), 2), [ExactAccumulation()], strategy=KeepsGradients(torch.device("cpu")))
+        fit(Tagger(), DataLoader(ragged(5, 4), 2), [ExactAccumulation()], strategy=KeepsGradients(torch.device("cpu")))

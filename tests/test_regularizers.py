@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Net
+from conftest import Net, ragged
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -467,17 +467,6 @@ class Tagger(RDropMixin, pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def tagged():
-    """Eight sentences, of one to eight tokens that count."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in (8, 1, 3, 2, 7, 1, 5, 4):
-        target = torch.randint(5, (8,), generator=generator)
-        target[length:] = -100
-        rows.append((torch.randn(8, 4, generator=generator), target))
-    return rows
-
-
 def weights(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
@@ -485,7 +474,7 @@ def weights(module):
 def test_exact_accumulation_stays_exact(fit):
     def trained(batch_size, callbacks=(), **trainer):
         module = Tagger()
-        fit(module, DataLoader(tagged(), batch_size), callbacks, **trainer)
+        fit(module, DataLoader(ragged(5, 4), batch_size), callbacks, **trainer)
         return weights(module)
 
     big = trained(8, max_epochs=2)
@@ -512,7 +501,7 @@ class TaggerAndVAT(Tagger):
 def test_two_ranks(fit, tmp_path):
     fit(
         TaggerAndVAT(),
-        DataLoader(tagged(), 2),
+        DataLoader(ragged(5, 4), 2),
         [Save(tmp_path)],
         strategy="ddp_spawn",
         devices=2,

@@ -7,6 +7,7 @@ import traceback
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import ragged
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from test_launch import free_port
 from torch import nn
@@ -175,17 +176,6 @@ def examples(number=16):
     return list(zip(x, x[:, :3].argmax(-1), strict=True))
 
 
-def sentences():
-    """Eight of one to eight tokens that count."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in (8, 1, 3, 2, 7, 1, 5, 4):
-        target = torch.randint(3, (8,), generator=generator)
-        target[length:] = -100
-        rows.append((torch.randn(8, 8, generator=generator), target))
-    return rows
-
-
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -232,8 +222,8 @@ def test_reentrant_checkpoints_in_separate_passes_need_a_static_graph(pair):
 
 def test_epoch_means_count_the_tokens_of_all_ranks(pair):
     """Without learning, so that one process sees what two see."""
-    one = train(Network(lr=0.0), sentences(), 8, max_epochs=1)
-    two = pair.run(ddp, {"lr": 0.0}, sentences(), 1, {}, 1)
+    one = train(Network(lr=0.0), ragged(3, 8), 8, max_epochs=1)
+    two = pair.run(ddp, {"lr": 0.0}, ragged(3, 8), 1, {}, 1)
     counted = [rows for rank in two for _, _, rows in rank["steps"]]
     assert counted == [8, 3, 7, 5, 1, 2, 1, 4]  # 31: an odd number, and unlike ones a rank
     for index, name in enumerate(("train/ce", "train/kl")):

@@ -123,9 +123,10 @@ class Step(pl.LightningModule):
 
     def log_terms(self, loss, ce, kl, examples):
         self.log("train/loss", loss, batch_size=examples)
-        for name, value in {"ce": ce.detach(), "kl": kl.detach(), "alpha": ALPHA}.items():
+        terms = {"ce": ce.detach(), "kl": kl.detach()}
+        for name, value in (terms | {"alpha": ALPHA}).items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=examples)
-        for name, value in {"ce": ce.detach(), "kl": kl.detach()}.items():
+        for name, value in terms.items():
             self.log(f"train/{name}_epoch", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=examples)
 
     def configure_optimizers(self):

@@ -30,12 +30,13 @@ class SentenceEncoder(SimCSEMixin, Task):
     def __init__(self, pretrained: str, *, pooling: Pooling = "cls", **kwargs: Any) -> None:
         from transformers import AutoModel  # an extra, needed by the modules of Hugging Face models alone
 
+        one_of("pooling", pooling, get_args(Pooling))
         network: Any = load(AutoModel, pretrained)
         if getattr(network, "pooler", None) is not None:
             network.pooler = None  # its output is not used, and DDP would wait for its gradients
         # by name, or the CLI would ask for them: it does not follow positions through SimCSEMixin
         super().__init__(network=network, metrics=MetricCollection({"spearman": SpearmanCorrCoef()}), **kwargs)
-        self.pooling = one_of("pooling", pooling, get_args(Pooling))
+        self.pooling = pooling
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
         both = self.pooling == "first-last-average"

@@ -1,10 +1,12 @@
-"""Where the package meets Lightning's two names, `pytorch_lightning` and `lightning.pytorch`."""
+"""Where the package meets Lightning, under either of its names, `pytorch_lightning` and `lightning.pytorch`."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 def _installed() -> list[ModuleType]:
@@ -22,9 +24,40 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
     from pytorch_lightning import LightningModule as LightningModule
     from pytorch_lightning import Trainer as Trainer
+    from pytorch_lightning.utilities import rank_zero_info as rank_zero_info
 
     MixinBase = LightningModule
 else:
     # Each distribution asks of a callback that it is its own `Callback`, so one class has to be both.
     Callback = type("Callback", tuple(lightning.Callback for lightning in _installed()), {"__module__": __name__})
     MixinBase = object  # the user's class brings the LightningModule, of either distribution
+    rank_zero_info = import_module(f"{_installed()[0].__name__}.utilities").rank_zero_info
+
+
+def trainer_of(module: Any) -> Any:
+    """The Trainer (or Fabric) that runs a LightningModule; None for a module that is used by itself."""
+    try:
+        return module.trainer
+    except RuntimeError:  # not attached
+        return None
+
+
+def on_all_ranks(module: Any, decision: bool) -> bool:
+    """Whether a decision is True on every rank."""
+    trainer = trainer_of(module)
+    return decision if trainer is None else bool(trainer.strategy.reduce_boolean_decision(decision))
+
+
+def extend_hook(cls: type, name: str, first: Callable[[Any], None]) -> None:
+    """Let a class do something before one of its hooks, also where an override of the hook forgets ``super()``."""
+    hook = getattr(cls, name, None)
+    if hook is None or hasattr(hook, "extended"):  # no LightningModule yet; or its base has done so
+        return
+
+    @functools.wraps(hook)
+    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        first(self)
+        return hook(self, *args, **kwargs)
+
+    extended.extended = True  # type: ignore[attr-defined]
+    setattr(cls, name, extended)

@@ -1,4 +1,4 @@
-"""The stochastic layers of a network: find them, set them, switch them on, and say why two views agree."""
+"""The stochastic layers of a network: find them, set them, switch them on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from operator import attrgetter
@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_rdrop.submodules import few
 
 _DROPS = re.compile(r"(?!_?rdrop).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)  # rdrop_alpha is none of them
 _DROPS_EXAMPLES = re.compile(r"drop_?path|drop_?connect|stochastic_?depth", re.IGNORECASE)
@@ -111,9 +113,9 @@ def set_probability(network: nn.Module, p: float | Mapping[str, float]) -> dict[
         if not 0 <= p < 1:
             raise ValueError(f"p must be a probability, 0 <= p < 1 (0.3 is the recommended dropout), got {p!r}.")
         p = {layer.name: float(p) for layer in layers.values() if layer.scope == "element"}
-    unknown = _few(name for name in p if name not in layers)
+    unknown = few(name for name in p if name not in layers)
     if unknown:
-        raise ValueError(f"The network has no stochastic layer {unknown}; it has {_few(layers) or 'none at all'}.")
+        raise ValueError(f"The network has no stochastic layer {unknown}; it has {few(layers) or 'none at all'}.")
     earlier = {name: layers[name].p for name in p}
     for name, value in p.items():
         holder, _, attribute = layers[name].attribute.rpartition(".")
@@ -171,57 +173,6 @@ def as_table(network: nn.Module) -> str:
     return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows)
 
 
-def explain_dead(network: nn.Module) -> str | None:
-    """Names the dead layers (see :func:`dead_layers`) and the line that wakes them; ``None`` if there are none.
-
-    Example:
-        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)).eval()
-        >>> "model.train()" in explain_dead(network)
-        True
-    """
-    dead = dead_layers(network)
-    return _wake(network, dead) if dead else None
-
-
-def explain(network: nn.Module, *, shared: bool = False) -> str:
-    """Why the views of a batch agree: the names of the layers, and the line to write.
-
-    Args:
-        network: as it stood when the views were drawn.
-        shared: two passes differed although the views of each agreed, so that all rows share their random numbers.
-
-    Example:
-        >>> "no stochastic layer" in explain(nn.Linear(4, 2))
-        True
-    """
-    agree = "The views are identical, so that R-Drop costs a second pass and changes nothing. "
-    layers = stochastic_layers(network)
-    if shared:
-        culprits = _few(layer.name for layer in layers if layer.scope == "batch" and layer.active)
-        return (
-            f"{agree}Two passes differ, the views of one pass do not: the whole batch shares the random numbers of "
-            f'{culprits or "some layer"}. Give each view a pass of its own: rdrop_passes="separate".'
-        )
-    usable = [layer for layer in layers if layer.p > 0 or layer.scope == "element"]  # LayerDrop is mostly 0 on purpose
-    if not usable:
-        return (
-            f"{agree}The network has no stochastic layer. Put nn.Dropout(0.3) in front of its head, or train it "
-            "plainly: rdrop_views=1."
-        )
-    asleep = [layer for layer in usable if layer.trained and not layer.module.training]
-    reasons = [_wake(network, asleep)] if asleep else []
-    if zero := _few(layer.name for layer in usable if layer.trained and layer.p == 0):
-        reasons.append(f"With p = 0: {zero}. Write lightning_rdrop.dropout.set_probability(model, 0.3).")
-    if frozen := _few(layer.name for layer in usable if not layer.trained and not layer.active):
-        reasons.append(
-            f"Off inside a frozen part, which is left as it is: {frozen}. "
-            "Put nn.Dropout(0.3) into a part that is trained, for instance in front of the head."
-        )
-    if idle := _few(layer.name for layer in usable if layer.active):
-        reasons.append(f"On, but without any effect on the prediction: {idle}. Does the prediction come from there?")
-    return agree + " ".join(reasons)
-
-
 def _probabilities(module: nn.Module) -> list[str]:
     """The attributes in which a module keeps probabilities to drop something."""
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
@@ -256,24 +207,3 @@ def _is_trained(modules: Mapping[str, nn.Module], path: str) -> bool:
         path = path.rpartition(".")[0]
     gradients = [parameter.requires_grad for parameter in modules[path].parameters()]
     return any(gradients) or not gradients
-
-
-def _wake(network: nn.Module, layers: list[StochasticLayer]) -> str:
-    asleep = {path for path, module in network.named_modules() if not module.training}
-    calls = {}
-    for layer in layers:
-        parts = layer.name.split(".")
-        outermost = next(path for end in range(len(parts) + 1) if (path := ".".join(parts[:end])) in asleep)
-        owner = re.sub(r"\.(\d+)", r"[\1]", f"self.{outermost}") if outermost else "model"
-        calls[f"{owner}.train()"] = layer
-    return (
-        f"In eval mode inside a part that is being trained: {_few(layer.name for layer in layers)}. "
-        "Since Lightning 2.2, fit keeps each submodule's mode, and from_pretrained hands models out in eval mode. "
-        f"Write {_few(calls)} before the training, or lightning_rdrop.dropout.switch_on(model), which leaves "
-        "BatchNorm and frozen parts as they are."
-    )
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_rdrop import dropout, guard, unlabeled, views
-from lightning_rdrop._lightning import MixinBase
+from lightning_rdrop import unlabeled, views
+from lightning_rdrop._compat import forget_hyperparameters
+from lightning_rdrop._lightning import MixinBase, extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of
+from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.draw import draw
 from lightning_rdrop.duplicate_at import LateDuplication, Split
-from lightning_rdrop.loss import Head, RDropLoss
-from lightning_rdrop.regularizers.regularizer import Regularizer
+from lightning_rdrop.guard import Guard, Redraw
+from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, unshifted
+from lightning_rdrop.regularizers import Regularizer
 from lightning_rdrop.terms import Terms
 
 TARGET_KEYS = ("labels", "label", "target")
@@ -87,7 +89,8 @@ class RDropMixin(MixinBase):
         (torch.Size([5, 3]), True, True)
     """
 
-    _rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance", "rdrop_regularizers")
+    rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance", "rdrop_regularizers")
+    """The arguments that are modules, and no hyper-parameters."""
 
     def __init__(
         self,
@@ -118,29 +121,18 @@ class RDropMixin(MixinBase):
         self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
         self.rdrop_regularizers = nn.ModuleList(_check_regularizers(rdrop_regularizers, self.rdrop_distance))
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
+        self.rdrop_rows: Tensor | None = None
+        """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
         self._rdrop_own_alpha = self.rdrop_alpha
-        self._rdrop_guarded: dict[str, list[bool]] = {}
         self._rdrop_late = LateDuplication(rdrop_duplicate_at, rdrop_views) if rdrop_duplicate_at else None
-        self._rdrop_rows: Tensor | None = None  # of the last training step
-        self._rdrop_nan = {"labeled": guard.NanWatch(), "unlabeled": guard.NanWatch(" of the unlabelled part")}
+        self._rdrop_guard = Guard()
+        self._rdrop_modules: list[nn.Module] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        before = cls.__mro__[: cls.__mro__.index(RDropMixin)]
-        if nn.Module in before:
-            others = ", ".join(base.__name__ for base in cls.__bases__ if not issubclass(base, RDropMixin))
-            raise TypeError(
-                f"{cls.__name__} inherits RDropMixin after {others}, which would hide its training_step. "
-                f"Put the mixin first: class {cls.__name__}(RDropMixin, {others})"
-            )
-        own = [value.__code__.co_names for value in vars(cls).values() if inspect.isfunction(value)]
-        used = any("rdrop_step" in names or names.count("training_step") for names in own)
-        if "training_step" in vars(cls) and not used:
-            warnings.warn(
-                f"{cls.__name__} has a training_step of its own, which hides the mixin's, and never calls rdrop_step: "
-                "it trains without R-Drop. Delete it, or begin it with terms = self.rdrop_step(batch).",
-                stacklevel=2,
-            )
+        _refuse_hidden_mixin(cls)
+        extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
+        extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One R-Drop step, logged."""
@@ -152,29 +144,24 @@ class RDropMixin(MixinBase):
             )
         terms = self.rdrop_step(batch)
         self.rdrop_log(terms)
-        self._rdrop_rows = terms.rows
         return {"loss": terms.loss, "ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
 
     def rdrop_step(self, batch: Any) -> Terms:
-        """The whole computation without logging, for manual optimisation or a training_step of one's own."""
+        """The whole computation without logging, for manual optimization or a training_step of one's own."""
         labeled, others = unlabeled.parts(batch)
-        if others is None:
-            return self._rdrop_labeled(labeled)
-        if self.rdrop_head() is not None:
-            raise ValueError(
-                "A fused head makes kl and cross-entropy together, and unlabelled examples have no target for the "
-                "latter. Train without rdrop_head (fused_head=False), or without the unlabelled part."
-            )
-        weight = non_negative("rdrop_unlabeled_weight", self.rdrop_unlabeled_weight)
-        labeled_weight = non_negative("rdrop_labeled_weight", self.rdrop_labeled_weight)
-        terms = self._rdrop_labeled(labeled, labeled_weight)
-        return unlabeled.join(
-            terms,
-            self._rdrop_unlabeled(others, terms) if weight else None,
-            labeled_weight=labeled_weight,
-            weight=weight,
-            consistency=self.rdrop_distance.term_names[1],
-        )
+        terms = self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
+        self.rdrop_rows = terms.rows
+        return terms
+
+    def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled") -> Tensor:
+        """K guarded predictions of some inputs, (K, N, ...), each under dropout masks of its own.
+
+        Args:
+            inputs: those of B examples.
+            target: theirs, which the guard looks at on the first batch; None where there is none.
+            part: which part of a batch this is; the guard knows each by itself.
+        """
+        return self._rdrop_guarded(inputs, target, self._rdrop_examples(inputs, target), self.rdrop_views, part)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
     def rdrop_log(self, terms: Terms) -> None:
@@ -249,45 +236,76 @@ class RDropMixin(MixinBase):
         """Hook: the hidden states (B, ..., D) of some inputs, of which ``rdrop_head`` makes the prediction."""
         raise NotImplementedError("rdrop_head gives an output layer: override rdrop_hidden to give its inputs.")
 
+    def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
+        """Hook: what is wrong with a first batch, if anything; it is said as ``rdrop_guard`` says.
+
+        Args:
+            predictions: the K views (K, N, ...), or the hidden states of which a head makes them.
+            inputs: those of B examples.
+            target: theirs, or None.
+            part: ``"labeled"`` or ``"unlabeled"``.
+
+        Raises:
+            ValueError: a target that the distance does not take.
+        """
+        ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
+        if part == "unlabeled":
+            return none_counts(target, ignore_index) or fed_its_source(self, inputs)
+        head = self.rdrop_head()
+        self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
+        return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)
+
     def save_hyperparameters(
         self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
     ) -> None:
-        """As Lightning's, without the modules among the arguments that would make a checkpoint unsafe to load
-        (``weights_only=True`` refuses them). Where the CLI gives them, as plain configuration, they are kept."""
+        """As Lightning's, without the modules among the arguments, with which a checkpoint would not load under
+        ``weights_only=True``. Where the CLI gives them, as plain configuration, they are kept."""
         current = inspect.currentframe()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", f"Attribute '({'|'.join(self._rdrop_unsaved)})'")
+            warnings.filterwarnings("ignore", f"Attribute '({'|'.join(self.rdrop_unsaved)})'")
             super().save_hyperparameters(
                 *args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger
             )
-        saved: Any
-        for saved in (self._hparams, self._hparams_initial):
-            for name in self._rdrop_unsaved:
-                value = saved.get(name)
-                parts = value if isinstance(value, (list, tuple)) else [value]
-                if any(isinstance(part, nn.Module) for part in parts):
-                    del saved[name]
+        forget_hyperparameters(self, self.rdrop_unsaved)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph that read it would be made anew for each alpha
-    def _rdrop_checked_alpha(self) -> float:
-        return non_negative("rdrop_alpha", self.rdrop_alpha)
+    def _rdrop_begin(self) -> None:
+        """A fit begins: what was found out in an earlier one may not hold any more."""
+        self._rdrop_guard.begin()
+        self._rdrop_modules = []
+        if self._rdrop_late is not None:
+            self._rdrop_late.forget()
+
+    def _rdrop_batch_ends(self) -> None:
+        if self.rdrop_views > 1:
+            self._rdrop_guard.batch_ends(self)
 
     def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
+        """ce + alpha weight kl, and the regularizers; with weight 0 the examples have but one view."""
         inputs, target = self.rdrop_unpack(batch)
-        examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
-
-        def predict() -> Tensor:
-            if not weight:
-                return views.split(self.rdrop_predict(inputs), 1, examples)
-            return self._rdrop_predictions(inputs, examples)
-
-        predictions = predict()
-        self._rdrop_guard_batch(predictions, inputs, target, predict)
+        examples = self._rdrop_examples(inputs, target)
+        predictions = self._rdrop_guarded(inputs, target, examples, self.rdrop_views if weight else 1, "labeled")
         alpha = weight * self._rdrop_checked_alpha()
-        terms: Terms = RDropLoss(self.rdrop_distance)(predictions, target, alpha, self.rdrop_head())
-        if self.rdrop_regularizers:
-            terms = self._rdrop_regularize(terms, inputs, target, self.rdrop_regularizers)
-        return dataclasses.replace(terms, examples=examples)
+        terms = self.rdrop_distance.terms(predictions, target, alpha, self.rdrop_head())
+        terms.examples = examples
+        self._rdrop_regularize(terms, inputs, target, self.rdrop_regularizers)
+        return terms
+
+    def _rdrop_semi_supervised(self, labeled: Any, others: Any) -> Terms:
+        if self.rdrop_head() is not None:
+            raise ValueError(
+                "A fused head makes kl and cross-entropy together, and unlabelled examples have no target for the "
+                "latter. Train without rdrop_head (fused_head=False), or without the unlabelled part."
+            )
+        weight = non_negative("rdrop_unlabeled_weight", self.rdrop_unlabeled_weight)
+        labeled_weight = non_negative("rdrop_labeled_weight", self.rdrop_labeled_weight)
+        terms = self._rdrop_labeled(labeled, labeled_weight)
+        return unlabeled.join(
+            terms,
+            self._rdrop_unlabeled(others, terms) if weight else None,
+            labeled_weight=labeled_weight,
+            weight=weight,
+            consistency=self.rdrop_distance.term_names[1],
+        )
 
     def _rdrop_unlabeled(self, batch: Any, labeled: Terms) -> Terms | None:
         """alpha kl of unlabelled examples, and the regularizers that need no target; None where there is neither."""
@@ -297,38 +315,48 @@ class RDropMixin(MixinBase):
         inputs, target = self.rdrop_unpack_unlabeled(batch)
         if (ignore_index := getattr(self.rdrop_distance, "ignore_index", None)) is not None:
             target = unlabeled.counted(inputs, target, labeled.prediction.dim() - 1, ignore_index)
-        zero = torch.zeros_like(labeled.ce)
-        terms = Terms(loss=zero, ce=zero, kl=zero)
         if self.rdrop_views > 1:
-            draw = self._rdrop_drawn(inputs)
-            predictions = draw()
-            self._rdrop_guard_batch(predictions, inputs, target, draw, "unlabeled")
-            alpha = self._rdrop_checked_alpha()
-            terms = RDropLoss(self.rdrop_distance).consistency(predictions, alpha, target)
-        return self._rdrop_regularize(terms, inputs, target, regularizers) if regularizers else terms
-
-    def _rdrop_drawn(self, inputs: Any) -> Callable[[], Tensor]:
-        """What draws K predictions of unlabelled inputs."""
-        examples = views.batch_size(inputs) if self.rdrop_passes == "joint" else 0  # separate ones never ask
-        return functools.partial(self._rdrop_predictions, inputs, examples)
-
-    def _rdrop_predictions(self, inputs: Any, examples: int) -> Tensor:
-        """K predictions of the same inputs, (K, N, ...), or the hidden states of which a head makes them."""
-        predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
-        if self.rdrop_passes == "separate":
-            return torch.stack([predict(inputs) for _ in range(self.rdrop_views)])
-        split = self._rdrop_split(predict, inputs)
-        if split is None:
-            prediction = predict(views.duplicate(inputs, self.rdrop_views))
+            predictions = self.rdrop_draw(inputs, target, part="unlabeled")
+            terms = self.rdrop_distance.consistency(predictions, self._rdrop_checked_alpha(), target)
         else:
-            prediction = split.predict(self, predict, inputs, self.rdrop_views)
-        return views.split(prediction, self.rdrop_views, examples)
+            zero = torch.zeros_like(labeled.ce)
+            terms = Terms(loss=zero, ce=zero, kl=zero)
+        self._rdrop_regularize(terms, inputs, target, regularizers)
+        return terms
 
-    def _rdrop_split(self, predict: Callable[[Any], Any], inputs: Any) -> Split | None:
+    def _rdrop_regularize(self, terms: Terms, inputs: Any, target: Any, regularizers: Iterable[Any]) -> None:
+        """Add the weighted terms of regularizers to the loss."""
+        for regularizer in regularizers:
+            term = self._rdrop_term(regularizer, inputs, target)
+            terms.loss = terms.loss + regularizer.weight * term
+            terms.extra[regularizer.name] = term.detach()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it differentiates inside the step
+    def _rdrop_term(self, regularizer: Regularizer, inputs: Any, target: Any) -> Tensor:
+        term: Tensor = regularizer(self, inputs, target).mean
+        return term
+
+    def _rdrop_guarded(self, inputs: Any, target: Any, examples: int, count: int, part: str) -> Tensor:
+        """K predictions (K, N, ...), or the hidden states of which a head makes them, under the eyes of the guard."""
+        predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
+        split = self._rdrop_split(predict, inputs) if count > 1 else None
+        redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, split=split)
+        predictions = redraw()
+        self._rdrop_watch(predictions, redraw, inputs, target, part)
+        return predictions
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values, and at what changes between steps
+    def _rdrop_watch(self, predictions: Tensor, redraw: Redraw, inputs: Any, target: Any, part: str) -> None:
+        # with alpha = 0 on purpose, equal views cost nothing but time
+        must_differ = len(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
+        modes = self._rdrop_modes()
+        self._rdrop_guard.watch(self, predictions, redraw, inputs, target, part, modes, must_differ=must_differ)
+
+    def _rdrop_split(self, predict: Any, inputs: Any) -> Split | None:
         """Where the batch is doubled, if not at the entrance."""
-        if self._rdrop_late is None or self.rdrop_views == 1:
+        if self._rdrop_late is None:
             return None
-        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_modes(), self._rdrop_on_all_ranks)
+        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_modes(), partial(on_all_ranks, self))
         if split is not None and new:
             rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
             if split.shared and self.rdrop_guard != "off":
@@ -339,63 +367,30 @@ class RDropMixin(MixinBase):
                 )
         return split
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # they differentiate inside the step
-    def _rdrop_regularize(self, terms: Terms, inputs: Any, target: Any, regularizers: Iterable[Any]) -> Terms:
-        loss, extra = terms.loss, {}
-        for regularizer in regularizers:
-            term = regularizer(self, inputs, target).mean
-            loss, extra[regularizer.name] = loss + regularizer.weight * term, term.detach()
-        return dataclasses.replace(terms, loss=loss, extra=extra)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _rdrop_guard_batch(
-        self, predictions: Tensor, inputs: Any, target: Any, draw: Callable[[], Tensor], part: str = "labeled"
-    ) -> None:
-        """Look at values, which waits for the device: on a first batch, after a change of mode, and at each log."""
-        if self.rdrop_guard == "off":
-            return
-        every = getattr(self._trainer, "log_every_n_steps", 1)
-        watch = self._rdrop_nan[part]
-        read = not every or watch.batches % every == 0
-        watch.look(predictions)
-        if read:
-            self._rdrop_complain(watch.reason())
-        modes = self._rdrop_modes()
-        if modes == self._rdrop_guarded.get(part):
-            return
-        self._rdrop_guarded[part] = modes
-        ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
-        if part == "labeled":
-            head = self.rdrop_head()
-            self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
-            self._rdrop_complain(guard.unshifted(inputs, target, ignore_index))
-        else:
-            self._rdrop_complain(guard.none_counts(target, ignore_index))
-        self._rdrop_complain(guard.fed_its_source(self, inputs))
-        if len(predictions) == 1 or not (self.rdrop_alpha or self._rdrop_own_alpha):
-            return  # with alpha = 0 on purpose, equal views cost nothing but time
-        reason = guard.diagnose(self, draw, predictions, self._rdrop_on_all_ranks)
-        self._rdrop_complain(reason)
-        if reason is None and (dead := dropout.explain_dead(self)):
-            warnings.warn(dead, stacklevel=2)  # a live head hides a dead backbone
-
-    def _rdrop_complain(self, reason: str | None) -> None:
-        if reason is not None and self.rdrop_guard == "error":
-            raise ValueError(reason)
-        if reason is not None:
-            warnings.warn(reason, stacklevel=3)
+    def _rdrop_examples(self, inputs: Any, target: Any) -> int:
+        """B. Separate passes take inputs whose examples cannot be told, and then the target tells."""
+        if self.rdrop_passes == "joint":
+            return views.batch_size(inputs)
+        return 0 if target is None else views.batch_size(target)
 
     def _rdrop_modes(self) -> list[bool]:
+        """Whether each submodule is in training mode, from a list: a walk through the modules would take far longer."""
+        self._rdrop_modules = self._rdrop_modules or list(self.modules())
         return [module.training for module in self._rdrop_modules]
 
-    def _rdrop_on_all_ranks(self, decision: bool) -> bool:
-        owner = self._trainer or self._fabric
-        return bool(owner.strategy.reduce_boolean_decision(decision)) if owner else decision
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph that read it would be made anew for each alpha
+    def _rdrop_checked_alpha(self) -> float:
+        return non_negative("rdrop_alpha", self.rdrop_alpha)
 
-    @functools.cached_property
-    def _rdrop_modules(self) -> list[nn.Module]:
-        """A list: some microseconds a step, where a walk through the modules would take hundreds."""
-        return list(self.modules())
+
+def _refuse_hidden_mixin(cls: type) -> None:
+    before = cls.__mro__[: cls.__mro__.index(RDropMixin)]
+    if nn.Module in before:
+        others = ", ".join(base.__name__ for base in cls.__bases__ if not issubclass(base, RDropMixin))
+        raise TypeError(
+            f"{cls.__name__} inherits RDropMixin after {others}, which would hide its training_step. "
+            f"Put the mixin first: class {cls.__name__}(RDropMixin, {others})"
+        )
 
 
 def _check_duplicate_at(at: str | Sequence[str] | None, passes: str) -> str | Sequence[str] | None:

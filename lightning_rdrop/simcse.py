@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rdrop._lightning import trainer_of
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.mixin import RDropMixin
@@ -74,19 +75,12 @@ class SimCSEMixin(RDropMixin):
     def rdrop_step(self, batch: Any) -> Terms:
         """The whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` 0."""
         inputs, _ = self.rdrop_unpack_unlabeled(batch)
-        begins = self.rdrop_guard != "off" and not self._rdrop_guarded
-        draw = self._rdrop_drawn(inputs)
-        embeddings = draw()
+        embeddings = self.rdrop_draw(inputs, part="unlabeled")
         if embeddings.dim() != 3:
             shape = tuple(embeddings.shape[1:])
             raise ValueError(f"SimCSE compares embeddings (B, D), and forward returned the shape {shape}.")
-        self._rdrop_guard_batch(embeddings, inputs, None, draw, "unlabeled")
         first, second = embeddings
         candidates, rank = self._gathered(second)
-        if begins and len(candidates) == 1:  # a last batch may be so
-            self._rdrop_complain(
-                "SimCSE tells an example from the others of its batch, which has but one: batch_size=1."
-            )
         loss = info_nce(first, candidates, self.simcse_temperature, offset=rank * len(first))
         first, second = first.detach(), second.detach()
         return Terms(
@@ -98,6 +92,12 @@ class SimCSEMixin(RDropMixin):
             extra={"alignment": alignment(first, second), "uniformity": uniformity(first)},
         )
 
+    def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
+        """A first batch of one example has nothing to be told from; a last one may be so."""
+        if predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
+            return "SimCSE tells an example from the others of its batch, which has but one: batch_size=1."
+        return super().rdrop_check(predictions, inputs, target, part)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as for the log of R-Drop
     def rdrop_log(self, terms: Terms) -> None:
         """Log the loss, the alignment and the uniformity."""
@@ -106,12 +106,13 @@ class SimCSEMixin(RDropMixin):
 
     def _gathered(self, embeddings: Tensor) -> tuple[Tensor, int]:
         """Those of all ranks, (W * B, D), with their gradients, and the number of this rank."""
-        if self._trainer is None or self.trainer.world_size == 1:
+        trainer = trainer_of(self)
+        if trainer is None or trainer.world_size == 1:
             return embeddings, 0
         # On the way back the gradients of all ranks are summed, and DDP divides them by W, as it does the loss of
         # each rank: the result is the gradient of the mean over the joined batch, with no factor to be added.
         gathered: Any = self.all_gather(embeddings, sync_grads=True)
-        return gathered.flatten(0, 1), self.trainer.global_rank
+        return gathered.flatten(0, 1), trainer.global_rank
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset: int = 0) -> Tensor:

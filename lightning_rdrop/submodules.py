@@ -24,3 +24,14 @@ def unknown(argument: str, name: str, network: nn.Module, names: Iterable[str]) 
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(names[:5])}, ..."
     return ValueError(f"{argument}={name!r} is no submodule of {type(network).__name__}. {hint}")
+
+
+def few(names: Iterable[str]) -> str:
+    """At most five names, and how many more there are.
+
+    Example:
+        >>> few("abcdefg")
+        'a, b, c, d, e and 2 more'
+    """
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

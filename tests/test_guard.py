@@ -330,23 +330,94 @@ def test_manual_optimization_with_the_mixins_step_is_refused(fit, small, rows):
         fit(module, rows)
 
 
-def test_a_step_of_ones_own_that_hides_the_mixins_is_a_warning(small):
-    with pytest.warns(UserWarning, match=r"Hidden has a training_step of its own.*rdrop_step\(batch\)"):
+def plain(self, batch, batch_idx):
+    return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-        class Hidden(small):
-            def training_step(self, batch, batch_idx):
-                return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
+def test_a_step_of_ones_own_that_hides_the_mixins_is_a_warning(fit, small, rows):
+    hidden = type("Hidden", (small,), {"training_step": plain})
+    with pytest.warns(UserWarning, match=r"Hidden has a training_step of its own.*rdrop_step\(batch\)") as caught:
+        fit(hidden(), rows, max_epochs=2)
+    assert len([one for one in caught if "training_step of its own" in str(one.message)]) == 1
+
+
+def test_the_warning_comes_even_where_a_hook_forgets_super(fit, small, rows):
+    hooks = {"on_train_batch_end": lambda self, outputs, batch, batch_idx: None, "training_step": plain}
+    with pytest.warns(UserWarning, match="Forgetful has a training_step of its own"):
+        fit(type("Forgetful", (small,), hooks)(), rows)
+
+
+def decorated(step):
+    return lambda self, batch, batch_idx: step(self, batch).loss
+
+
+class Helper:
+    """Calls the step where no look at the class's own code would find it."""
+
+    def compute(self, batch):
+        return self.rdrop_step(batch).loss
+
+
+def right_steps():
+    def closure(self, batch, batch_idx):
+        return (lambda: self.rdrop_step(batch).loss)()
+
+    def generator(self, batch, batch_idx):
+        return next(one.rdrop_step(batch).loss for one in (self,))
+
+    return {
+        "decorated": decorated(lambda self, batch: self.rdrop_step(batch)),
+        "closure": closure,
+        "generator": generator,
+        "a helper of another base": lambda self, batch, batch_idx: self.compute(batch),
+        "extended": lambda self, batch, batch_idx: super(type(self), self).training_step(batch, batch_idx),
+        "the views drawn by hand": lambda self, batch, batch_idx: (
+            self.rdrop_distance.terms(self.rdrop_draw(*batch), batch[1], 1.0).loss
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", right_steps())
+def test_a_step_of_ones_own_that_draws_the_views_is_left_in_peace(fit, small, rows, kind):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", ".*training_step of its own")
+        fit(type("Own", (Helper, small), {"training_step": right_steps()[kind]})(), rows, limit_train_batches=2)
 
-        class Calls(small):
-            def training_step(self, batch, batch_idx):
-                return self.inner(batch)
 
-            def inner(self, batch):
-                return self.rdrop_step(batch).loss
+class Forgetful:
+    """A hook that does not call the mixin's."""
 
-        class Extends(small):
-            def training_step(self, batch, batch_idx):
-                return super().training_step(batch, batch_idx)
+    def on_fit_start(self):
+        pass
+
+
+def other_network(module):
+    module.network = nn.Sequential(nn.Linear(8, 3))
+
+
+SECOND_FITS = {
+    "p = 0": (lambda module: setattr(module.network[2], "p", 0.0), r"p = 0: network\.2"),
+    "another network": (other_network, "no stochastic layer"),
+    "eval mode": (lambda module: module.network.eval(), r"eval mode.*network\.2"),
+}
+
+
+@pytest.mark.parametrize("bases", [(), (Forgetful,)], ids=["", "a hook forgets super"])
+@pytest.mark.parametrize("change", SECOND_FITS)
+def test_a_second_fit_is_guarded_anew(fit, small, rows, change, bases):
+    act, message = SECOND_FITS[change]
+    module = type("Module", (*bases, small), {})()
+    fit(module, rows)
+    act(module)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        fit(module, rows)
+
+
+def test_a_second_fit_finds_its_split_anew(fit, small, rows):
+    """Dropout that came before the old split would drop the same in all views: kl would be 0 there."""
+    module = small(rdrop_duplicate_at="auto")
+    fit(module, rows)
+    module.network[1] = nn.Dropout(0.3)
+    module.network[2].p = 0.0
+    trainer = fit(module, rows)
+    assert trainer.callback_metrics["train/kl"] > 0

@@ -64,7 +64,7 @@ class ExactAccumulation(Callback):
             )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        rows = require_rdrop(self, pl_module)._rdrop_rows
+        rows = require_rdrop(self, pl_module).rdrop_rows
         if rows is None:
             raise ValueError(
                 "ExactAccumulation needs the mixin's own training_step, which counts the rows, and a loss that is a "

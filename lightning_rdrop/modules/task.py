@@ -28,7 +28,7 @@ class Task(RDropMixin, pl.LightningModule):
         rdrop: the arguments of :class:`~lightning_rdrop.RDropMixin`.
     """
 
-    _rdrop_unsaved = (*RDropMixin._rdrop_unsaved, "network", "metrics")
+    rdrop_unsaved = (*RDropMixin.rdrop_unsaved, "network", "metrics")
 
     def __init__(
         self,

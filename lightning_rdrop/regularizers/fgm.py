@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.regularizers.perturbation import Passes, unit
-from lightning_rdrop.regularizers.regularizer import Regularizer
+from lightning_rdrop.regularizers.regularizer import Hooks, Regularizer
 from lightning_rdrop.terms import Average
-
-if TYPE_CHECKING:
-    from lightning_rdrop.mixin import RDropMixin
 
 
 class FGM(Regularizer):
@@ -47,7 +44,7 @@ class FGM(Regularizer):
         super().__init__(weight=weight, at=at)
         self.epsilon = non_negative("epsilon", epsilon)
 
-    def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
+    def forward(self, module: Hooks, inputs: Any, target: Any = None) -> Average:
         passes, distance = Passes(module, inputs, self.at), module.rdrop_distance
         prediction, zero = passes.predict()
         (gradient,) = torch.autograd.grad(distance.to_target(prediction, target).total, zero)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.regularizers.perturbation import Passes
-from lightning_rdrop.regularizers.regularizer import Regularizer
+from lightning_rdrop.regularizers.regularizer import Hooks, Regularizer
 from lightning_rdrop.terms import Average
-
-if TYPE_CHECKING:
-    from lightning_rdrop.mixin import RDropMixin
 
 
 class GradientPenalty(Regularizer):
@@ -42,7 +39,7 @@ class GradientPenalty(Regularizer):
 
     name = "gradient_penalty"
 
-    def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
+    def forward(self, module: Hooks, inputs: Any, target: Any = None) -> Average:
         with sdpa_kernel(SDPBackend.MATH):
             prediction, zero = Passes(module, inputs, self.at).predict()
             loss = module.rdrop_distance.to_target(prediction, target)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import submodules, views
 from lightning_rdrop.probe import buffers_aside
-
-if TYPE_CHECKING:
-    from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.regularizers.regularizer import Hooks
 
 
 class Passes:
@@ -34,10 +32,11 @@ class Passes:
         TypeError: inputs whose examples cannot be told.
     """
 
-    def __init__(self, module: RDropMixin, inputs: Any, at: str | None) -> None:
+    def __init__(self, module: Hooks, inputs: Any, at: str | None) -> None:
         self._module, self._inputs = module, inputs
+        self._network: Any = module  # which is a network, too, though `Hooks` does not say so
         self._at = at
-        self._place = _find(module, inputs, at)
+        self._place = _find(self._network, inputs, at)
         try:
             self._examples = views.batch_size(inputs)
         except TypeError as error:
@@ -59,7 +58,7 @@ class Passes:
             added.append(torch.zeros_like(point, requires_grad=True) if perturbation is None else perturbation)
             return point + self.counted * added[0]  # type: ignore[no-any-return]
 
-        with buffers_aside(self._module), self._same_masks():
+        with buffers_aside(self._network), self._same_masks():
             if self._place is None:
                 inputs = self._inputs
                 changed = {key: add(inputs[key]) for key in inputs} if isinstance(inputs, Mapping) else add(inputs)
@@ -108,7 +107,7 @@ class Passes:
             )
 
     def _named_place(self) -> str:
-        names = {module: name for name, module in self._module.named_modules()}
+        names = {module: name for name, module in self._network.named_modules()}
         return "The input" if self._place is None else f"{names[self._place]}, the place of the perturbation,"
 
 
@@ -128,13 +127,13 @@ def unit(direction: Tensor) -> Tensor:
     return (rows / norm).reshape(direction.shape)
 
 
-def _find(module: RDropMixin, inputs: Any, at: str | None) -> nn.Module | None:
+def _find(network: nn.Module, inputs: Any, at: str | None) -> nn.Module | None:
     """The submodule whose output is perturbed; None is the input itself."""
-    modules = submodules.named(module)
+    modules = submodules.named(network)
     if at is not None:
         if at in modules:
             return modules[at]
-        raise submodules.unknown("at", at, module, modules)
+        raise submodules.unknown("at", at, network, modules)
     for part in modules.values():
         config = getattr(part, "config", None)
         if config is not None and hasattr(part, "get_input_embeddings"):
@@ -149,6 +148,6 @@ def _find(module: RDropMixin, inputs: Any, at: str | None) -> nn.Module | None:
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
             return part
     raise ValueError(
-        f"No place for a perturbation is found: the input is no single tensor of floats, and {type(module).__name__} "
+        f"No place for a perturbation is found: the input is no single tensor of floats, and {type(network).__name__} "
         "has no embedding. Name the submodule whose output is perturbed: at='...'."
     )

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
 from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.distance import Distance
 from lightning_rdrop.terms import Average
 
-if TYPE_CHECKING:
-    from lightning_rdrop.mixin import RDropMixin
+
+class Hooks(Protocol):
+    """What a regularizer asks of the LightningModule that is trained."""
+
+    rdrop_distance: Distance
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def rdrop_predict(self, inputs: Any) -> Any:
+        """The prediction for some inputs."""
 
 
 class Regularizer(nn.Module):
@@ -41,7 +53,7 @@ class Regularizer(nn.Module):
         self.weight = non_negative("weight", weight)
         self.at = at
 
-    def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
+    def forward(self, module: Hooks, inputs: Any, target: Any = None) -> Average:
         """The term for some examples, once, however many views R-Drop makes of them.
 
         Args:

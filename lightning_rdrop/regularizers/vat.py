@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.regularizers.perturbation import Passes, unit
-from lightning_rdrop.regularizers.regularizer import Regularizer
+from lightning_rdrop.regularizers.regularizer import Hooks, Regularizer
 from lightning_rdrop.terms import Average
-
-if TYPE_CHECKING:
-    from lightning_rdrop.mixin import RDropMixin
 
 
 class VAT(Regularizer):
@@ -68,7 +65,7 @@ class VAT(Regularizer):
             raise ValueError(f"iterations must be an int >= 1, got {iterations!r}.")
         self.iterations = iterations
 
-    def forward(self, module: RDropMixin, inputs: Any, target: Any = None) -> Average:
+    def forward(self, module: Hooks, inputs: Any, target: Any = None) -> Average:
         passes, distance = Passes(module, inputs, self.at), module.rdrop_distance
         with torch.no_grad():
             clean, zero = passes.predict()

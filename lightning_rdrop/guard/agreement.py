@@ -1,16 +1,15 @@
-"""What is looked at on the first batch, so that nothing is silently wrong."""
+"""Whether the views of a batch differ: compare them, and draw again before concluding that they cannot."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop.dropout import explain
+from lightning_rdrop.guard.explanation import explain
 from lightning_rdrop.probe import untouched
 
 _REDRAWS = 16
@@ -72,107 +71,6 @@ def diagnose(
                 return None
             shared = shared or not same(first[0], again[0])
     return explain(network, shared=shared)
-
-
-def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
-    """Why a network learns nothing where each target that counts is the token at its own position; else ``None``.
-
-    So it looks where the labels of a causal language model were not shifted: cross-entropy falls to 0 on noise.
-
-    Example:
-        >>> tokens = torch.tensor([[5, 6, 7]])
-        >>> "were not shifted" in unshifted({"input_ids": tokens}, tokens)
-        True
-        >>> unshifted(tokens[:, :-1], tokens[:, 1:]) is None
-        True
-    """
-    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if not (isinstance(tokens, Tensor) and isinstance(target, Tensor)) or tokens.shape != target.shape:
-        return None
-    counted = target != ignore_index
-    if tokens.dim() < 2 or tokens.is_floating_point() or not counted.any() or (tokens != target)[counted].any():
-        return None
-    return (
-        "Every target is the token at its own position, which a network only has to copy: the labels of a causal "
-        "language model were not shifted. Override rdrop_unpack(self, batch) to return inputs that end before the "
-        "last token, and targets that begin with the second."
-    )
-
-
-def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
-    """Which Hugging Face seq2seq model got no decoder inputs; ``None`` if none did.
-
-    BART and its kin feed the source to the decoder then, and train happily on the wrong task. A classifier on such a
-    model does so by design, and is left in peace.
-    """
-    if not isinstance(inputs, Mapping) or any(key.startswith("decoder_input") for key in inputs):
-        return None
-    for name, module in network.named_modules():
-        head = getattr(module, "get_output_embeddings", None)
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and head and head() is not None:
-            return (
-                f"{name or type(module).__name__}, a {type(module).__name__}, got no decoder inputs, and would feed "
-                "the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the inputs; "
-                "model.prepare_decoder_input_ids_from_labels(labels) makes them."
-            )
-    return None
-
-
-def none_counts(target: Any, ignore_index: int = -100) -> str | None:
-    """Why nothing is learned from unlabelled rows all of which are marked as not counting; else ``None``.
-
-    Example:
-        >>> none_counts(torch.tensor([3, -100])) is None
-        True
-    """
-    if not isinstance(target, Tensor) or (target != ignore_index).any():
-        return None
-    return (
-        f"No row of the unlabelled part counts: its labels, or its attention mask, mark all of them as padding, "
-        f"{ignore_index}. Leave the labels out of this part, and all its rows count."
-    )
-
-
-class NanWatch:
-    """Since which batch a view is NaN: written on the device in every batch, read only where it is asked for.
-
-    It is forgotten when a view is a number again: a search for a learning rate goes on until the loss diverges, and
-    puts the weights back; a GradScaler leaves out the steps in which float16 overflows.
-
-    Args:
-        part: the part of the batch that is watched, for the message; all of it, if there is but one.
-
-    Example:
-        >>> watch = NanWatch()
-        >>> watch.look(torch.zeros(2, 3))
-        >>> watch.look(torch.tensor([[0.0], [torch.nan]]))
-        >>> print(watch.reason())
-        The prediction of view 1 is NaN since batch 1. ...
-    """
-
-    def __init__(self, part: str = "") -> None:
-        self.part = part
-        self.batches = 0
-        self._since: Tensor | None = None
-
-    def look(self, predictions: Tensor) -> None:
-        """Note which of the K views (K, N, ...) are NaN, without waiting for the device."""
-        # an infinite logit masks a class, so that the sum may be infinite; NaN is NaN in any sum
-        rows = predictions.detach().flatten(1)
-        nan = rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).isnan()
-        since = torch.full_like(nan, -1, dtype=torch.long) if self._since is None else self._since.to(nan.device)
-        self._since = torch.where(nan, torch.where(since < 0, self.batches, since), -1)
-        self.batches += 1
-
-    def reason(self) -> str | None:
-        """What to say of a view that is NaN; ``None`` if none is. Waits for the device."""
-        for view, batch in enumerate([] if self._since is None else self._since.tolist()):
-            if batch >= 0:
-                return (
-                    f"The prediction of view {view}{self.part} is NaN since batch {batch}. Too high a learning rate, "
-                    "a row of the attention mask without a token, or an overflow in half precision are usual causes."
-                )
-        return None
 
 
 def is_sharded(parameter: Tensor) -> bool:

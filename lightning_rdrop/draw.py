@@ -1,0 +1,50 @@
+"""Draw the views: K predictions of the same inputs, each under dropout masks of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rdrop import views
+from lightning_rdrop.duplicate_at import Split
+
+
+def draw(
+    network: nn.Module,
+    predict: Callable[[Any], Any],
+    inputs: Any,
+    count: int,
+    examples: int,
+    *,
+    passes: Literal["joint", "separate"] = "joint",
+    split: Split | None = None,
+) -> Tensor:
+    """K predictions of the same inputs, views first.
+
+    Args:
+        network: the module in which ``split`` names submodules.
+        predict: the prediction (N, ...) for some inputs.
+        inputs: those of B examples.
+        count: K.
+        examples: B.
+        passes: ``"joint"`` is one pass over K * B rows, ``"separate"`` is K passes over B.
+        split: where a joint pass doubles the batch; None is at the entrance.
+
+    Returns:
+        shape (K, N, ...).
+
+    Example:
+        >>> network = nn.Dropout(0.5)
+        >>> draw(network, network, torch.ones(4, 8), count=2, examples=4).shape
+        torch.Size([2, 4, 8])
+    """
+    if passes == "separate":
+        return torch.stack([predict(inputs) for _ in range(count)])
+    if split is None:
+        prediction = predict(views.duplicate(inputs, count))
+    else:
+        prediction = split.predict(network, predict, inputs, count)
+    return views.split(prediction, count, examples)

@@ -1,0 +1,77 @@
+"""Why the views of a batch agree, and the line to write."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from lightning_rdrop.dropout import StochasticLayer, dead_layers, stochastic_layers
+from lightning_rdrop.submodules import few
+
+
+def explain_dead(network: nn.Module) -> str | None:
+    """Names the dead layers (see :func:`dead_layers`) and the line that wakes them; ``None`` if there are none.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)).eval()
+        >>> "model.train()" in explain_dead(network)
+        True
+    """
+    dead = dead_layers(network)
+    return _wake(network, dead) if dead else None
+
+
+def explain(network: nn.Module, *, shared: bool = False) -> str:
+    """Why the views of a batch agree: the names of the layers, and the line to write.
+
+    Args:
+        network: as it stood when the views were drawn.
+        shared: two passes differed although the views of each agreed, so that all rows share their random numbers.
+
+    Example:
+        >>> "no stochastic layer" in explain(nn.Linear(4, 2))
+        True
+    """
+    agree = "The views are identical, so that R-Drop costs a second pass and changes nothing. "
+    layers = stochastic_layers(network)
+    if shared:
+        culprits = few(layer.name for layer in layers if layer.scope == "batch" and layer.active)
+        return (
+            f"{agree}Two passes differ, the views of one pass do not: the whole batch shares the random numbers of "
+            f'{culprits or "some layer"}. Give each view a pass of its own: rdrop_passes="separate".'
+        )
+    usable = [layer for layer in layers if layer.p > 0 or layer.scope == "element"]  # LayerDrop is mostly 0 on purpose
+    if not usable:
+        return (
+            f"{agree}The network has no stochastic layer. Put nn.Dropout(0.3) in front of its head, or train it "
+            "plainly: rdrop_views=1."
+        )
+    asleep = [layer for layer in usable if layer.trained and not layer.module.training]
+    reasons = [_wake(network, asleep)] if asleep else []
+    if zero := few(layer.name for layer in usable if layer.trained and layer.p == 0):
+        reasons.append(f"With p = 0: {zero}. Write lightning_rdrop.dropout.set_probability(model, 0.3).")
+    if frozen := few(layer.name for layer in usable if not layer.trained and not layer.active):
+        reasons.append(
+            f"Off inside a frozen part, which is left as it is: {frozen}. "
+            "Put nn.Dropout(0.3) into a part that is trained, for instance in front of the head."
+        )
+    if idle := few(layer.name for layer in usable if layer.active):
+        reasons.append(f"On, but without any effect on the prediction: {idle}. Does the prediction come from there?")
+    return agree + " ".join(reasons)
+
+
+def _wake(network: nn.Module, layers: list[StochasticLayer]) -> str:
+    asleep = {path for path, module in network.named_modules() if not module.training}
+    calls = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        outermost = next(path for end in range(len(parts) + 1) if (path := ".".join(parts[:end])) in asleep)
+        owner = re.sub(r"\.(\d+)", r"[\1]", f"self.{outermost}") if outermost else "model"
+        calls[f"{owner}.train()"] = layer
+    return (
+        f"In eval mode inside a part that is being trained: {few(layer.name for layer in layers)}. "
+        "Since Lightning 2.2, fit keeps each submodule's mode, and from_pretrained hands models out in eval mode. "
+        f"Write {few(calls)} before the training, or lightning_rdrop.dropout.switch_on(model), which leaves "
+        "BatchNorm and frozen parts as they are."
+    )

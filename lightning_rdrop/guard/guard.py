@@ -1,0 +1,116 @@
+"""The guard of a training: from the start of a fit, over its first batch, to every log."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from lightning_rdrop._lightning import on_all_ranks, trainer_of
+from lightning_rdrop.guard.agreement import diagnose
+from lightning_rdrop.guard.explanation import explain_dead
+from lightning_rdrop.guard.nan_watch import NanWatch
+
+Redraw = Callable[[], Tensor]
+"""Predicts the same inputs again."""
+
+_PARTS = {"labeled": "", "unlabeled": " of the unlabelled part"}
+
+
+class Guarded(Protocol):
+    """What the guard asks of a module."""
+
+    rdrop_guard: Literal["error", "warn", "off"]
+
+    def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
+        """What is wrong with a first batch."""
+
+
+class Guard:
+    """Finds what would make a training silently wrong, and says it as the module's ``rdrop_guard`` says.
+
+    It lives as long as a fit: :meth:`begin` forgets all that was found before. Values are looked at on the first batch,
+    and again when a submodule has changed its mode, which waits for the device. Every other batch is only noted there,
+    and read where a log is due.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the verdicts of an earlier fit."""
+        self._drawn = False
+        self._batch_ended = False
+        self._modes: dict[str, list[bool]] = {}
+        self._nan: dict[str, NanWatch] = {}
+
+    def watch(
+        self,
+        module: Guarded,
+        predictions: Tensor,
+        redraw: Redraw,
+        inputs: Any,
+        target: Any,
+        part: str,
+        modes: list[bool],
+        *,
+        must_differ: bool,
+    ) -> None:
+        """Look at one batch.
+
+        Args:
+            module: the LightningModule that is trained.
+            predictions: its K views, (K, N, ...).
+            redraw: predicts the same inputs again.
+            inputs: those of the batch.
+            target: theirs, or None.
+            part: the part of the batch that this is; each has a first batch of its own.
+            modes: whether each submodule is in training mode.
+            must_differ: whether equal views are a fault.
+
+        Raises:
+            ValueError: what was found, where ``rdrop_guard="error"``.
+        """
+        self._drawn = True
+        if module.rdrop_guard == "off":
+            return
+        nan = self._nan.setdefault(part, NanWatch(_PARTS.get(part, f" of the part {part!r}")))
+        every = getattr(trainer_of(module), "log_every_n_steps", 1)
+        read = not every or nan.batches % every == 0
+        nan.look(predictions)
+        if read:
+            self.complain(module, nan.reason())
+        if modes == self._modes.get(part):
+            return
+        self._modes[part] = modes
+        self.complain(module, module.rdrop_check(predictions, inputs, target, part))
+        if must_differ:
+            self._compare(module, predictions, redraw)
+
+    def batch_ends(self, module: Guarded) -> None:
+        """Say, after the first training batch, that it drew no views: a ``training_step`` hides that of the mixin."""
+        hidden = not (self._drawn or self._batch_ended) and module.rdrop_guard != "off"
+        self._batch_ended = True
+        if hidden:
+            warnings.warn(
+                f"{type(module).__name__} has a training_step of its own, which hides the mixin's, and never calls "
+                "rdrop_step: it trains without R-Drop. Delete it, or begin it with terms = self.rdrop_step(batch).",
+                stacklevel=2,
+            )
+
+    def complain(self, module: Guarded, reason: str | None) -> None:
+        """Raise or warn, where there is a reason."""
+        if reason is not None and module.rdrop_guard == "error":
+            raise ValueError(reason)
+        if reason is not None:
+            warnings.warn(reason, stacklevel=4)
+
+    def _compare(self, module: Any, predictions: Tensor, redraw: Redraw) -> None:
+        network: nn.Module = module
+        reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
+        self.complain(module, reason)
+        if reason is None and (dead := explain_dead(network)):
+            warnings.warn(dead, stacklevel=4)  # a live head hides a dead backbone

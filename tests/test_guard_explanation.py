@@ -1,0 +1,107 @@
+"""Reasons name the culprit and the line to write."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_rdrop.guard import explain
+from tests.networks import Blocks, LayerDropEncoder, StochasticDepth, reason
+
+
+def test_eval_mode_is_named_with_the_line_to_write():
+    network = Blocks()
+    network.network.eval()
+    text = reason(network)
+    assert "In eval mode" in text
+    assert "network.blocks.0.1, network.blocks.1.1." in text
+    assert "self.network.train()" in text
+    assert "switch_on(model)" in text
+    assert "p = 0" not in text
+    assert "frozen part," not in text
+    network.network.train()
+    assert reason(network) is None
+
+
+def test_eval_mode_of_everything_and_of_a_part():
+    assert "model.train()" in reason(Blocks().eval())
+    network = Blocks(blocks=3)
+    for block in network.network.blocks:
+        block.eval()
+    assert "self.network.blocks[0].train(), self.network.blocks[1].train(), self.network.blocks[2]" in reason(network)
+
+
+def test_long_lists_are_cut():
+    text = reason(Blocks(blocks=17).eval())
+    assert "network.blocks.4.1 and 12 more." in text
+    assert "network.blocks.5.1" not in text
+
+
+def test_zero_probability_is_named_with_the_line_to_write():
+    text = reason(Blocks(p=0.0))
+    assert "p = 0: network.blocks.0.1, network.blocks.1.1." in text
+    assert "set_probability(model, 0.3)" in text
+    assert "In eval mode" not in text
+    both = reason(Blocks(p=0.0).eval())
+    assert "p = 0" in both
+    assert "model.train()" in both
+
+
+@pytest.mark.parametrize("head", [None, LayerDropEncoder(0.0)])
+def test_no_stochastic_layer(head):
+    text = reason(Blocks(blocks=0, head=head))
+    assert "no stochastic layer" in text
+    assert "nn.Dropout(0.3)" in text
+    assert "rdrop_views=1" in text
+
+
+def test_dropout_in_a_frozen_part_only():
+    network = Blocks()
+    network.network.eval().requires_grad_(False)
+    text = reason(network)
+    assert "frozen part, which is left as it is: network.blocks.0.1" in text
+    assert "front of the head" in text
+    assert ".train()" not in text
+
+
+@pytest.mark.parametrize(
+    ("layer", "culprit"), [(LayerDropEncoder(0.5), "head.layerdrop"), (StochasticDepth(0.5, "batch"), "head")]
+)
+def test_randomness_shared_by_the_batch(layer, culprit):
+    text = reason(Blocks(p=0.0, head=layer))
+    assert f"shares the random numbers of {culprit}." in text
+    assert 'rdrop_passes="separate"' in text
+    assert "p = 0" not in text
+
+
+def test_shared_randomness_that_cannot_be_seen():
+    class Coin(nn.Module):
+        def forward(self, x):
+            return x * torch.rand(1)
+
+    text = reason(Blocks(p=0.0, head=Coin()))
+    assert "random numbers of some layer." in text
+    assert 'rdrop_passes="separate"' in text
+
+
+def test_dropout_that_does_not_reach_the_prediction():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            self.drop(x)
+            return x
+
+    text = reason(Blocks(p=0.0, head=Aside()))
+    assert "without any effect on the prediction: head.drop." in text
+
+
+def test_dropout_in_user_code_has_the_last_word():
+    class Functional(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5)
+
+    network = Blocks(p=0.0, head=Functional())
+    assert "p = 0" in explain(network)
+    assert reason(network) is None

@@ -12,9 +12,10 @@ from lightning_rdrop.distance import (
     JensenShannon,
 )
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
-from lightning_rdrop.loss import RDropLoss, convert_alpha
+from lightning_rdrop.loss import RDropLoss
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.regularizers import FGM, VAT, GradientPenalty, Regularizer
+from lightning_rdrop.scales import convert_alpha
 from lightning_rdrop.simcse import SimCSEMixin
 from lightning_rdrop.terms import Average, Terms
 

@@ -1,7 +1,7 @@
 """R-Drop for PyTorch Lightning: inherit the mixin, add the callback, or use the command line."""
 
 from lightning_rdrop.callbacks import AlphaScheduler
-from lightning_rdrop.cross_entropy import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from lightning_rdrop.cross_entropy import Head, linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.distance import (
     Bernoulli,
     Categorical,
@@ -31,6 +31,7 @@ __all__ = [
     "FromDistribution",
     "Gaussian",
     "GradientPenalty",
+    "Head",
     "JensenShannon",
     "RDropLoss",
     "RDropMixin",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.dropout import explain
 from lightning_rdrop.probe import untouched
 
@@ -173,11 +174,6 @@ class NanWatch:
                     "a row of the attention mask without a token, or an overflow in half precision are usual causes."
                 )
         return None
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is one rank's part of a parameter, under FSDP2 (a DTensor) or FSDP."""
-    return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
 
 
 def _agree(views: Tensor) -> bool:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lightning_rdrop import dropout, guard, unlabeled, views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.arguments import non_negative, one_of
+from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.duplicate_at import LateDuplication, Split
-from lightning_rdrop.loss import Head, RDropLoss
+from lightning_rdrop.loss import RDropLoss
 from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Terms
 

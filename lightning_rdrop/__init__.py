@@ -1,7 +1,7 @@
 """R-Drop for PyTorch Lightning: inherit the mixin, add the callback, or use the command line."""
 
 from lightning_rdrop.callbacks import AlphaScheduler
-from lightning_rdrop.cross_entropy import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from lightning_rdrop.cross_entropy import Head, linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.distance import (
     Bernoulli,
     Categorical,
@@ -12,9 +12,10 @@ from lightning_rdrop.distance import (
     JensenShannon,
 )
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
-from lightning_rdrop.loss import RDropLoss, convert_alpha
+from lightning_rdrop.loss import RDropLoss
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.regularizers import FGM, VAT, GradientPenalty, Regularizer
+from lightning_rdrop.scales import convert_alpha
 from lightning_rdrop.simcse import SimCSEMixin
 from lightning_rdrop.terms import Average, Terms
 
@@ -30,6 +31,7 @@ __all__ = [
     "FromDistribution",
     "Gaussian",
     "GradientPenalty",
+    "Head",
     "JensenShannon",
     "RDropLoss",
     "RDropMixin",

@@ -1,11 +1,43 @@
-"""The private APIs of torch and Lightning that earn their place, each with a fallback."""
+"""The private names of other packages that this one needs, each with what happens where it is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running has ``retain_graph=True``; without torch's word for it, assume so.
+
+    A gradient that may be asked for again must not be scaled in place.
+    """
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active, under which no tensor may be written in place."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and bool(active())
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for a batch of tensors, as a gradient does under ``is_grads_batched=True`` or ``vmap``."""
+    legacy = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
+    return is_transformed() or (legacy is not None and bool(legacy(tensor)))
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is one rank's part of a parameter, under FSDP2 (a DTensor) or FSDP."""
+    return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile`` makes of a module."""
+    return hasattr(module, "_orig_mod")
 
 
 def forget_hyperparameters(module: Any, names: Iterable[str]) -> None:

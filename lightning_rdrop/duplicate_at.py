@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_rdrop import guard, submodules, views
+from lightning_rdrop import _compat, guard, submodules, views
 from lightning_rdrop.probe import untouched
 
 Predict = Callable[[Any], Any]
@@ -160,7 +160,7 @@ def _refuse_hidden_calls(network: nn.Module) -> None:
                 f"rdrop_duplicate_at: {name} computes its activations again in the backward pass, where nothing is "
                 "doubled. Do without gradient checkpointing, or without rdrop_duplicate_at."
             )
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if _compat.is_compiled(module):
             raise ValueError(
                 f"rdrop_duplicate_at: {name} is compiled, which hides the calls of its submodules. Do without "
                 "torch.compile, or without rdrop_duplicate_at."

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from itertools import combinations
-from typing import Literal, NamedTuple
-
-import torch
 from torch import Tensor, nn
 
-from lightning_rdrop.arguments import non_negative
-from lightning_rdrop.cross_entropy import linear_rdrop_cross_entropy, rdrop_cross_entropy
+from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.distance import Categorical, Distance
-from lightning_rdrop.divergence import at_least_float32
-from lightning_rdrop.terms import Average, Terms
+from lightning_rdrop.terms import Terms
 
 
 class RDropLoss(nn.Module):
@@ -29,15 +21,15 @@ class RDropLoss(nn.Module):
     with two views and :class:`~lightning_rdrop.Categorical` this is exactly half of
     :math:`CE_1 + CE_2 + \tfrac\alpha2 [KL_{12} + KL_{21}]`. One view is ordinary training, kl = 0.
 
-    A Categorical distance is computed by :func:`~lightning_rdrop.rdrop_cross_entropy`, which makes the gradient along
-    the way; any other by autograd.
+    How it is computed is the distance's business: :class:`~lightning_rdrop.Categorical` makes the gradient on the way
+    forward, as :func:`~lightning_rdrop.rdrop_cross_entropy` does; others leave it to autograd.
 
     Args:
         distance: D; ``None`` is :class:`~lightning_rdrop.Categorical`.
 
     Shapes:
-        predictions (K, N, ...), views first; target (N, ...), what the distance takes. With a ``head``, hidden states
-        (K, N, ..., D) in the place of the predictions that it makes of them, which are never held.
+        predictions (K, N, ...), views first; target (N, ...), what the distance takes. With a ``head``, a linear
+        output layer, hidden states (K, N, ..., D) take the place of the predictions, which are never held.
 
     Source: Liang et al. 2021, arXiv 2106.14448; Su Jianlin, spaces.ac.cn/archives/8496.
 
@@ -54,26 +46,7 @@ class RDropLoss(nn.Module):
         self.distance = Categorical() if distance is None else distance
 
     def forward(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
-        if head is not None:
-            return self._hidden(predictions, target, alpha, head)
-        if type(self.distance) is Categorical:  # a subclass may measure otherwise
-            return self._categorical(self.distance, predictions, target, alpha)
-        ce, kl = self.averages(predictions, target)
-        task, consistency = ce.mean, kl.mean / 2
-        return Terms(
-            loss=task + alpha * consistency,
-            ce=task.detach(),
-            kl=consistency.detach(),
-            prediction=predictions[0].detach(),
-            rows=ce.weight / len(predictions),
-        )
-
-    def averages(self, predictions: Tensor, target: Tensor) -> tuple[Average, Average]:
-        """D to the target over the rows of all views, and D between the views over all pairs of them (not halved)."""
-        ce = self.distance.to_target(
-            predictions.flatten(0, 1), target.repeat(len(predictions), *[1] * (target.dim() - 1))
-        )
-        return ce, self._between_views(predictions, target)
+        return self.distance.terms(predictions, target, alpha, head)
 
     def consistency(self, predictions: Tensor, alpha: float | Tensor, target: Tensor | None = None) -> Terms:
         """The terms of unlabelled rows, which have no ce: loss = alpha kl.
@@ -90,121 +63,4 @@ class RDropLoss(nn.Module):
             >>> RDropLoss().consistency(views, alpha=4.0).loss  # 4 ln(1.5) / 20
             tensor(0.0811)
         """
-        kl = self._between_views(predictions, target).mean / 2
-        return Terms(loss=alpha * kl, ce=torch.zeros_like(kl), kl=kl.detach(), prediction=predictions[0].detach())
-
-    def _between_views(self, predictions: Tensor, target: Tensor | None) -> Average:
-        zero = at_least_float32(predictions.new_zeros(()))
-        pairs = (self.distance.between(first, second, target) for first, second in combinations(predictions, 2))
-        return sum(pairs, start=Average(zero, zero))
-
-    def _categorical(self, distance: Categorical, predictions: Tensor, target: Tensor, alpha: float | Tensor) -> Terms:
-        indices = distance.counts_indices(predictions[0], target)
-        dim = distance.class_dim
-        logits = predictions.movedim(dim if dim < 0 else dim + 1, -1).flatten(1, -2)
-        target = target.flatten() if indices else target.movedim(dim, -1).flatten(0, -2)
-        terms = rdrop_cross_entropy(logits, target, alpha, **distance.labels._asdict())
-        return dataclasses.replace(terms, prediction=predictions[0].detach())
-
-    def _hidden(self, hidden: Tensor, target: Tensor, alpha: float | Tensor, head: Head) -> Terms:
-        distance = self.distance
-        if type(distance) is not Categorical or distance.class_dim != -1:
-            raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {distance!r}.")
-        distance.counts_indices(head.like_logits(hidden[0]), target)
-        ignore_index, label_smoothing, class_weight = distance.labels
-        return linear_rdrop_cross_entropy(
-            hidden.flatten(1, -2),
-            head.weight,
-            target.flatten(),
-            alpha,
-            bias=head.bias,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            class_weight=class_weight,
-        )
-
-
-class Head(NamedTuple):
-    """A linear output layer: weight (C, D), and bias (C,) or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def like_logits(self, hidden: Tensor) -> Tensor:
-        """What has the shape of the logits of hidden states (..., D), and takes no memory."""
-        return hidden[..., :1].expand(*hidden.shape[:-1], len(self.weight))
-
-
-class _Source(NamedTuple):
-    """Another code's total loss: ``ce * CE + alpha * j * J``, where J may be multiplied by B or divided by C."""
-
-    ce: float
-    j: float
-    size: Literal["batch_size", "num_classes"] | None = None
-
-
-_SOURCES = {
-    "paper": _Source(2, 1 / 2),
-    "fairseq": _Source(2, 1 / 2),
-    "official-sum": _Source(1, 1 / 2, "batch_size"),
-    "official-mean": _Source(1, 1 / 2, "num_classes"),
-    "official-glue": _Source(2, 1 / 2, "batch_size"),
-    "official-vit": _Source(2, 1, "batch_size"),
-    "su": _Source(1, 1 / 4),
-    "ofa": _Source(1, 1 / 4),
-    "bert4torch": _Source(1, 1 / 4, "num_classes"),
-    "paddlenlp-sum": _Source(1, 1 / 2, "batch_size"),
-    "paddlenlp-batchmean": _Source(1, 1 / 2),
-    "paddlenlp-mean": _Source(1, 1 / 2, "num_classes"),
-}
-
-
-def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, num_classes: int | None = None) -> float:
-    r"""The alpha here that weighs the two terms as another code's alpha does there.
-
-    With J the mean over examples of :math:`KL_{12} + KL_{21}` and CE the mean over the rows of both views, the loss
-    here is :math:`CE + \tfrac\alpha4 J`. A source whose total is :math:`c\,CE + \alpha\,k\,J` therefore has
-
-    .. math:: \alpha_\text{here} = 4\,\frac{k}{c}\,\alpha
-
-    Its total is c times the loss here: with plain SGD, multiply the learning rate by c.
-
-    | source | its total loss |
-    |---|---|
-    | ``paper``, ``fairseq``: the paper's formula, the criterion for fairseq (per token) | 2 CE + alpha/2 J |
-    | ``official-sum``: the snippet of the official README, ``kl.sum()`` | CE + alpha/2 B J |
-    | ``official-mean``: the same with ``kl.mean()`` | CE + alpha/(2C) J |
-    | ``official-glue``: the official code for BERT | 2 CE + alpha/2 B J |
-    | ``official-vit``: the official code for ViT, B its micro-batch | 2 CE + alpha B J |
-    | ``su``, ``ofa``: bojone/r-drop, OFA | CE + alpha/4 J |
-    | ``bert4torch`` | CE + alpha/(4C) J |
-    | ``paddlenlp-sum``, ``-batchmean``, ``-mean``: CE + alpha RDropLoss | B J/2, J/2, J/(2C) |
-
-    Args:
-        alpha: the weight in the source's code, >= 0.
-        source: a name of the table.
-        batch_size: B, the examples of a batch (not of its views), where the table has B.
-        num_classes: C, where the table has C.
-
-    Raises:
-        ValueError: an unknown source, an alpha out of range, or a missing size.
-
-    Example:
-        >>> convert_alpha(5.0, "paper")
-        5.0
-        >>> convert_alpha(1.0, "official-sum", batch_size=32)
-        64.0
-    """
-    if source not in _SOURCES:
-        near = difflib.get_close_matches(source, _SOURCES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"source {source!r} is unknown: {hint}There are {', '.join(_SOURCES)}.")
-    non_negative("alpha", alpha)
-    ce, j, size = _SOURCES[source]
-    factor = 4 * j / ce
-    if size is None:
-        return factor * alpha
-    value = batch_size if size == "batch_size" else num_classes
-    if value is None or value < 1:
-        raise ValueError(f"The alpha of {source!r} depends on {size}: give {size}=..., an int >= 1, got {value!r}.")
-    return factor * alpha * value if size == "batch_size" else factor * alpha / value
+        return self.distance.consistency(predictions, alpha, target)

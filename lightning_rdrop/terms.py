@@ -15,8 +15,8 @@ class Average:
 
     .. math:: \text{mean} = \frac{\sum_i w_i x_i}{\sum_i w_i}
 
-    Adding the averages of two micro-batches, or of two ranks, gives the average of the rows of both together,
-    which the mean of their means does not when the parts count differently many rows.
+    The sum of the averages of two micro-batches, or of two ranks, is the average over the rows of both. The mean of
+    their means is not, unless both count equally many rows.
 
     Args:
         total: the weighted sum, a scalar tensor; it carries the gradient.
@@ -35,6 +35,16 @@ class Average:
     total: Tensor
     weight: Tensor
 
+    @classmethod
+    def of(cls, values: Tensor) -> Average:
+        """The plain mean of some values.
+
+        Example:
+            >>> Average.of(torch.tensor([1.0, 2.0, 6.0]))
+            Average(total=tensor(9.), weight=tensor(3.))
+        """
+        return cls(values.sum(), values.new_tensor(values.numel()))
+
     @property
     def mean(self) -> Tensor:
         """``total / weight``; 0, with gradient 0, where no row counts."""
@@ -44,7 +54,7 @@ class Average:
         return Average(self.total + other.total, self.weight + other.weight)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Terms:
     """The loss of one batch and what it is made of.
 
@@ -68,3 +78,21 @@ class Terms:
     rows: Tensor | None = None
     examples: int | None = None
     extra: dict[str, Tensor | float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: Average, between: Average, alpha: float | Tensor, **others: Any) -> Terms:
+        r"""The loss, :math:`\text{ce} + \alpha\,\text{kl}`, of what its terms are means of.
+
+        Args:
+            task: D of the target and the predictions of all views.
+            between: D between the views, over all pairs of them. It is halved here, and nowhere else.
+            alpha: the weight of kl.
+            others: ``prediction``, ``rows`` and so on, as they are.
+
+        Example:
+            >>> from torch import tensor
+            >>> Terms.of(Average(tensor(6.0), tensor(3.0)), Average(tensor(3.0), tensor(3.0)), alpha=4.0).loss
+            tensor(4.)
+        """
+        ce, kl = task.mean, between.mean / 2
+        return cls(ce + alpha * kl, ce.detach(), kl.detach(), **others)

@@ -5,11 +5,13 @@ from torch import distributions, inf
 from torch.nn import functional as F
 
 from lightning_rdrop import (
+    Average,
     Bernoulli,
     Categorical,
     Cosine,
     FromDistribution,
     Gaussian,
+    Head,
     JensenShannon,
     RDropLoss,
     jensen_shannon,
@@ -70,6 +72,79 @@ def test_between_is_the_symmetric_kl_of_the_rows_that_count():
 def test_shapes_that_do_not_match_are_refused(prediction, target, message):
     with pytest.raises(ValueError, match=message):
         Categorical().to_target(prediction, target)
+
+
+class Between:
+    """A measure from elsewhere, to be mixed in."""
+
+    def between(self, first, second, target=None):
+        return Average.of((first - second).square().sum(-1))
+
+
+class OwnBetween(Categorical):
+    between = Between.between
+
+
+class MixedIn(Between, Categorical):
+    pass
+
+
+class OwnDivergence(Categorical):
+    def divergence(self, first, second):
+        return (first - second).square().sum(-1)
+
+
+class Inherited(OwnDivergence):
+    pass
+
+
+class OwnTarget(Categorical):
+    def to_target(self, prediction, target):
+        return Average.of(prediction.gather(-1, target.unsqueeze(-1)).square())
+
+
+SQUARES = [OwnBetween, MixedIn, OwnDivergence, Inherited]
+
+
+@pytest.mark.parametrize("distance", [*SQUARES, OwnTarget])
+def test_a_subclass_that_measures_otherwise_does_not_inherit_the_fused_loss(distance):
+    """Nor its gradient, which the general formula leaves to autograd."""
+    views, target = numbers(4, 5), torch.arange(4)
+    p, q = views
+    ce = F.cross_entropy(views.flatten(0, 1), target.repeat(2))
+    kl = symmetric_kl(p, q).mean() / 2
+    if distance in SQUARES:
+        kl = (p - q).square().sum(-1).mean() / 2
+    else:
+        ce = views[:, torch.arange(4), target].square().mean()
+    terms = RDropLoss(distance())(views, target, 3.0)
+    torch.testing.assert_close((terms.ce, terms.kl, terms.loss), (ce, kl, ce + 3.0 * kl))
+    found, expected = (torch.autograd.grad(loss, views, retain_graph=True)[0] for loss in (terms.loss, ce + 3.0 * kl))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_subclass_may_bring_its_own_way_or_keep_the_inherited_one():
+    class Checks(Categorical):
+        def check(self, prediction, target):
+            pass
+
+    class Way(JensenShannon):
+        def terms(self, predictions, target, alpha, head=None):
+            return "its own"
+
+    assert Checks.terms is Categorical.terms
+    assert RDropLoss(Way())(torch.zeros(2, 4, 5), torch.arange(4), 1.0) == "its own"
+
+
+def test_a_head_needs_a_distance_that_takes_one():
+    head = Head(torch.randn(5, 3))
+    for distance in (JensenShannon(), Gaussian(), OwnBetween()):
+        with pytest.raises(TypeError, match=rf"A fused head needs .*Categorical.*got {type(distance).__name__}"):
+            RDropLoss(distance)(torch.randn(2, 4, 3), torch.arange(4), 1.0, head)
+    with pytest.raises(TypeError, match=r"A fused head needs .*class_dim=-1.*got class_dim=1"):
+        RDropLoss(Categorical(class_dim=1))(torch.randn(2, 4, 3), torch.arange(4), 1.0, head)
+    with pytest.raises(ValueError, match="A fused head takes class indices"):
+        RDropLoss()(torch.randn(2, 4, 3), torch.rand(4, 5), 1.0, head)
 
 
 def test_label_smoothing_is_a_share():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lightning_rdrop import Categorical, RDropLoss, convert_alpha
+from lightning_rdrop import Categorical, RDropLoss
 from lightning_rdrop.views import split
 from tests import reference
 
@@ -127,47 +127,3 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert terms.loss.dtype == torch.float32
     for name in ("loss", "ce", "kl"):
         torch.testing.assert_close(getattr(terms, name).double(), getattr(exact, name), rtol=1e-5, atol=0)
-
-
-CODES = {
-    "paper": reference.paper_loss,
-    "fairseq": reference.paper_loss,
-    "official-sum": lambda *args: reference.official_snippet(*args, "sum"),
-    "official-mean": lambda *args: reference.official_snippet(*args, "mean"),
-    "official-glue": reference.official_glue,
-    "official-vit": reference.official_vit,
-    "su": lambda first, second, *args: reference.su_loss(torch.stack([first, second], 1).flatten(0, 1), *args),
-    "ofa": lambda first, second, *args: reference.su_loss(torch.stack([first, second], 1).flatten(0, 1), *args),
-    "bert4torch": reference.bert4torch,
-    "paddlenlp-sum": lambda *args: reference.paddlenlp(*args, "sum"),
-    "paddlenlp-batchmean": lambda *args: reference.paddlenlp(*args, "batchmean"),
-    "paddlenlp-mean": lambda *args: reference.paddlenlp(*args, "mean"),
-}
-
-
-@pytest.mark.parametrize("source", CODES)
-def test_convert_alpha_weighs_the_terms_as_the_source_does(source):
-    predictions, target = two_views(rows=7, classes=5)
-    doubled = 2 if source in ("paper", "fairseq", "official-glue", "official-vit") else 1
-    theirs = CODES[source](predictions[0], predictions[1], target, 0.3)
-    alpha = convert_alpha(0.3, source, batch_size=7, num_classes=5)
-    ours = RDropLoss()(predictions, target, alpha).loss
-    torch.testing.assert_close(
-        gradient(theirs, predictions), doubled * gradient(ours, predictions), rtol=1e-9, atol=1e-14
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((1.0, "offical-sum"), "'offical-sum' is unknown: did you mean official-sum"),
-        ((1.0, "zzz"), "There are paper, fairseq"),
-        ((-1.0, "su"), r"alpha must be a finite number >= 0, got -1\.0"),
-        ((math.nan, "su"), "alpha must be"),
-        ((1.0, "official-sum"), "depends on batch_size: give batch_size="),
-        ((1.0, "bert4torch"), "depends on num_classes: give num_classes="),
-    ],
-)
-def test_convert_alpha_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        convert_alpha(*arguments)

@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_rdrop import RDropMixin
-from lightning_rdrop.loss import Head
+from lightning_rdrop import Head, RDropMixin
 from lightning_rdrop.modules import CausalLM
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")

@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, JensenShannon, RDropMixin, symmetric_kl
+from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Head, JensenShannon, RDropMixin, symmetric_kl
 from lightning_rdrop.callbacks import ExactAccumulation, UnlabeledWeightScheduler
-from lightning_rdrop.loss import Head
 
 
 def batch_of(unlabeled=7, seed=0):

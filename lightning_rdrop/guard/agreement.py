@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.guard.explanation import explain
 from lightning_rdrop.probe import untouched
 
@@ -71,11 +72,6 @@ def diagnose(
                 return None
             shared = shared or not same(first[0], again[0])
     return explain(network, shared=shared)
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is one rank's part of a parameter, under FSDP2 (a DTensor) or FSDP."""
-    return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
 
 
 def _agree(views: Tensor) -> bool:

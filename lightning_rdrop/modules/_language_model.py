@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_rdrop.guard import is_sharded
-from lightning_rdrop.loss import Head
+from lightning_rdrop._compat import is_sharded
+from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.modules.task import Task
 from lightning_rdrop.probe import untouched
 

@@ -1,0 +1,11 @@
+"""D of the general form, a distance a file: what measures a prediction against a target, and two against each other."""
+
+from lightning_rdrop.distance.bernoulli import Bernoulli
+from lightning_rdrop.distance.categorical import Categorical
+from lightning_rdrop.distance.cosine import Cosine
+from lightning_rdrop.distance.distance import Distance
+from lightning_rdrop.distance.from_distribution import FromDistribution
+from lightning_rdrop.distance.gaussian import Gaussian
+from lightning_rdrop.distance.jensen_shannon import JensenShannon
+
+__all__ = ["Bernoulli", "Categorical", "Cosine", "Distance", "FromDistribution", "Gaussian", "JensenShannon"]

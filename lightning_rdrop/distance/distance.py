@@ -1,0 +1,118 @@
+"""What every distance has: two measures, and the loss that is made of them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_rdrop.cross_entropy import Head
+from lightning_rdrop.divergence import at_least_float32
+from lightning_rdrop.terms import Average, Terms
+
+
+class Distance(nn.Module):
+    r"""A measure D of a prediction f against a target y, and of two predictions against each other.
+
+    R-Drop for any task: :math:`\text{mean } D(y, f) + \alpha \cdot \tfrac12 \text{ mean } \tfrac12 [D(f_2, f_1) +
+    D(f_1, f_2)]`. A subclass defines :meth:`to_target` and :meth:`between`, the two sums; :meth:`terms` makes the loss
+    of them. A subclass that knows a faster way to the same loss overrides :meth:`terms` as well, and its subclasses
+    inherit that, unless they measure something else.
+
+    Source: Su Jianlin, spaces.ac.cn/archives/8496.
+    """
+
+    term_names: tuple[str, str] = ("ce", "kl")
+    """The names under which the two terms are logged."""
+
+    measures: ClassVar[tuple[str, ...]] = ("to_target", "between")
+    """The methods that say what D is. A class that overrides one of them goes back to the general ``terms``."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def depth(name: str) -> int:
+            return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
+
+        if any(depth(measure) < depth("terms") for measure in cls.measures):
+            cls.terms = Distance.terms  # type: ignore[method-assign]
+
+    def to_target(self, prediction: Tensor, target: Tensor) -> Average:
+        """D(target, prediction), summed over the rows that count, with their weight.
+
+        Args:
+            prediction: shape (N, ...).
+            target: shape (N, ...).
+        """
+        raise NotImplementedError
+
+    def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        """1/2 [D(second, first) + D(first, second)], summed over the rows that count, with their number.
+
+        Args:
+            first: shape (N, ...), the prediction of one view.
+            second: same shape, that of another.
+            target: tells which rows count; without it all do.
+        """
+        raise NotImplementedError
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        """D(first, second) in this one direction, for a ``first`` that is held fixed; ``between``, unless overridden.
+
+        Args:
+            first, second, target: as for :meth:`between`.
+        """
+        return self.between(first, second, target)
+
+    def check(self, prediction: Tensor, target: Tensor) -> None:
+        """Look at the values of a first batch, which synchronises the device; shapes are looked at in every step.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+
+    def terms(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
+        r"""The R-Drop loss of K views.
+
+        .. math::
+            \operatorname*{mean}_{k,n} D(y_n, f_{kn})
+                + \alpha\,\tfrac12 \operatorname*{mean}_{n,\,j<k} \tfrac12 [D(f_{jn}, f_{kn}) + D(f_{kn}, f_{jn})]
+
+        Args:
+            predictions: shape (K, N, ...), views first; with a ``head`` hidden states (K, N, ..., D).
+            target: shape (N, ...).
+            alpha: the weight of kl.
+            head: the linear output layer that makes the predictions of hidden states.
+
+        Raises:
+            TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes.
+        """
+        if head is not None:
+            raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
+        views = len(predictions)
+        task = self.to_target(predictions.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)))
+        return Terms.of(
+            task,
+            self._over_pairs(predictions, target),
+            alpha,
+            prediction=predictions[0].detach(),
+            rows=task.weight / views,
+        )
+
+    def consistency(self, predictions: Tensor, alpha: float | Tensor, target: Tensor | None = None) -> Terms:
+        """The terms of unlabelled rows, which have no ce: loss = alpha kl.
+
+        Args:
+            predictions: shape (K, N, ...), views first.
+            alpha: the weight of kl.
+            target: shape (N, ...), tells which rows count, and nothing else; without it all do.
+        """
+        zero = at_least_float32(predictions.new_zeros(()))
+        between = self._over_pairs(predictions, target)
+        return Terms.of(Average(zero, zero), between, alpha, prediction=predictions[0].detach())
+
+    def _over_pairs(self, predictions: Tensor, target: Tensor | None) -> Average:
+        zero = at_least_float32(predictions.new_zeros(()))
+        pairs = (self.between(first, second, target) for first, second in combinations(predictions, 2))
+        return sum(pairs, start=Average(zero, zero))

@@ -1,0 +1,24 @@
+"""Prediction and target have one shape: nothing broadcasts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_rdrop.distance.distance import Distance
+from lightning_rdrop.divergence import at_least_float32
+
+
+def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the prediction's dtype, float32 or better.
+
+    Raises:
+        ValueError: the shapes differ, or the prediction is no tensor of floats.
+    """
+    if prediction.shape != target.shape or not prediction.is_floating_point():
+        raise ValueError(
+            f"{type(distance).__name__} compares a prediction of floats with a target of its own shape, got "
+            f"{tuple(prediction.shape)}, {prediction.dtype}, and {tuple(target.shape)}; nothing broadcasts here. "
+            "Bring both to one shape, for instance with prediction.squeeze(-1) in forward."
+        )
+    prediction = at_least_float32(prediction)
+    return prediction, target.to(prediction.dtype)

@@ -1,10 +1,10 @@
-"""Tables of text as a LightningDataModule, and what is done to a batch of them."""
+"""LightningDataModules for tables of text."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,11 +18,11 @@ Row = Mapping[str, Any]
 
 
 def read_table(path: str | Path) -> list[Row]:
-    """The rows of a text table: JSON lines (``.json``, ``.jsonl``), or ``.tsv`` and ``.csv`` with a header line.
+    """Read a table from JSON lines (``.json``, ``.jsonl``), or from ``.tsv`` or ``.csv`` with a header line.
 
     Raises:
-        ValueError: another suffix, or a line that is no JSON object.
-        FileNotFoundError: no such file.
+        ValueError: another suffix, or a line that is not a JSON object.
+        FileNotFoundError: there is no such file.
     """
     path = Path(path)
     if path.suffix not in (".json", ".jsonl", ".tsv", ".csv"):
@@ -44,34 +44,35 @@ def read_table(path: str | Path) -> list[Row]:
 
 
 class TextDataModule(pl.LightningDataModule):
-    """Batches for text classification: what a tokenizer makes of the texts, and ``labels`` as class indices.
+    """Batches for text classification: the tokenized texts, and ``labels`` as class indices.
 
-    Its kin differ in their labels: :class:`MultilabelTextDataModule` has several classes for a text,
-    :class:`TextRegressionDataModule` numbers, :class:`TextToTextDataModule` texts, :class:`TokenDataModule` a class for
-    each word; with ``label=None`` there are none, as for a language model.
+    With ``label=None`` batches have no labels, as for a language model. For other labels there are
+    :class:`MultilabelTextDataModule` (several classes a text), :class:`TextRegressionDataModule` (a number),
+    :class:`TextToTextDataModule` (another text) and :class:`TokenDataModule` (a class for each word).
 
     Args:
         tokenizer: name or folder of a Hugging Face tokenizer; it pads each batch to its longest text.
-        train: a table (see :func:`read_table`) to learn from; val, test, predict: likewise, each optional.
-        unlabeled: another table to learn from, without labels or whatever they are: training batches become
+        train, val, test, predict: a table (see :func:`read_table`) for each stage, all optional.
+        unlabeled: a second table to train on, whose labels are ignored if it has any. Training batches become
             ``{"labeled": ..., "unlabeled": ...}``, and an epoch is as long as the longer of the two tables.
-        text: the column of the text; ``pair`` that of a second one, for sentence pairs.
-        label: the column of the label; ``None`` is text alone.
+        text: the column of the text.
+        pair: the column of a second text, for sentence pairs.
+        label: the column of the label; ``None`` if there is none.
         labels: the classes in the order of their indices; ``None`` sorts those of the training table.
-        batch_size: examples in a batch (R-Drop's views are not counted).
-        unlabeled_batch_size: those without labels; ``None`` is as many.
-        max_length: longer texts are cut, in tokens.
-        num_workers: processes that load data.
+        batch_size: B, the examples of a batch, before R-Drop duplicates them.
+        unlabeled_batch_size: B of the unlabelled part; ``None`` is ``batch_size``.
+        max_length: longer texts are truncated, in tokens.
+        num_workers: worker processes of each data loader.
 
     Raises:
         ValueError: a column or a label that a table lacks, or a stage without a table.
 
-    A subclass that gets its texts elsewhere overrides :meth:`rows`; one with a tokenization of its own,
-    :meth:`encode`; one with other labels, :meth:`targets`.
+    Override :meth:`rows` to read texts from elsewhere, :meth:`encode` to tokenize them differently, and
+    :meth:`targets` for other labels.
     """
 
     without_labels: ClassVar[tuple[str, ...]] = ("unlabeled", "predict")
-    """The parts whose labels, if they have any, are left out."""
+    """The splits whose labels are dropped."""
 
     def __init__(
         self,
@@ -103,21 +104,21 @@ class TextDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
 
     def rows(self, split: str) -> Sequence[Row] | None:
-        """Hook: the rows of ``"train"``, ``"unlabeled"``, ``"val"``, ``"test"`` or ``"predict"``; None for no table."""
+        """Hook: the rows of ``"train"``, ``"unlabeled"``, ``"val"``, ``"test"`` or ``"predict"``, or None."""
         path = self.tables[split]
         return None if path is None else read_table(path)
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> Mapping[str, Tensor]:
-        """Hook: the inputs of the network for some texts, padded to one length."""
+        """Hook: the network's inputs for some texts, padded to one length."""
         encoded: Mapping[str, Tensor] = self._tokenize(texts, pairs)
         return encoded
 
     def classes(self, row: Row) -> Sequence[Any]:
-        """Hook: the classes that a row names."""
+        """Hook: the classes of a row."""
         return [row[self.label]]
 
     def targets(self, rows: list[Row], encoded: Any) -> Tensor | None:
-        """Hook: the labels of rows that have them; None where the classes are not known."""
+        """Hook: the labels of rows that have some; None while the classes are unknown."""
         return None if self.labels is None else torch.tensor([self.index(row[self.label]) for row in rows])
 
     def index(self, label: Any) -> int:
@@ -167,7 +168,7 @@ class TextDataModule(pl.LightningDataModule):
         if not rows:
             raise ValueError(f"There is no {split} table: give {split}=..., a .json, .jsonl, .tsv or .csv file.")
         unlabeled = self.label is not None and split in self.without_labels
-        if unlabeled:  # what labels there are may be blanks
+        if unlabeled:  # its labels may be blanks, which are no classes
             rows = [{column: value for column, value in row.items() if column != self.label} for row in rows]
         needed = [self.text, self.pair, None if unlabeled else self.label]
         for number, row in enumerate(rows):
@@ -195,13 +196,13 @@ class TextDataModule(pl.LightningDataModule):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        if tokenizer.pad_token is None:  # as in GPT-2 and Llama; the attention mask keeps padding apart
+        if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the attention mask tells padding from an end
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
 
 class MultilabelTextDataModule(TextDataModule):
-    """Batches for several labels, each there or not: ``labels`` are rows of 0 and 1, one number a class.
+    """Batches for multi-label classification: ``labels`` (B, L) are 1 for the classes of a text and 0 elsewhere.
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``label`` is a column of lists of classes, which may be empty.
@@ -225,24 +226,24 @@ class MultilabelTextDataModule(TextDataModule):
 
 
 class TextRegressionDataModule(TextDataModule):
-    """Batches for numbers about texts, or pairs of texts: ``labels`` are floats.
+    """Batches for regression on texts, or pairs of texts: ``labels`` are floats.
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``label`` is the column of the number.
     """
 
     def setup(self, stage: str) -> None:
-        """There are no classes to be collected."""
+        """Nothing to set up: there are no classes."""
 
     def targets(self, rows: list[Row], encoded: Any) -> Tensor:
         return torch.tensor([float(row[self.label]) for row in rows])
 
 
 class SentencePairDataModule(TextRegressionDataModule):
-    """Batches for embeddings of sentences: in training sentences alone, each of both columns, without any label.
+    """Batches for sentence embeddings: training has the sentences of both columns, one by one, without labels.
 
-    Validation and test have pairs with a score, ``{"first": ..., "second": ..., "labels": ...}``, each sentence encoded
-    by itself, where :class:`TextRegressionDataModule` encodes the two as one text. Prediction takes the first column.
+    Validation and test have scored pairs, ``{"first": ..., "second": ..., "labels": ...}``, with each sentence encoded
+    by itself, where :class:`TextRegressionDataModule` encodes a pair as one text. Prediction has the first column.
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``text`` and ``pair`` are the columns of the sentences, and
@@ -267,14 +268,14 @@ class SentencePairDataModule(TextRegressionDataModule):
 
 
 class TextToTextDataModule(TextDataModule):
-    """Batches for sequence to sequence: ``labels`` are the tokens of another text, padded with -100.
+    """Batches for sequence-to-sequence models: ``labels`` are the tokens of the target text, padded with -100.
 
     Args:
-        args, kwargs: those of :class:`TextDataModule`; ``label`` is the column of the text that is to be written.
+        args, kwargs: those of :class:`TextDataModule`; ``label`` is the column of the target text.
     """
 
     def setup(self, stage: str) -> None:
-        """There are no classes to be collected."""
+        """Nothing to set up: there are no classes."""
 
     def targets(self, rows: list[Row], encoded: Any) -> Tensor:
         written = self._tokenize(text_target=[row[self.label] for row in rows])
@@ -283,7 +284,7 @@ class TextToTextDataModule(TextDataModule):
 
 
 class TokenDataModule(TextDataModule):
-    """Batches for the classification of words: the first token of a word has its class, all others -100.
+    """Batches for token classification: the first token of a word has the word's class, all others -100.
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``text`` is a column of lists of words, and ``label`` one of
@@ -314,48 +315,3 @@ class TokenDataModule(TextDataModule):
                     targets[number, position] = self.index(row[self.label][word])
                 before = word
         return targets
-
-
-class RandomReplacement:
-    """Replaces some tokens of the decoder's inputs by others of the same text, against exposure bias.
-
-    In training, a decoder reads the right tokens; when it generates, its own, some of which are wrong. So with the
-    probability ``examples`` a text is changed, and then each of its tokens with the given probability: for any token
-    of the same text, as a model tends to write the right words at the wrong places. The labels stay as they are.
-
-    Args:
-        probability: of a token, in [0, 1].
-        examples: the share of the texts that are changed, in [0, 1].
-        special: tokens that are neither replaced nor put in another's place, such as padding. The first position,
-            where the decoder starts, is always left as it is.
-
-    Raises:
-        ValueError: a probability out of its range.
-
-    Source: Su Jianlin, spaces.ac.cn/archives/7259, whose values are the defaults.
-
-    Example:
-        >>> replace = RandomReplacement(1.0, examples=1.0, special=[0])
-        >>> replace(torch.tensor([[2, 7, 7, 0], [2, 5, 0, 0]]))  # nothing but 7, and 5, to choose from
-        tensor([[2, 7, 7, 0],
-                [2, 5, 0, 0]])
-    """
-
-    def __init__(self, probability: float = 0.3, *, examples: float = 0.5, special: Iterable[int] = ()) -> None:
-        for name, value in (("probability", probability), ("examples", examples)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
-        self.probability = probability
-        self.examples = examples
-        self.special = tuple(special)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, T) as others of the same shape."""
-        free = ~torch.isin(tokens, tokens.new_tensor(self.special))
-        free[:, 0] = False
-        changed = torch.rand_like(tokens[:, :1], dtype=torch.float) < self.examples
-        chosen = free & changed & (torch.rand_like(tokens, dtype=torch.float) < self.probability)
-        # the free positions first, and of these one at random for each position
-        order = free.int().argsort(dim=1, descending=True, stable=True)
-        pick = (torch.rand_like(tokens, dtype=torch.float) * free.sum(1, keepdim=True)).long()
-        return torch.where(chosen, tokens.gather(1, order.gather(1, pick)), tokens)

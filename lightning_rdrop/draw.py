@@ -44,7 +44,7 @@ def draw(
     if passes == "separate":
         return torch.stack([predict(inputs) for _ in range(count)])
     if split is None:
-        prediction = predict(views.duplicate(inputs, count))
+        prediction = predict(views.duplicate(inputs, count, examples))
     else:
         prediction = split.predict(network, predict, inputs, count)
     return views.split(prediction, count, examples)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
-import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -21,6 +17,18 @@ from lightning_rdrop.submodules import few
 _DROPS = re.compile(r"(?!_?rdrop).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)  # rdrop_alpha is none of them
 _DROPS_EXAMPLES = re.compile(r"drop_?path|drop_?connect|stochastic_?depth", re.IGNORECASE)
 _DROPS_BATCHES = re.compile(r"layer_?drop(?!out)", re.IGNORECASE)
+_READ_FROM_CONFIG = {
+    r"(Data2VecAudio|Hubert|SEW|UniSpeech|UniSpeechSat|WavLM)Encoder(StableLayerNorm)?": ["layerdrop"],
+    r"Wav2Vec2(Bert|Conformer)?Encoder(StableLayerNorm)?": ["layerdrop"],
+    r"SeamlessM4T(v2)?ConformerEncoder": ["speech_encoder_layerdrop"],
+    r"SpeechT5SpeechDecoderPrenet": ["speech_decoder_prenet_dropout"],
+    r"FalconDecoderLayer": ["attention_dropout", "hidden_dropout"],
+    r"PersimmonAttention|(DistilBert|Falcon|GPTNeoX?)FlashAttention2": ["attention_dropout"],
+    r"GPTJFlashAttention2": ["attn_pdrop"],
+    r"Data2VecVisionSdpaSelfAttention": ["attention_probs_dropout_prob"],
+    r"Blt(LocalEncoder|LocalDecoder|GlobalTransformer)|ProphetNetEncoder": ["dropout"],
+}
+"""The classes of Hugging Face whose ``forward`` reads a probability from ``self.config``, and its name there."""
 
 
 @dataclass(frozen=True)
@@ -180,16 +188,14 @@ def _probabilities(module: nn.Module) -> list[str]:
     own = ("p", "prob") if isinstance(module, _DropoutNd) or _DROPS.match(type(module).__name__) else ()
     kept = [name for name in vars(module) if name in own or _DROPS.match(name)]
     if hasattr(module, "config"):
-        kept += [f"config.{name}" for name in _read_from_config(type(module).forward) if hasattr(module.config, name)]
+        kept += [f"config.{name}" for name in _read_from_config(module)]
     return [name for name in kept if _is_probability(attrgetter(name)(module))]
 
 
-@functools.cache
-def _read_from_config(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """What ``forward`` may drop by ``self.config``, without a copy: Falcon's dropout, the LayerDrop of wav2vec 2.0."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    pairs = itertools.pairwise(step.argval for step in dis.get_instructions(code)) if code else ()
-    return tuple(sorted({after for before, after in pairs if before == "config" and _DROPS.match(str(after))}))
+def _read_from_config(module: nn.Module) -> list[str]:
+    bases = [base.__name__ for base in type(module).__mro__]
+    found = [read for names, read in _READ_FROM_CONFIG.items() if any(re.fullmatch(names, base) for base in bases)]
+    return [name for read in found for name in read if hasattr(module.config, name)]
 
 
 def _is_probability(value: object) -> bool:

@@ -20,7 +20,8 @@ from lightning_rdrop.arguments import non_negative, one_of
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.draw import draw
-from lightning_rdrop.duplicate_at import LateDuplication, Split
+from lightning_rdrop.duplicate_at import Split
+from lightning_rdrop.find_split import LateDuplication
 from lightning_rdrop.guard import Guard, Redraw
 from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, unshifted
 from lightning_rdrop.regularizers import Regularizer
@@ -56,7 +57,7 @@ class RDropMixin(MixinBase):
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
         rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
             dotted name or the end of it, several, a glob, or ``"auto"`` for the latest place before which nothing is
-            random. ``None`` doubles at the entrance. See :mod:`lightning_rdrop.duplicate_at`.
+            random. ``None`` doubles at the entrance. See :mod:`lightning_rdrop.find_split`.
         rdrop_unlabeled_weight: w, >= 0, of all that unlabelled examples add: kl, and the regularizers that need no
             target; a plain attribute. While it is 0 they have no pass, and training is supervised to the bit.
         rdrop_labeled_weight: :math:`w_\text{labeled}`, >= 0, where there are unlabelled examples. With 0 the labelled

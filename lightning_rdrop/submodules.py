@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 
 def named(network: nn.Module) -> dict[str, nn.Module]:
-    """Every submodule but the network itself, and what the mixin adds to it."""
+    """Every submodule except the network itself and what the mixin adds to it.
+
+    Example:
+        >>> list(named(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+        ['0', '1']
+    """
     return {name: part for name, part in network.named_modules() if name and not name.startswith("rdrop_")}
 
 
+def matching(argument: str, network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The full names of the submodules that patterns stand for.
+
+    Args:
+        argument: which the patterns were given as, for the message.
+        network: in which they are looked for.
+        patterns: dotted names, or the ends of such; with ``*``, ``?`` or ``[``, globs, each of which may match several.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or a name that is the end of several.
+
+    Example:
+        >>> matching("at", nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU())), ["1.*"])
+        ['1.0']
+    """
+    names = list(named(network))
+    found = []
+    for pattern in patterns:
+        parts = pattern.split(".")
+        ends = {name: name.split(".")[-len(parts) :] for name in names if name.count(".") >= len(parts) - 1}
+        fitting = [name for name, end in ends.items() if all(map(fnmatchcase, end, parts))]
+        if pattern in names:
+            fitting = [pattern]
+        if not fitting:
+            raise unknown(argument, pattern, network, names)
+        if len(fitting) > 1 and not any(sign in pattern for sign in "*?["):
+            raise ValueError(
+                f"{argument}={pattern!r} could be {', '.join(fitting)}: give more of the name, or a list of names to "
+                "choose several."
+            )
+        found += fitting
+    return found
+
+
 def unknown(argument: str, name: str, network: nn.Module, names: Iterable[str]) -> ValueError:
-    """What to say of a name that none of these is.
+    """The error for a name that is none of ``names``, with the nearest of them.
 
     Example:
         >>> print(unknown("at", "embeding", nn.Linear(2, 2), ["embedding", "head"]))

@@ -1,4 +1,15 @@
-"""The views of a batch: double whatever is in it, and take the predictions of the views apart."""
+"""Duplicate a batch into views, and split a prediction into them again.
+
+Three words are used alike in the whole package:
+
+- An *example* is what a data set gives: a text, an image, with its target. A batch has B of them, and B is the batch
+  size that is logged.
+- A *view* is one prediction of the whole batch, under its own dropout masks. There are K of each batch.
+- A *row* is an entry of a tensor's first dimension. The inputs of a batch have B rows, those of a duplicated batch
+  K * B. In a prediction, a row is what the loss averages over: N rows a view, one an example, or one a token.
+
+Views come first: K views of N rows are one tensor (K, N, ...).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +17,15 @@ import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-Layout = Literal["block", "interleaved"]
-
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _ATOMS = (*_CONSTANTS, Tensor, PackedSequence)  # never looked into, although some are tuples
-_SEPARATE = 'Or give each view a pass over the batch as it is: rdrop_passes="separate".'
+_SEPARATE = 'Or predict each view in a forward pass of its own, which duplicates nothing: rdrop_passes="separate".'
 
 
 def batch_size(batch: Any) -> int:
@@ -41,39 +50,36 @@ def batch_size(batch: Any) -> int:
         elif _is_list(leaf):
             lists[path] = leaf
         elif not isinstance(leaf, _CONSTANTS):
-            raise _cannot_double(leaf, path, "is nothing whose rows are known")
+            raise _cannot_double(leaf, path, "is of a type whose rows are unknown")
     if not sizes:
-        raise ValueError(
-            f"No tensor in the batch, a {type(batch).__name__}, has rows: a batch is at least (B, ...). {_SEPARATE}"
-        )
+        raise ValueError(f"The batch, a {type(batch).__name__}, holds no tensor that has rows, (B, ...). {_SEPARATE}")
     (path, size), *others = sizes.items()
     for other, its_size in others:
         if its_size != size:
             raise ValueError(
-                f"{path} has {size} rows and {other} has {its_size}, so what belongs to an example is unclear. Every "
-                f"tensor of a batch is (B, ...): keep constants in the module, pad what is of different lengths. "
+                f"{path} has {size} rows and {other} has {its_size}, so which rows belong together is unclear. Every "
+                f"tensor of a batch must be (B, ...): keep constants in the module, and pad sequences to one length. "
                 f"{_SEPARATE}"
             )
     for path, items in lists.items():
         unknown = [] if len(items) == size else [item for item in _flat(items) if not isinstance(item, _ATOMS)]
         if unknown:
             found = type(unknown[0]).__name__
-            raise _cannot_double(items, path, f"holds a {found}, but not one thing for each of the {size} examples")
+            raise _cannot_double(items, path, f"holds a {found}, but not one item for each of the {size} examples")
     return size
 
 
-def duplicate(batch: Any, views: int, *, layout: Layout = "block") -> Any:
-    """A batch of B examples as one of K * B rows, K views an example, in the same nesting.
+def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
+    """A batch of B examples as one of K * B rows, view after view, in the same containers.
 
-    Tensors are repeated along their first dimension, also those in a list: each is (B, ...), none is an example.
+    Tensors are repeated along their first dimension, also those in a list: each is (B, ...), none is a single example.
     Lists of B other things, such as strings, are repeated in the same order. Tensors without dimensions, other lists,
-    numbers, strings and None are constants. Nothing of the caller's is changed.
+    numbers, strings and None are constants. The caller's batch is not changed.
 
     Args:
         batch: any nesting of tensors, dicts (and UserDicts), lists, tuples, named tuples and dataclasses.
         views: K >= 1.
-        layout: ``"block"`` is [x; x], a view after the other; ``"interleaved"`` puts the views of an example side by
-            side, so that a cut into micro-batches keeps them together.
+        examples: B, if :func:`batch_size` has been asked already.
 
     Raises:
         TypeError: something that cannot be doubled safely, such as a PackedSequence, a sparse tensor or a graph.
@@ -82,21 +88,20 @@ def duplicate(batch: Any, views: int, *, layout: Layout = "block") -> Any:
     Example:
         >>> duplicate((torch.tensor([1, 2]), ["a", "b"]), 2)
         (tensor([1, 2, 1, 2]), ['a', 'b', 'a', 'b'])
-        >>> duplicate(torch.tensor([1, 2]), 2, layout="interleaved")
-        tensor([1, 1, 2, 2])
     """
-    _check(views, layout)
-    return batch if views == 1 else _repeat(batch, views, batch_size(batch), layout)
+    _check(views)
+    if views == 1:
+        return batch
+    return _repeat(batch, views, batch_size(batch) if examples is None else examples)
 
 
-def split(prediction: Any, views: int, examples: int, *, layout: Layout = "block") -> Tensor:
-    """The views of a prediction, (K, N, ...), from the (K * N, ...) that a model made of a doubled batch.
+def split(prediction: Any, views: int, examples: int) -> Tensor:
+    """The views (K, N, ...) of a prediction (K * N, ...) for a duplicated batch.
 
     Args:
         prediction: K * B rows, or a multiple where a model flattens tokens into rows.
         views: K.
         examples: B.
-        layout: that of :func:`duplicate`.
 
     Raises:
         TypeError: the prediction is not a tensor.
@@ -107,7 +112,7 @@ def split(prediction: Any, views: int, examples: int, *, layout: Layout = "block
         tensor([[ 1,  2],
                 [10, 20]])
     """
-    _check(views, layout)
+    _check(views)
     if not isinstance(prediction, Tensor):
         raise TypeError(
             f"The prediction is a {type(prediction).__name__}, where a tensor is needed: return logits, or an object "
@@ -122,21 +127,16 @@ def split(prediction: Any, views: int, examples: int, *, layout: Layout = "block
             f"examples, where {views * examples} or a multiple are needed: each row of the inputs must have a row in "
             f"the prediction, in the same order. {_SEPARATE}"
         )
-    if layout == "block":
-        return prediction.reshape(views, rows // views, *prediction.shape[1:])
-    each = rows // (views * examples)
-    return prediction.reshape(examples, views, each, *prediction.shape[1:]).movedim(1, 0).flatten(1, 2)
+    return prediction.reshape(views, rows // views, *prediction.shape[1:])
 
 
-def _check(views: int, layout: Layout) -> None:
+def _check(views: int) -> None:
     if isinstance(views, bool) or not isinstance(views, int) or views < 1:
         raise ValueError(f"views must be an int >= 1, got {views!r}.")
-    if layout not in ("block", "interleaved"):
-        raise ValueError(f"layout must be 'block' or 'interleaved', got {layout!r}.")
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What the structure of a batch holds, each with its place."""
+    """Every leaf of a batch, with the expression that leads to it."""
     parts = _structure(value)
     if parts is None:
         yield path, value
@@ -145,28 +145,25 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(part, f"{path}.{key}" if _is_dataclass(value) else f"{path}[{key!r}]")
 
 
-def _repeat(value: Any, views: int, examples: int, layout: Layout) -> Any:
+def _repeat(value: Any, views: int, examples: int) -> Any:
     if isinstance(value, Tensor):
-        if not value.dim():
-            return value
-        return torch.cat([value] * views) if layout == "block" else value.repeat_interleave(views, 0)
+        return torch.cat([value] * views) if value.dim() else value
     parts = _structure(value)
     if parts is not None:
-        return with_parts(value, {key: _repeat(part, views, examples, layout) for key, part in parts.items()})
+        return with_parts(value, {key: _repeat(part, views, examples) for key, part in parts.items()})
     if not _is_list(value) or len(value) != examples:
         return value
-    rows = range(examples * views)
-    return type(value)([value[row % examples if layout == "block" else row // views] for row in rows])
+    return type(value)([value[row % examples] for row in range(examples * views)])
 
 
 def _structure(value: Any) -> dict[Any, Any] | None:
-    """The parts of a nesting; None for a leaf. A list without rows is one: a thing for each example, or a constant."""
+    """The parts of a container; None for a leaf, such as a list without tensors: an item an example, or a constant."""
     parts = parts_of(value)
     return None if _is_list(value) and not any(map(_has_rows, _flat(value))) else parts
 
 
 def parts_of(value: Any) -> dict[Any, Any] | None:
-    """What a container holds, by key, index or attribute; None for what is no container that is known."""
+    """What a container holds, by key, index or attribute; None for anything that is no known container."""
     if isinstance(value, _ATOMS):
         return None
     if isinstance(value, (dict, UserDict)):
@@ -181,8 +178,8 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
 
 
 def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
-    """Another container of the same type, with these parts."""
-    if type(value) is dict:  # copy.copy of it is beyond torch.compile
+    """A new container of the same type, with these parts."""
+    if type(value) is dict:  # torch.compile cannot trace copy.copy of a dict
         return parts
     if isinstance(value, (list, tuple)):
         return value._make(parts.values()) if hasattr(value, "_make") else type(value)(list(parts.values()))
@@ -196,7 +193,7 @@ def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """All that is in a nesting, however deep."""
+    """Everything in a container, at any depth."""
     parts = parts_of(value)
     if parts is None:
         yield value
@@ -214,7 +211,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_dataclass(value: Any) -> bool:
-    """Whether attributes are the parts of a value; a ModelOutput is a dict before all."""
+    """Whether the parts of a value are its attributes; a ModelOutput is a dataclass, but used as a dict."""
     return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict, UserDict))
 
 

@@ -1,7 +1,11 @@
 """Every stochastic layer is found and works; switches touch nothing else."""
 
+import ast
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +150,25 @@ def test_wav2vec2_layerdrop_is_read_from_its_config():
     assert (layer.name, layer.p) == ("config.layerdrop", 0.2)
     assert set_probability(encoder, {"config.layerdrop": 0.5}) == {"config.layerdrop": 0.2}
     assert encoder.config.layerdrop == 0.5
+
+
+def test_every_probability_that_hugging_face_reads_in_forward_is_known():
+    """In the source of each of its models: ``self.config.<...drop...>``, in the ``forward`` of a class."""
+    transformers = pytest.importorskip("transformers")
+    read = set()
+    for path in Path(transformers.models.__file__).parent.glob("*/modeling_*.py"):
+        source = path.read_text("utf8")
+        if path.name.startswith(("modeling_tf_", "modeling_flax_")) or not re.search(r"self\.config\.\w*drop", source):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                forward = [ast.unparse(part) for part in node.body if getattr(part, "name", "") == "forward"]
+                read |= {(node.name, name) for name in re.findall(r"self\.config\.(\w*drop\w*)", "".join(forward))}
+    assert len(read) >= 20
+    for kind, name in sorted(read):
+        module = type(kind, (nn.Module,), {})()
+        module.config = SimpleNamespace(**{name: 0.25})
+        assert [(layer.name, layer.p) for layer in stochastic_layers(module)] == [(f"config.{name}", 0.25)], kind
 
 
 BUILDING_BLOCKS = {

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import Gaussian
 from lightning_rdrop.dropout import set_probability
-from lightning_rdrop.duplicate_at import find_split
+from lightning_rdrop.find_split import find_split
 
 transformers = pytest.importorskip("transformers")
 

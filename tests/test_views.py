@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
+from lightning_rdrop import views as views_module
 from lightning_rdrop.views import batch_size, duplicate, split
-
-LAYOUTS = ("block", "interleaved")
 
 
 class Pair(NamedTuple):
@@ -107,30 +106,33 @@ def same(first, second):
     return first == second
 
 
-@given(st.data(), st.integers(1, 4), st.integers(1, 4), st.sampled_from(LAYOUTS))
-def test_doubling_then_splitting_gives_every_view_the_original(data, examples, views, layout):
+@given(st.data(), st.integers(1, 4), st.integers(1, 4))
+def test_doubling_then_splitting_gives_every_view_the_original(data, examples, views):
     batch = {"x": torch.rand(examples), "rest": data.draw(nestings(examples))}
     untouched = copy.deepcopy(batch)
-    doubled = duplicate(batch, views, layout=layout)
+    doubled = duplicate(batch, views)
     assert same(batch, untouched)
     tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
     for leaf, many in zip(tensors, [x for x in leaves(doubled) if isinstance(x, Tensor)], strict=True):
         if leaf.dim() == 0:
             assert many is leaf
         else:
-            assert torch.equal(split(many, views, examples, layout=layout), torch.stack([leaf] * views))
+            assert torch.equal(split(many, views, examples), torch.stack([leaf] * views))
     assert batch_size(doubled) == views * examples
 
 
-def test_layouts_by_hand():
+def test_views_come_one_after_the_other():
     x, names = torch.tensor([1, 2, 3]), ["a", "b", "c"]
     assert same(duplicate([x, names], 2), [torch.tensor([1, 2, 3, 1, 2, 3]), ["a", "b", "c", "a", "b", "c"]])
-    interleaved = duplicate([x, names], 2, layout="interleaved")
-    assert same(interleaved, [torch.tensor([1, 1, 2, 2, 3, 3]), ["a", "a", "b", "b", "c", "c"]])
     assert duplicate(x, 3).tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3]
-    assert duplicate(x, 3, layout="interleaved").tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert split(torch.arange(6), 2, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert split(torch.arange(6), 2, 3, layout="interleaved").tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_a_size_that_is_given_is_not_asked_for_again(monkeypatch):
+    batch = {"x": torch.tensor([1, 2]), "names": ["a", "b"]}
+    expected = duplicate(batch, 2)
+    monkeypatch.setattr(views_module, "batch_size", lambda batch: pytest.fail("asked"))
+    assert same(duplicate(batch, 2, 2), expected)
 
 
 def test_one_view_is_the_batch_itself():
@@ -138,35 +140,31 @@ def test_one_view_is_the_batch_itself():
         assert duplicate(batch, 1) is batch
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_splitting_copies_nothing(layout):
+def test_splitting_copies_nothing():
     rows = torch.rand(6, 4)
-    assert split(rows, 2, 3, layout=layout).data_ptr() == rows.data_ptr()
+    assert split(rows, 2, 3).data_ptr() == rows.data_ptr()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_value_is_read(layout):
+def test_no_value_is_read():
     x = torch.empty(3, 2, device="meta")  # has none
-    assert split(duplicate({"x": x}, 2, layout=layout)["x"], 2, 3, layout=layout).shape == (2, 3, 2)
+    assert split(duplicate({"x": x}, 2)["x"], 2, 3).shape == (2, 3, 2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(layout, dynamic):
+def test_compiles_without_a_graph_break(dynamic):
     def step(batch):
-        doubled = duplicate(batch, 2, layout=layout)
-        return split(doubled["x"] + doubled["deep"][0], 2, batch_size(batch), layout=layout)
+        doubled = duplicate(batch, 2)
+        return split(doubled["x"] + doubled["deep"][0], 2, batch_size(batch))
 
     batch = {"x": torch.rand(3, 2), "deep": (torch.rand(3, 2), torch.tensor(1.0), None), "texts": ["a", "b", "c"]}
     compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=dynamic)
     assert torch.equal(compiled(batch), torch.stack([batch["x"] + batch["deep"][0]] * 2))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_flattened_tokens_stay_with_their_example(layout):
+def test_flattened_tokens_stay_with_their_example():
     tokens = torch.arange(6).view(3, 2)  # three examples of two tokens
-    flat = duplicate(tokens, 2, layout=layout).flatten()
-    assert split(flat, 2, 3, layout=layout).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    flat = duplicate(tokens, 2).flatten()
+    assert split(flat, 2, 3).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
 def test_containers_keep_their_type():
@@ -232,10 +230,9 @@ def test_what_a_list_has_for_each_example_is_doubled_whatever_it_is():
     assert one["words"] == ["a", "b"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_flow_back_to_every_view(layout):
+def test_gradients_flow_back_to_every_view():
     x = torch.randn(3, 2, requires_grad=True)
-    views = split(duplicate(x, 2, layout=layout), 2, 3, layout=layout)
+    views = split(duplicate(x, 2), 2, 3)
     (views * torch.tensor([1.0, 10.0])[:, None, None]).sum().backward()
     assert (x.grad == 11).all()
 
@@ -327,12 +324,6 @@ def test_views_are_a_positive_int(views):
             call()
 
 
-def test_layouts_are_two():
-    with pytest.raises(ValueError, match="layout must be 'block' or 'interleaved', got 'zip'"):
-        duplicate(torch.ones(2), 2, layout="zip")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_prediction_without_positions_has_views_without_positions(layout):
+def test_a_prediction_without_positions_has_views_without_positions():
     """As a causal language model's for texts of one token, after which nothing comes."""
-    assert split(torch.ones(6, 0, 5), 2, 3, layout=layout).shape == (2, 3, 0, 5)
+    assert split(torch.ones(6, 0, 5), 2, 3).shape == (2, 3, 0, 5)

@@ -14,7 +14,8 @@ def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
     So it looks where the labels of a causal language model were not shifted: cross-entropy falls to 0 on noise.
 
     Example:
-        >>> tokens = torch.tensor([[5, 6, 7]])
+        >>> from torch import tensor
+        >>> tokens = tensor([[5, 6, 7]])
         >>> "were not shifted" in unshifted({"input_ids": tokens}, tokens)
         True
         >>> unshifted(tokens[:, :-1], tokens[:, 1:]) is None
@@ -56,7 +57,8 @@ def none_counts(target: Any, ignore_index: int = -100) -> str | None:
     """Why nothing is learned from unlabelled rows all of which are marked as not counting; else ``None``.
 
     Example:
-        >>> none_counts(torch.tensor([3, -100])) is None
+        >>> from torch import tensor
+        >>> none_counts(tensor([3, -100])) is None
         True
     """
     if not isinstance(target, Tensor) or (target != ignore_index).any():

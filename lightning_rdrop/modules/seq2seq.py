@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
 
-from lightning_rdrop.data import RandomReplacement
 from lightning_rdrop.distance import Categorical
 from lightning_rdrop.modules._language_model import LanguageModel
 from lightning_rdrop.modules._pretrained import load
+from lightning_rdrop.transforms import RandomReplacement
 
 
 class RougeL(ROUGEScore):
@@ -39,8 +39,8 @@ class Seq2Seq(LanguageModel):
             generates nothing, which makes validation quick. ``None`` is sacreBLEU alone.
         characters: whether the scores count characters, as for Chinese, and not words.
         label_smoothing: in the cross-entropy.
-        random_replacement: the probability with which a token that the decoder reads in training is another one of its
-            text, in half of the texts; see :class:`~lightning_rdrop.data.RandomReplacement`. Its author's value is 0.3.
+        random_replacement: the probability that an input token of the decoder is replaced in training, in half of the
+            texts; see :class:`~lightning_rdrop.transforms.RandomReplacement`. Its author uses 0.3.
         fused_head: whether a training step never holds its logits, only a few rows of them at a time. That saves most
             of the memory of a large vocabulary; the step has no ``prediction`` then.
         max_new_tokens: the longest text that is generated.

@@ -1,0 +1,53 @@
+"""Transforms of batches in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class RandomReplacement:
+    """Replaces some of the decoder's input tokens by other tokens of the same text, against exposure bias.
+
+    In training a decoder reads the target; in generation, its own output, mistakes included. So a share of the texts
+    is changed, and in these each token with a given probability, to a token drawn from the same text: a model tends to
+    write the right words in the wrong places. The labels stay.
+
+    Args:
+        probability: that a token of a changed text is replaced, in [0, 1].
+        examples: that a text is changed, in [0, 1].
+        special: tokens that are neither replaced nor drawn, such as padding. The first position, the decoder's start
+            token, never changes.
+
+    Raises:
+        ValueError: a probability out of its range.
+
+    Source: Su Jianlin, spaces.ac.cn/archives/7259, whose values are the defaults.
+
+    Example:
+        >>> replace = RandomReplacement(1.0, examples=1.0, special=[0])
+        >>> replace(torch.tensor([[2, 7, 7, 0], [2, 5, 0, 0]]))  # nothing to draw but 7 in one text and 5 in the other
+        tensor([[2, 7, 7, 0],
+                [2, 5, 0, 0]])
+    """
+
+    def __init__(self, probability: float = 0.3, *, examples: float = 0.5, special: Iterable[int] = ()) -> None:
+        for name, value in (("probability", probability), ("examples", examples)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
+        self.probability = probability
+        self.examples = examples
+        self.special = tuple(special)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T) with some of them replaced, as a new tensor."""
+        free = ~torch.isin(tokens, tokens.new_tensor(self.special))
+        free[:, 0] = False
+        changed = torch.rand_like(tokens[:, :1], dtype=torch.float) < self.examples
+        chosen = free & changed & (torch.rand_like(tokens, dtype=torch.float) < self.probability)
+        # sort the free positions to the front, and draw one of them for each position
+        order = free.int().argsort(dim=1, descending=True, stable=True)
+        pick = (torch.rand_like(tokens, dtype=torch.float) * free.sum(1, keepdim=True)).long()
+        return torch.where(chosen, tokens.gather(1, order.gather(1, pick)), tokens)

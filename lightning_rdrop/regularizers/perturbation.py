@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Passes:
 
     def __init__(self, module: Hooks, inputs: Any, at: str | None) -> None:
         self._module, self._inputs = module, inputs
-        self._network: Any = module  # which is a network, too, though `Hooks` does not say so
+        self._network = cast(nn.Module, module)  # which `Hooks`, a protocol, cannot say
         self._at = at
         self._place = _find(self._network, inputs, at)
         try:

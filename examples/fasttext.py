@@ -1,16 +1,16 @@
-"""A small network for texts, trained from scratch."""
+"""A small text classifier to train from scratch."""
 
 from torch import Tensor, nn
 
 
 class FastText(nn.Module):
-    """The mean of the n-grams' embeddings (Joulin et al. 2016, arXiv 1607.01759), then a hidden layer with dropout.
+    """Mean embedding of the n-grams (Joulin et al. 2016, arXiv 1607.01759), then a hidden layer with dropout.
 
     Args:
         buckets: number of n-gram embeddings; 0 is padding.
         num_classes: C of the logits (N, C).
         width: of the embeddings and of the hidden layer.
-        dropout: probability, before the hidden layer and after it.
+        dropout: probability, before and after the hidden layer.
     """
 
     def __init__(self, buckets: int = 20_000, num_classes: int = 2, width: int = 64, dropout: float = 0.3) -> None:
@@ -19,7 +19,7 @@ class FastText(nn.Module):
         self.head = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, num_classes)
         )
-        nn.init.normal_(self.embedding.weight, std=0.5)  # a mean of a hundred is ten times smaller
+        nn.init.normal_(self.embedding.weight, std=0.5)  # the mean of a hundred of them has a tenth of it
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.head(self.embedding(input_ids))

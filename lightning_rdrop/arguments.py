@@ -1,4 +1,4 @@
-"""Arguments out of their range are refused, by an error that says what is allowed."""
+"""Checks of arguments, which say what is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ Word = TypeVar("Word", bound=str)
 
 
 def non_negative(name: str, value: float) -> float:
-    """A finite number >= 0.
+    """The value, if it is a finite number >= 0.
+
+    Raises:
+        ValueError: it is not.
 
     Example:
         >>> non_negative("alpha", -1.0)
@@ -23,7 +26,15 @@ def non_negative(name: str, value: float) -> float:
 
 
 def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:
-    """One of some words."""
+    """The value, if it is one of the allowed words.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> one_of("passes", "joint", ("joint", "separate"))
+        'joint'
+    """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
     return value

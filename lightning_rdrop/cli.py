@@ -1,4 +1,4 @@
-"""`lightning-rdrop fit|validate|test|predict`: experiments as configuration."""
+"""The command line: `lightning-rdrop fit|validate|test|predict`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_rdrop.callbacks
 import lightning_rdrop.data
-import lightning_rdrop.modules  # noqa: F401  # so that a config can say `Classifier` instead of the whole path
+import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
 
 
 class RDropCLI(LightningCLI):
-    """Lightning's CLI, and callbacks by name.
+    """LightningCLI with named callbacks and a test after training.
 
-    ``callbacks`` is a mapping: a second config, or ``--callbacks.alpha.init_args.ramp=0.2``, changes one argument of
-    one callback, where the Trainer's own list could only be replaced as a whole. ``test_after_fit`` tests the best
-    checkpoint when the training is over (the last weights if no checkpoint is kept by a monitored metric).
+    ``callbacks`` is a mapping, so that a second config, or ``--callbacks.alpha.init_args.ramp=0.2``, can change one
+    argument of one callback; the Trainer's own list can only be replaced as a whole. ``test_after_fit`` tests the best
+    checkpoint after training, or the last weights if no checkpoint is chosen by a monitored metric.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--callbacks", type=dict[str, Callback | None], default={}, help="Callbacks, each by a name."
+            "--callbacks", type=dict[str, Callback | None], default={}, help="Callbacks by name; null removes one."
         )
-        parser.add_argument("--test_after_fit", type=bool, default=False, help="Test when the training is over.")
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="Test the best weights afterwards.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         named = self._get(self.config_init, "callbacks", {})
@@ -40,7 +40,7 @@ class RDropCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """The console command. The current folder is importable, as it is for ``python -m``."""
+    """The console command; classes in the current folder can be imported, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     RDropCLI(args=args)

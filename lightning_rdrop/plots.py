@@ -1,4 +1,4 @@
-"""The pictures."""
+"""Plots of logged quantities."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def curves(metrics: str | Path, panels: dict[str, list[str]] | None = None) -> Figure:
-    """Logged quantities over the optimizer steps, a panel each.
+    """Plot logged quantities over the optimizer steps, side by side.
 
     Args:
         metrics: the ``metrics.csv`` of a Lightning ``CSVLogger``.
-        panels: title -> the columns drawn in it; ``None`` is one panel for each of ``train/ce``, ``train/kl``,
-            ``train/alpha`` and ``val/accuracy``, as far as they were logged.
+        panels: the columns of each panel, by its title; ``None`` is a panel for each of ``train/ce``, ``train/kl``,
+            ``train/alpha`` and ``val/accuracy`` that was logged.
 
     Raises:
         ValueError: a column that was never logged.

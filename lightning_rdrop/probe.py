@@ -1,4 +1,4 @@
-"""Passes through a network that leave no trace in it."""
+"""Forward passes that leave no trace in a network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 @contextmanager
 def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """For a while: no gradients, and whatever passes do to modes, buffers and random states is undone.
+    """A context without gradients, after which modes, buffers and random states are what they were.
 
     Args:
-        network: in which each submodule has its mode back afterwards.
-        device: of the inputs, whose random numbers are put back beside those of the CPU.
+        network: whose modes and buffers are restored.
+        device: of the inputs, whose random state is restored along with the CPU's.
 
     Example:
         >>> network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
@@ -36,7 +36,7 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def buffers_aside(network: nn.Module) -> Iterator[None]:
-    """Copies in the place of buffers, for a while: the originals may be part of a graph, and are not written to."""
+    """A context in which buffers are replaced by copies: the originals may be part of a graph, and stay unwritten."""
     kept = [(module, dict(module._buffers)) for module in network.modules() if module._buffers]
     try:
         for module, buffers in kept:

@@ -1,6 +1,6 @@
-r"""How a quantity rises: pure functions from progress in [0, 1] to a factor in [0, 1].
+r"""The shapes of a schedule: pure functions from progress t in [0, 1] to a factor in [0, 1].
 
-Every shape ends at 1. They are deterministic and know nothing of training, so a resumed run takes the same values.
+Every shape ends at 1. A shape depends on nothing but t, so a resumed run takes the same values.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def linear(progress: float) -> float:
 
 
 def sigmoid(progress: float) -> float:
-    r""":math:`\exp(-5 (1 - t)^2)`: from 0.0067 slowly, then quickly, then slowly to 1.
+    r""":math:`\exp(-5 (1 - t)^2)`: from 0.0067 to 1 in an S-curve.
 
-    Source: Laine and Aila, Temporal Ensembling, 2017 (arXiv 1610.02242), where it ramps up a consistency term.
+    Source: Laine and Aila, Temporal Ensembling, 2017 (arXiv 1610.02242), who ramp up a consistency term by it.
 
     Example:
         >>> round(sigmoid(0.5), 4)  # exp(-1.25)
@@ -44,9 +44,9 @@ def sigmoid(progress: float) -> float:
 
 
 def cosine(progress: float) -> float:
-    r""":math:`(1 - \cos \pi t) / 2`: half a wave from 0 to 1.
+    r""":math:`(1 - \cos \pi t) / 2`: half a cosine wave from 0 to 1.
 
-    Source: Loshchilov and Hutter, SGDR, 2017 (arXiv 1608.03983), read upwards.
+    Source: Loshchilov and Hutter, SGDR, 2017 (arXiv 1608.03983), reversed.
 
     Example:
         >>> round(cosine(0.5), 4)
@@ -56,9 +56,9 @@ def cosine(progress: float) -> float:
 
 
 def cyclical(progress: float) -> float:
-    r""":math:`\min(1, 2t)`, one cycle: it rises during the first half and stays at 1 during the second.
+    r""":math:`\min(1, 2t)`: one cycle, which rises in its first half and stays at 1 in its second.
 
-    :class:`~lightning_rdrop.AlphaScheduler` starts it anew again and again.
+    :class:`~lightning_rdrop.AlphaScheduler` repeats it.
 
     Source: Fu et al., Cyclical Annealing Schedule, 2019 (arXiv 1903.10145), with R = 0.5.
 

@@ -16,7 +16,7 @@ FLOORS = [
     "loss scales",
     "guard duplicate_at find_split",
     "draw",
-    "unlabeled",
+    "hooks unlabeled",
     "regularizers",
     "mixin",
     "simcse",

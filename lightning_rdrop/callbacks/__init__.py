@@ -1,4 +1,4 @@
-"""What moves or watches R-Drop during the training: a callback a file."""
+"""Callbacks that change or observe R-Drop during training."""
 
 from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
 from lightning_rdrop.callbacks.curves import Curves

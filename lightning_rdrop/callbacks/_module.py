@@ -1,4 +1,4 @@
-"""What every callback asks first: is this a module that R-Drop trains?"""
+"""The check that a callback's module has the mixin."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def require_rdrop(callback: Callback, module: LightningModule) -> RDropMixin:
-    """The module, if it has the mixin.
+    """The module as one with the mixin.
 
     Raises:
-        TypeError: it does not.
+        TypeError: it does not inherit ``RDropMixin``.
     """
     if isinstance(module, RDropMixin):
         return module

@@ -1,4 +1,4 @@
-"""Alpha as a function of how far the training has come."""
+"""Alpha as a function of training progress."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class AlphaScheduler(Callback):
     .. math:: \alpha(s) = \text{peak} \cdot \text{shape}\left(\min\left(1, \frac{s - \text{delay}}{\text{ramp}}\right)
         \right), \qquad \alpha(s) = 0 \text{ while } s < \text{delay}
 
-    with s the number of batches after which the optimizer has stepped. A cyclical shape starts anew every ``ramp``
-    instead of staying at its end. When the training is over, the module has its own alpha back.
+    with s the number of optimizer steps so far. A cyclical shape starts over every ``ramp`` steps instead of staying at
+    its end. After training, the module's own alpha is restored.
 
-    The alpha of a step depends on s alone, so an interrupted run resumes with the same alphas to the bit, also on
-    another number of processes. A share is one of the training as it was planned when it began, and a checkpoint keeps
-    that length: alpha does not jump where more processes, or more epochs, change the number of steps still to come.
+    Alpha depends on s alone, so an interrupted run resumes with the same alphas to the bit, on any number of processes.
+    A share is taken of the training as planned when it began, and checkpoints keep that length: alpha does not jump
+    when a run resumes with more processes or more epochs.
 
     Args:
         shape: ``"constant"``, ``"linear"``, ``"sigmoid"``, ``"cosine"``, ``"cyclical"`` (see
             :mod:`lightning_rdrop.schedule`), or any function from progress in [0, 1] to a factor in [0, 1].
-        ramp: how long the rise takes: an int counts optimizer steps, a float in [0, 1] is a share of the training.
-        delay: how long alpha stays 0 before the rise, likewise.
+        ramp: how long the rise takes: an int counts optimizer steps, a float in [0, 1] is a share of training.
+        delay: how long alpha stays 0 before the rise, in the same units.
         peak: alpha at the end of the rise; ``None`` takes the module's ``rdrop_alpha``.
 
     Raises:
         ValueError: an argument out of its range, a shape that leaves [0, 1], or a share of a training whose length is
             unknown.
-        TypeError: the module is no ``RDropMixin``.
+        TypeError: a duration that is not a number, or a module without ``RDropMixin``.
 
     Example:
         >>> scheduler = AlphaScheduler("linear", ramp=100, delay=50, peak=4.0)
@@ -48,7 +48,7 @@ class AlphaScheduler(Callback):
     """
 
     attribute: ClassVar[str] = "rdrop_alpha"
-    """What is scheduled: an attribute of the module."""
+    """The attribute of the module that is scheduled."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class AlphaScheduler(Callback):
         self._training_steps: int | None = None
 
     def value_at(self, step: int) -> float:
-        """What is scheduled, after ``step`` steps of the training that is under way (an int alone needs none)."""
+        """The scheduled value after ``step`` optimizer steps; shares need a training in progress, ints do not."""
         delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
         if step < delay:
             return 0.0
@@ -88,39 +88,47 @@ class AlphaScheduler(Callback):
             )
         peak = self._own_value if self.peak is None else self.peak
         if peak is None:
-            raise ValueError(f"peak is None, and there is no module under training to take {self.attribute} from.")
+            raise ValueError(f"peak is None, and no module is being trained whose {self.attribute} it could be.")
         return peak * factor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the length of an earlier training, before a checkpoint's is loaded."""
         if stage == "fit":
-            self._training_steps = None  # of an earlier training; that of a resumed one is loaded after this
+            self._training_steps = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the module's own value: the default peak, and what is restored after training."""
         self._own_value = getattr(require_rdrop(self, pl_module), self.attribute)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the training that shares are taken of, where no checkpoint gave its length."""
         if self._training_steps is None and (isinstance(self.ramp, float) or isinstance(self.delay, float)):
             steps = trainer.estimated_stepping_batches
             self._training_steps = int(steps) if 0 <= steps < math.inf else None
-        self.value_at(0)  # what is wrong with the schedule shows before the first step
+        self.value_at(0)  # so that a wrong schedule fails before the first step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # With several optimizers, which only manual optimization has, global_step counts the steps of each.
-        # What the loggers count, _batches_that_stepped, is one ahead after a checkpoint of a step that failed.
+        """Set the value of the step that begins."""
+        # In manual optimization global_step counts the steps of every optimizer, so batches are counted instead.
+        # The loggers' own counter, _batches_that_stepped, is one ahead after resuming from a step that failed.
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         step = trainer.global_step if pl_module.automatic_optimization else batches
         setattr(require_rdrop(self, pl_module), self.attribute, self.value_at(step))
 
     def state_dict(self) -> dict[str, Any]:
+        """The length of the training, so that a resumed one takes the same shares."""
         return {} if self._training_steps is None else {"training_steps": self._training_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the length of the training that is resumed."""
         self._training_steps = state_dict["training_steps"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the module's own value: Lightning calls no teardown after an error."""
         self._put_back(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the module's own value after training."""
         self._put_back(pl_module)
 
     def _put_back(self, pl_module: LightningModule) -> None:
@@ -133,8 +141,8 @@ class AlphaScheduler(Callback):
             return duration
         if self._training_steps is None:
             raise ValueError(
-                f"{name}={duration} is a share of the training, whose length is unknown here (a data loader or a "
-                f"Trainer without an end). Give {name} as an int, a number of optimizer steps, or set the Trainer's "
+                f"{name}={duration} is a share of training, whose length is unknown here (the data loader or the "
+                f"Trainer has no end). Give {name} as an int, a number of optimizer steps, or set the Trainer's "
                 "max_steps."
             )
         return duration * self._training_steps
@@ -149,7 +157,7 @@ def _check_duration(name: str, duration: int | float) -> int | float:
         raise TypeError(f"{name} must be an int (optimizer steps) or a float (a share of training), got {duration!r}.")
     if duration < 0 or (isinstance(duration, float) and not duration <= 1):
         raise ValueError(
-            f"{name} must be an int >= 0, a number of optimizer steps, or a float in [0, 1], a share of the training; "
+            f"{name} must be an int >= 0, a number of optimizer steps, or a float in [0, 1], a share of training; "
             f"got {duration!r}. For {duration:g} steps write an int."
             if duration > 1
             else f"{name} must not be negative or NaN, got {duration!r}."

@@ -1,4 +1,4 @@
-"""The picture of a training, when it is over."""
+"""Training curves as a picture."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Curves(Callback):
-    """Draws ce, kl, alpha and the validation accuracy over the steps, beside the ``metrics.csv`` of the ``CSVLogger``.
+    """Plots ce, kl, alpha and the validation accuracy after training, next to the ``metrics.csv`` of a ``CSVLogger``.
 
     Args:
-        filename: of the PNG, in the logger's folder, or an absolute path.
+        filename: of the PNG, relative to the logger's folder or absolute.
         panels: see :func:`lightning_rdrop.plots.curves`.
 
     Raises:
@@ -29,9 +29,11 @@ class Curves(Callback):
         self.panels = panels
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a Trainer without a CSVLogger before training, not after it."""
         self._csv_logger(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw once everything is logged, the metrics of the last epoch included."""
         logger = self._csv_logger(trainer)
         if logger is None or not trainer.is_global_zero:
             return
@@ -45,6 +47,6 @@ class Curves(Callback):
         for logger in trainer.loggers:
             if type(logger).__name__ == "CSVLogger":  # of either distribution
                 return logger
-            if type(logger).__name__ == "DummyLogger":  # fast_dev_run puts it in the place of all others
+            if type(logger).__name__ == "DummyLogger":  # fast_dev_run replaces all loggers by it
                 return None
-        raise ValueError("Curves draws what a CSVLogger wrote: add one, Trainer(logger=CSVLogger('logs')).")
+        raise ValueError("Curves plots what a CSVLogger wrote: add one, Trainer(logger=CSVLogger('logs')).")

@@ -1,4 +1,4 @@
-"""Another dropout, for the time of a training."""
+"""Another dropout probability during training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 class DropoutProbability(Callback):
-    """Sets the probability of every dropout in the module, and puts the earlier ones back when the training is over.
+    """Sets the probability of every dropout in the module for training, and restores the earlier ones afterwards.
 
-    R-Drop likes more dropout than a pretrained model comes with: 0.3 is recommended. What is set, and what is left
-    (DropPath, LayerDrop), is that of :func:`lightning_rdrop.dropout.set_probability`.
+    R-Drop works best with more dropout than pretrained models come with: 0.3 is recommended. DropPath and LayerDrop are
+    left alone; see :func:`lightning_rdrop.dropout.set_probability`.
 
     Args:
         p: the probability, 0 <= p < 1.
 
     Raises:
         ValueError: ``p`` out of its range, or a module without any dropout.
-        TypeError: the module is no ``RDropMixin``.
+        TypeError: a module without ``RDropMixin``.
 
-    Source: Su Jianlin, spaces.ac.cn/archives/8496, for the value.
+    Source: Su Jianlin, spaces.ac.cn/archives/8496, who uses 0.3.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -40,20 +40,24 @@ class DropoutProbability(Callback):
         self._earlier: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the probability before the first forward pass of the training."""
         self._earlier = set_probability(require_rdrop(self, pl_module), self.p)
         if not self._earlier:
             raise ValueError(
                 f"{type(pl_module).__name__} has no dropout whose probability could be set to p={self.p}. "
-                "Put nn.Dropout(0.3) in front of its head."
+                "Add nn.Dropout(0.3) in front of its head."
             )
 
     def state_dict(self) -> dict[str, Any]:
+        """Record p in the checkpoint; a resumed training takes the p it is given."""
         return {"p": self.p}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the probabilities: Lightning calls no teardown after an error."""
         self._put_back(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the probabilities after training."""
         self._put_back(pl_module)
 
     def _put_back(self, pl_module: LightningModule) -> None:

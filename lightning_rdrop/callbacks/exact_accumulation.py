@@ -1,4 +1,4 @@
-"""Many micro-batches, on many ranks, as if they were one batch."""
+"""Gradient accumulation that is exact when micro-batches have different numbers of rows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class ExactAccumulation(Callback):
-    r"""Makes an optimizer step over micro-batches and ranks exactly that over all their rows as one batch.
+    r"""Makes an optimizer step over several micro-batches and ranks equal to that over all their rows in one batch.
 
     .. math:: g = \frac{\sum_i n_i\, g_i}{\sum_i n_i}
 
-    with :math:`g_i` the gradient of the mean over the :math:`n_i` rows that count in micro-batch i. Lightning averages
-    the :math:`g_i` plainly, which gives a token in a short batch more weight than one in a long batch. Each gradient
-    is weighted on its way back, and their sum is divided once before the optimizer's step, ahead of clipping; that
-    takes one all-reduce of a number a step.
+    with :math:`g_i` the gradient of the mean over the :math:`n_i` rows that count in micro-batch i. Lightning takes the
+    unweighted mean of the :math:`g_i`, which gives a token in a short micro-batch more weight than one in a long one.
+    Here each gradient is multiplied by :math:`n_i` in the backward pass, and the sum is divided once, before clipping
+    and the optimizer's step; that takes one all-reduce of one number a step.
 
     Raises:
-        ValueError: class weights, or unlabelled examples, with which ce and kl have two denominators; manual
-            optimization; a loss that is no mean over rows; or a strategy that keeps gradients to itself (DeepSpeed).
-        TypeError: the module is no ``RDropMixin``.
+        ValueError: class weights or unlabelled examples, with which ce and kl have different denominators; manual
+            optimization; a loss that is not a mean over rows; a strategy that hides the gradients (DeepSpeed).
+        TypeError: a module without ``RDropMixin``.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -43,38 +43,42 @@ class ExactAccumulation(Callback):
         self._rows: Tensor | float = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be exact, and forget the rows of an earlier training that broke off."""
         module = require_rdrop(self, pl_module)
         if isinstance(module.rdrop_distance, Categorical) and module.rdrop_distance.weight is not None:
             raise ValueError(
-                "ExactAccumulation needs one denominator, but with class weights ce is a mean by weight and kl one by "
-                "rows. Train without Categorical(weight=...), or without this callback."
+                "ExactAccumulation needs one denominator, but with class weights ce is a weighted mean and kl a mean "
+                "over rows. Train without Categorical(weight=...), or without this callback."
             )
         if not module.automatic_optimization:
             raise ValueError(
-                "ExactAccumulation works in automatic optimization. In a manual one, weigh each loss by terms.rows and "
-                "divide the gradients by their sum before the step."
+                "ExactAccumulation works in automatic optimization. In manual optimization, multiply each loss by "
+                "terms.rows, and divide the gradients by the sum of these before the step."
             )
         self._rows = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuse unlabelled examples, which show in a batch only."""
         if parts(batch)[1] is not None:
             raise ValueError(
                 "ExactAccumulation needs one denominator, but labelled and unlabelled examples are two means, each "
-                "over rows of its own. Train without the unlabelled part, or without this callback."
+                "over its own rows. Train without the unlabelled part, or without this callback."
             )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Multiply the gradient of this micro-batch by its rows."""
         rows = require_rdrop(self, pl_module).rdrop_rows
         if rows is None:
             raise ValueError(
                 "ExactAccumulation needs the mixin's own training_step, which counts the rows, and a loss that is a "
-                "mean over them; that of SimCSE is not, whose negatives are the other examples of the micro-batch."
+                "mean over them. SimCSE's is not: its negatives are the other examples of the micro-batch."
             )
         loss.register_hook(lambda gradient: gradient * rows)  # type: ignore[no-untyped-call]
         self._rows = self._rows + rows
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # what Lightning has divided by: the micro-batches, and DDP the ranks
+        """Divide the accumulated gradients by all rows, before Lightning clips them."""
+        # Lightning has divided by the number of micro-batches, DDP by that of ranks
         means = trainer.accumulate_grad_batches * trainer.world_size
         factor = means / trainer.strategy.reduce(self._rows, reduce_op="sum")
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,4 +1,4 @@
-"""The weight of unlabelled examples as a function of how far the training has come."""
+"""The weight of unlabelled examples as a function of training progress."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
 class UnlabeledWeightScheduler(AlphaScheduler):
     """Raises the module's ``rdrop_unlabeled_weight`` from 0 to its peak, as :class:`AlphaScheduler` does with alpha.
 
-    Early predictions are poor, and agreement on them is worth little; while the weight is exactly 0, in the ``delay``
-    and in the first step of a linear ramp, unlabelled examples have no pass at all.
+    Early predictions are poor, and agreement on them is worth little. While the weight is exactly 0, during ``delay``
+    and in the first step of a linear ramp, unlabelled examples are not run through the network.
 
     Args:
         shape, ramp, delay, peak: as for :class:`AlphaScheduler`; ``peak=None`` is the module's own weight.

@@ -1,4 +1,4 @@
-"""Ready-made LightningModules, a task a file: for the CLI, or to be used as they are."""
+"""Ready-made LightningModules, one for each task, for the CLI and for scripts."""
 
 from lightning_rdrop.modules.causal_lm import CausalLM
 from lightning_rdrop.modules.classifier import Classifier

@@ -1,4 +1,4 @@
-"""Hugging Face models that predict tokens, and their output layer apart from the rest."""
+"""What language models of Hugging Face share: tokens as predictions, and an output layer that can be fused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from lightning_rdrop.probe import untouched
 
 
 class LanguageModel(Task):
-    """Tokens by a Hugging Face model, in training with its logits or without.
+    """A Hugging Face model that predicts tokens, trained with or without materializing its logits.
 
     Args:
-        fused_head: whether a training step makes its loss of hidden states and the output layer, a few rows at a time,
-            and never holds the logits. That saves most of the memory of a large vocabulary; the step has no
-            ``prediction`` then.
+        network: the model.
+        metrics: what validation and test measure, besides the task loss.
+        fused_head: compute the training loss from the hidden states and the output layer, a few rows at a time, without
+            ever holding all logits. This saves most of the memory of a large vocabulary; the step's ``prediction`` is
+            None then.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`.
     """
 
     def __init__(
@@ -44,15 +47,15 @@ class LanguageModel(Task):
 
 
 class OutputLayer:
-    """Stops a model before its output layer, and hands the layer out.
+    """The output layer of a language model, apart from the rest of the model.
 
-    It proves itself on two tokens: the model's own logits must be what the layer makes of the hidden states.
+    Two tokens are tried first: the layer applied to the hidden states must give the model's own logits.
 
     Args:
         network: a Hugging Face language model.
 
     Raises:
-        ValueError: the model has no linear output layer, or does more with its result than to add a bias.
+        ValueError: the model's output layer is not linear, or the model changes the logits further.
     """
 
     def __init__(self, network: Any) -> None:
@@ -70,13 +73,13 @@ class OutputLayer:
             found = nn.functional.linear(self.hidden(inputs), *self.head)
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise ValueError(
-                f"fused_head=True needs logits that the output layer alone makes, but {name} changes them further, as "
-                "by a soft cap. Leave fused_head at False."
+                f"fused_head=True needs logits that come straight from the output layer, but {name} changes them "
+                "further, for instance by a soft cap. Leave fused_head at False."
             )
 
     @property
     def head(self) -> Head:
-        """The layer's weight, and what is added to its result.
+        """The layer's weight, and all that is added to its result as the bias.
 
         Raises:
             TypeError: the weight is sharded across ranks.

@@ -1,4 +1,4 @@
-"""A Hugging Face model as R-Drop needs it: with its dropout on."""
+"""Load a pretrained Hugging Face model with its dropout switched on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning_rdrop.dropout import switch_on
 
 
 def load(auto: Any, pretrained: str, **config: Any) -> nn.Module:
-    """``auto.from_pretrained(pretrained, **config)``, and its dropout switched on.
+    """``auto.from_pretrained(pretrained, **config)`` with its dropout switched on.
 
-    ``from_pretrained`` hands models out in eval mode, which Lightning's ``fit`` would keep.
+    ``from_pretrained`` returns models in eval mode, and Lightning's ``fit`` keeps that mode.
     """
     network: nn.Module = auto.from_pretrained(pretrained, **config)
     woken = switch_on(network)

@@ -1,4 +1,4 @@
-"""Causal language models of Hugging Face."""
+"""Causal language modelling with a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_rdrop.modules._pretrained import load
 
 
 class CausalLM(LanguageModel):
-    """The next token of a text, by a Hugging Face causal language model.
+    """Next-token prediction with a Hugging Face causal language model.
 
-    The targets are shifted here: position t predicts token t + 1. A batch has ``input_ids``, and ``labels`` of the
-    same shape if some tokens, such as those of a prompt, do not count (-100); without labels all tokens count that
-    the ``attention_mask`` shows. Validation and test log the cross-entropy and the perplexity, per token.
+    The targets are shifted here: position t predicts token t + 1. A batch has ``input_ids``, and ``labels`` of the same
+    shape if some tokens do not count (-100), such as those of a prompt; without labels, every token counts whose
+    ``attention_mask`` is not 0. Validation and test log the cross-entropy and the perplexity, per token.
 
     Args:
-        pretrained: name or folder of the model; its dropout is switched on.
-        fused_head: whether a training step never holds its logits, only a few rows of them at a time. That saves most
-            of the memory of a large vocabulary; the step has no ``prediction`` then.
+        pretrained: name or folder of the model, whose dropout is switched on.
+        fused_head: compute the training loss without ever holding all logits. This saves most of the memory of a large
+            vocabulary; the step's ``prediction`` is None then.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
 
     Raises:
-        ValueError: ``fused_head`` for a model that does more to its logits than its output layer.
+        ValueError: ``fused_head`` for a model whose logits do not come straight from its output layer.
     """
 
     def __init__(self, pretrained: str, *, fused_head: bool = False, **kwargs: Any) -> None:
@@ -45,7 +45,7 @@ class CausalLM(LanguageModel):
         return inputs, labels[:, 1:]
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
-        return super().rdrop_predict(inputs)[:, :-1]  # after the last token comes nothing to be compared with
+        return super().rdrop_predict(inputs)[:, :-1]  # no token follows the last one
 
     def rdrop_hidden(self, inputs: Any) -> Tensor:
         return super().rdrop_hidden(inputs)[:, :-1]

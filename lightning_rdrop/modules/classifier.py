@@ -1,4 +1,4 @@
-"""Classification with any network."""
+"""Single-label classification with any network."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_rdrop.modules.task import Task
 
 
 class Classifier(Task):
-    """One of several classes for each example, or for each of its tokens, by any network that returns logits.
+    """Classification of examples, or of tokens, with any network that returns logits.
 
-    Validation and test log the cross-entropy, the accuracy and the macro F1 over the rows that count (whose target is
-    not -100); prediction gives class probabilities.
+    Validation and test log the cross-entropy, the accuracy and the macro F1 over the rows whose target is not -100;
+    prediction returns class probabilities.
 
     Args:
         network: returns logits (N, ..., C) for the inputs of a batch.

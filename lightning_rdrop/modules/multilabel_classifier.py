@@ -1,4 +1,4 @@
-"""Several labels at once, with any network."""
+"""Multi-label classification with any network."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_rdrop.modules.task import Task
 
 
 class MultilabelClassifier(Task):
-    """Each of several labels, there or not, by any network that returns a logit for each.
+    """Multi-label classification with any network that returns a logit for each label.
 
-    Validation and test log the binary cross-entropy, the accuracy and the macro F1; prediction gives probabilities.
+    Validation and test log the binary cross-entropy, the accuracy and the macro F1; prediction returns probabilities.
 
     Args:
         network: returns logits (N, L) for the inputs of a batch; targets are (N, L), 0 or 1.

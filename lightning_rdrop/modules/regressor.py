@@ -1,4 +1,4 @@
-"""Numbers, with any network."""
+"""Regression with any network."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_rdrop.modules.task import Task
 
 
 class Regressor(Task):
-    """Numbers by any network, in the least-squares sense or with a predicted variance.
+    """Regression with any network, by least squares or with a predicted variance.
 
     Validation and test log the mean squared error (or the negative log-likelihood), the mean absolute error, and the
-    correlations of Pearson and Spearman, over all numbers of the targets together.
+    correlations of Pearson and Spearman, over all entries of the targets together.
 
     Args:
         network: returns a prediction of the target's shape, (N,) or (N, D); (N, ..., 2), mean and log-variance, for

@@ -1,4 +1,4 @@
-"""Embeddings of sentences, with a Hugging Face model."""
+"""Sentence embeddings with a Hugging Face encoder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_rdrop.simcse import Pooling, SimCSEMixin, pool
 
 
 class SentenceEncoder(SimCSEMixin, Task):
-    """Embeddings of sentences by a Hugging Face encoder, trained on nothing but sentences by SimCSE.
+    """Sentence embeddings with a Hugging Face encoder, trained by SimCSE on sentences without labels.
 
-    Validation and test log Spearman's correlation of cosine and score over pairs of sentences, those of
-    :class:`~lightning_rdrop.data.SentencePairDataModule`; prediction gives embeddings (B, D).
+    Validation and test log Spearman's correlation between cosine similarity and score over pairs of sentences, such as
+    those of :class:`~lightning_rdrop.data.SentencePairDataModule`; prediction returns embeddings (B, D).
 
     Args:
-        pretrained: name or folder of the model; its dropout is switched on.
+        pretrained: name or folder of the model, whose dropout is switched on.
         pooling: ``"cls"``, ``"mean"`` or ``"first-last-average"``, see :func:`~lightning_rdrop.simcse.pool`.
         kwargs: the arguments of :class:`~lightning_rdrop.SimCSEMixin`, and of
             :class:`~lightning_rdrop.modules.Task` those for the optimizer.
@@ -33,8 +33,8 @@ class SentenceEncoder(SimCSEMixin, Task):
         one_of("pooling", pooling, get_args(Pooling))
         network: Any = load(AutoModel, pretrained)
         if getattr(network, "pooler", None) is not None:
-            network.pooler = None  # its output is not used, and DDP would wait for its gradients
-        # by name, or the CLI would ask for them: it does not follow positions through SimCSEMixin
+            network.pooler = None  # unused parameters, whose gradients DDP would wait for
+        # by keyword: jsonargparse cannot follow positional arguments through SimCSEMixin, and would ask for both
         super().__init__(network=network, metrics=MetricCollection({"spearman": SpearmanCorrCoef()}), **kwargs)
         self.pooling = pooling
 

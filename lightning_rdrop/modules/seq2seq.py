@@ -1,4 +1,4 @@
-"""Sequence to sequence, with a Hugging Face model: translation, summarisation."""
+"""Sequence to sequence with a Hugging Face model, such as translation and summarisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_rdrop.transforms import RandomReplacement
 
 
 class RougeL(ROUGEScore):
-    """The F-measure of ROUGE-L alone, as Lightning logs one number a metric."""
+    """The F-measure of ROUGE-L as a single number, which Lightning can log."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(rouge_keys="rougeL", **kwargs)
@@ -27,29 +27,29 @@ class RougeL(ROUGEScore):
 
 
 class Seq2Seq(LanguageModel):
-    """A text for a text, by a Hugging Face seq2seq model.
+    """Text generation from text with a Hugging Face seq2seq model.
 
-    It is trained by teacher forcing: the decoder's inputs are made of the labels, which the model never sees, so that
-    its own loss is not computed for nothing. Validation and test log the cross-entropy per token, and compare what
-    the model generates, with dropout off, with the labels; prediction gives the generated texts.
+    Training is by teacher forcing: the decoder's inputs are the shifted labels. The labels themselves are not passed to
+    the model, which would compute a loss that nobody uses. Validation and test log the cross-entropy per token, and
+    score generated texts against the labels; prediction returns generated texts.
 
     Args:
-        pretrained: name or folder of the model and its tokenizer; the model's dropout is switched on.
-        scores: any of ``"sacrebleu"``, ``"chrf"`` and ``"rouge"`` (ROUGE-L), each between 0 and 1; an empty list
-            generates nothing, which makes validation quick. ``None`` is sacreBLEU alone.
-        characters: whether the scores count characters, as for Chinese, and not words.
-        label_smoothing: in the cross-entropy.
+        pretrained: name or folder of the model, whose dropout is switched on, and of its tokenizer.
+        scores: any of ``"sacrebleu"``, ``"chrf"`` and ``"rouge"`` (ROUGE-L), each in [0, 1]. ``None`` is sacreBLEU;
+            with an empty list nothing is generated, which makes validation fast.
+        characters: score characters instead of words, as for Chinese.
+        label_smoothing: of the cross-entropy.
         random_replacement: the probability that an input token of the decoder is replaced in training, in half of the
             texts; see :class:`~lightning_rdrop.transforms.RandomReplacement`. Its author uses 0.3.
-        fused_head: whether a training step never holds its logits, only a few rows of them at a time. That saves most
-            of the memory of a large vocabulary; the step has no ``prediction`` then.
-        max_new_tokens: the longest text that is generated.
-        num_beams: of the beam search; 1 is greedy.
+        fused_head: compute the training loss without ever holding all logits. This saves most of the memory of a large
+            vocabulary; the step's ``prediction`` is None then.
+        max_new_tokens: the maximum length of a generated text, in tokens.
+        num_beams: of beam search; 1 is greedy decoding.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
 
     Raises:
-        ValueError: a score that is not known; a probability out of its range; a batch without ``labels``;
-            ``fused_head`` for a model that does more to its logits than its output layer.
+        ValueError: an unknown score; a probability out of its range; a batch without ``labels``; ``fused_head`` for a
+            model whose logits do not come straight from its output layer.
 
     Shapes:
         batches with ``input_ids`` (N, S), ``attention_mask`` (N, S) and ``labels`` (N, T), padded with -100.
@@ -70,7 +70,7 @@ class Seq2Seq(LanguageModel):
     ) -> None:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # an extra, needed by this module alone
 
-        # ROUGE's own rules keep nothing but the letters a to z
+        # ROUGE's default normalizer removes everything but letters a to z and digits
         split: dict[str, Any] = {"normalizer": str, "tokenizer": list} if characters else {}
         known: dict[str, Callable[[], Metric]] = {
             "sacrebleu": lambda: SacreBLEUScore(tokenize="char" if characters else "13a"),
@@ -93,13 +93,13 @@ class Seq2Seq(LanguageModel):
         labels = inputs.pop("labels", None)
         if labels is None:
             raise ValueError(
-                f"The batch has {', '.join(inputs)} and no labels, of which the inputs of the decoder are made. "
-                "Without them some models would feed the source to the decoder."
+                f"The batch has {', '.join(inputs)} and no labels, from which the inputs of the decoder are made. "
+                "Without them some models feed the source to the decoder. Add labels (N, T), padded with -100."
             )
         if "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = self._shifted(labels)
         if self.training and self.replace.probability:
-            inputs["decoder_input_ids"] = self.replace(inputs["decoder_input_ids"])  # the same ones in all views
+            inputs["decoder_input_ids"] = self.replace(inputs["decoder_input_ids"])  # the same for all views
         return inputs, labels
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
@@ -107,18 +107,18 @@ class Seq2Seq(LanguageModel):
             metrics.update(self.predict_step(batch, 0), [[text] for text in self._decode(target)])
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
-        """The generated texts."""
+        """Generated texts."""
         given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         model: Any = self.network
         return self._decode(model.generate(**given, **self.generation))
 
     def _shifted(self, labels: Tensor) -> Tensor:
-        """The inputs of the decoder: one token to start with, and all labels but the last."""
+        """The decoder's inputs: a start token, then all labels but the last."""
         model: Any = self.network
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
             shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
             return shifted
-        # NLLB, M2M100 and Blenderbot shift inside their forward only
+        # NLLB, M2M100 and Blenderbot shift inside their forward and offer no method for it
         start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, model.config.pad_token_id)

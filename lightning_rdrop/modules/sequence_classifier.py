@@ -1,4 +1,4 @@
-"""Classification with a Hugging Face model."""
+"""Text classification with a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning_rdrop.modules.classifier import Classifier
 
 
 class SequenceClassifier(Classifier):
-    """One of several classes for a text, by a Hugging Face sequence classifier.
+    """Text classification with a Hugging Face sequence classifier.
 
     Args:
-        pretrained: name or folder of the model; its dropout is switched on.
+        pretrained: name or folder of the model, whose dropout is switched on.
         num_classes: C of the logits (N, C).
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
     """

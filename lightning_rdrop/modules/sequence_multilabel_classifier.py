@@ -1,4 +1,4 @@
-"""Several labels for a text, with a Hugging Face model."""
+"""Multi-label text classification with a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning_rdrop.modules.multilabel_classifier import MultilabelClassifier
 
 
 class SequenceMultilabelClassifier(MultilabelClassifier):
-    """Each of several labels, there or not, for a text, by a Hugging Face sequence classifier.
+    """Multi-label text classification with a Hugging Face sequence classifier.
 
     Args:
-        pretrained: name or folder of the model; its dropout is switched on.
+        pretrained: name or folder of the model, whose dropout is switched on.
         num_labels: L of the logits (N, L).
         kwargs: the arguments of :class:`~lightning_rdrop.modules.MultilabelClassifier`, such as ``learning_rate``.
     """

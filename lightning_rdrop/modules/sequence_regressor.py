@@ -1,4 +1,4 @@
-"""A number for a text, or for a pair of texts, with a Hugging Face model."""
+"""Regression on texts, or pairs of texts, with a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_rdrop.modules.regressor import Regressor
 
 
 class SequenceRegressor(Regressor):
-    """A number for a text, such as a score, or for a pair of texts, such as their similarity.
+    """Regression on texts, such as scores, or on pairs of texts, such as similarities.
 
     Args:
-        pretrained: name or folder of the model; its dropout is switched on.
+        pretrained: name or folder of the model, whose dropout is switched on.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Regressor`.
     """
 
@@ -25,4 +25,4 @@ class SequenceRegressor(Regressor):
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
         logits: Tensor = super().rdrop_predict(inputs)
-        return logits.squeeze(-1)  # the model's one logit, a number as the targets are
+        return logits.squeeze(-1)  # one logit, in the shape of the targets (N,)

@@ -1,4 +1,4 @@
-"""What every ready-made module shares: a network, its optimizer, and an evaluation."""
+"""What the ready-made modules share: a network, an optimizer, an evaluation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_rdrop.mixin import TARGET_KEYS, RDropMixin
+from lightning_rdrop.hooks import TARGET_KEYS
+from lightning_rdrop.mixin import RDropMixin
 
 
 class Task(RDropMixin, pl.LightningModule):
-    """A network trained with R-Drop by AdamW and evaluated with torchmetrics, as ``val/...`` and ``test/...``.
+    """A network trained by R-Drop with AdamW, and evaluated with torchmetrics as ``val/...`` and ``test/...``.
 
-    For another optimizer, or a learning rate schedule, use the CLI's ``--optimizer`` and ``--lr_scheduler``, or
-    override ``configure_optimizers``.
+    For another optimizer or a learning rate schedule use the CLI's ``--optimizer`` and ``--lr_scheduler``, or override
+    ``configure_optimizers``.
 
     Args:
         network: called with the inputs of a batch; returns predictions, or an object with ``.logits``.
-        metrics: what validation and test measure, beside the task loss.
+        metrics: what validation and test measure, besides the task loss.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         rdrop: the arguments of :class:`~lightning_rdrop.RDropMixin`.
@@ -46,7 +47,7 @@ class Task(RDropMixin, pl.LightningModule):
         self.weight_decay = weight_decay
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
-        # weighted, and so exact where batches count unequal numbers of tokens; NaN stays NaN, and is not left out
+        # weighted by tokens, hence exact for batches of any size; MeanMetric would skip NaN by default
         self.val_loss = MeanMetric(nan_strategy=math.nan)
         self.test_loss = MeanMetric(nan_strategy=math.nan)
 
@@ -60,7 +61,7 @@ class Task(RDropMixin, pl.LightningModule):
         self.evaluate(batch, self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """The prediction for a batch, which may carry targets or be the inputs alone."""
+        """The prediction for a batch, with targets or without."""
         targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
         bare = isinstance(batch, Tensor) or targetless
         return self.rdrop_predict(batch if bare else self.rdrop_unpack(batch)[0])
@@ -77,7 +78,7 @@ class Task(RDropMixin, pl.LightningModule):
         metrics.update(prediction, target)
 
     def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanMetric) -> None:
-        """One batch of validation or test."""
+        """Log the task loss and the metrics of a batch in validation or test."""
         inputs, target = self.rdrop_unpack(batch)
         prediction: Tensor = self.rdrop_predict(inputs)
         average = self.rdrop_distance.to_target(prediction, target)

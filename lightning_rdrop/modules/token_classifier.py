@@ -1,4 +1,4 @@
-"""Classification of tokens with a Hugging Face model."""
+"""Token classification with a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning_rdrop.modules.classifier import Classifier
 
 
 class TokenClassifier(Classifier):
-    """One of several classes for each token of a text, by a Hugging Face token classifier.
+    """Token classification with a Hugging Face token classifier.
 
     Args:
-        pretrained: name or folder of the model; its dropout is switched on.
+        pretrained: name or folder of the model, whose dropout is switched on.
         num_classes: C of the logits (N, T, C); a token with the label -100 does not count.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
     """

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.regularizers.perturbation import Passes, unit
-from lightning_rdrop.regularizers.regularizer import Hooks, Regularizer
+from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Average
 
 

@@ -8,8 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_rdrop.divergence import at_least_float32
+from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.regularizers.perturbation import Passes
-from lightning_rdrop.regularizers.regularizer import Hooks, Regularizer
+from lightning_rdrop.regularizers.regularizer import Regularizer
 from lightning_rdrop.terms import Average
 
 

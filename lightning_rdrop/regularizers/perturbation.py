@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import submodules, views
+from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.probe import buffers_aside
-from lightning_rdrop.regularizers.regularizer import Hooks
 
 
 class Passes:
@@ -34,9 +34,8 @@ class Passes:
 
     def __init__(self, module: Hooks, inputs: Any, at: str | None) -> None:
         self._module, self._inputs = module, inputs
-        self._network = cast(nn.Module, module)  # which `Hooks`, a protocol, cannot say
         self._at = at
-        self._place = _find(self._network, inputs, at)
+        self._place = _find(self._module, inputs, at)
         try:
             self._examples = views.batch_size(inputs)
         except TypeError as error:
@@ -58,7 +57,7 @@ class Passes:
             added.append(torch.zeros_like(point, requires_grad=True) if perturbation is None else perturbation)
             return point + self.counted * added[0]  # type: ignore[no-any-return]
 
-        with buffers_aside(self._network), self._same_masks():
+        with buffers_aside(self._module), self._same_masks():
             if self._place is None:
                 inputs = self._inputs
                 changed = {key: add(inputs[key]) for key in inputs} if isinstance(inputs, Mapping) else add(inputs)
@@ -107,7 +106,7 @@ class Passes:
             )
 
     def _named_place(self) -> str:
-        names = {module: name for name, module in self._network.named_modules()}
+        names = {module: name for name, module in self._module.named_modules()}
         return "The input" if self._place is None else f"{names[self._place]}, the place of the perturbation,"
 
 

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from lightning_rdrop.arguments import non_negative
-from lightning_rdrop.distance import Distance
+from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.terms import Average
-
-
-class Hooks(Protocol):
-    """What a regularizer asks of the LightningModule that is trained."""
-
-    rdrop_distance: Distance
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-
-    def rdrop_predict(self, inputs: Any) -> Any:
-        """The prediction for some inputs."""
 
 
 class Regularizer(nn.Module):

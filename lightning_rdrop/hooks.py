@@ -1,0 +1,102 @@
+"""The hooks of the mixin: what a class overrides to fit its own batches, network or output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_rdrop._lightning import MixinBase
+from lightning_rdrop.cross_entropy import Head
+from lightning_rdrop.distance import Distance
+from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, unshifted
+
+TARGET_KEYS = ("labels", "label", "target")
+"""Under one of these names a mapping carries its target."""
+
+
+class Hooks(MixinBase):
+    """How a LightningModule reads a batch and predicts; :class:`~lightning_rdrop.RDropMixin` inherits it.
+
+    Regularizers know a module by these hooks, and nothing more of the mixin.
+    """
+
+    rdrop_distance: Distance
+    """D of the general form."""
+
+    def rdrop_unpack(self, batch: Any) -> tuple[Any, Any]:
+        """Hook: the inputs of the network and the target, out of a batch.
+
+        Reads a pair ``(inputs, target)``, and mappings with ``labels``, ``label`` or ``target``, whose other entries
+        are the inputs.
+
+        Raises:
+            ValueError: the batch is neither.
+        """
+        if isinstance(batch, Mapping):
+            keys = [key for key in TARGET_KEYS if key in batch]
+            if len(keys) == 1:
+                return {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
+            found = f"a mapping with the keys {list(batch)}"
+        elif isinstance(batch, (tuple, list)):
+            if len(batch) == 2:
+                return batch[0], batch[1]
+            found = f"a {type(batch).__name__} of {len(batch)} elements"
+        else:
+            found = f"a {type(batch).__name__}"
+        raise ValueError(
+            f"The batch is {found}, in which no target can be told from the inputs. A batch is a pair (inputs, target) "
+            f"or a mapping with one of the keys {', '.join(TARGET_KEYS)}; for anything else override "
+            "rdrop_unpack(self, batch) to return (inputs, target)."
+        )
+
+    def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[Any, Any]:
+        """Hook: the inputs of the network out of a batch without labels, and None or what tells which rows count.
+
+        A tensor, a mapping without ``labels``, ``label`` or ``target``, or the one element of a tuple or list, is the
+        inputs. All else goes to :meth:`rdrop_unpack`. Labels that are found there are not learned from; where they
+        are -100 (the distance's ``ignore_index``), a row does not count. Without labels, nor does a token whose
+        ``attention_mask`` is 0.
+        """
+        if isinstance(batch, (tuple, list)) and len(batch) == 1:
+            return batch[0], None
+        if isinstance(batch, Tensor) or (isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)):
+            return batch, None
+        return self.rdrop_unpack(batch)
+
+    def rdrop_predict(self, inputs: Any) -> Any:
+        """Hook: the prediction for some inputs; calls ``forward``, and takes ``.logits`` of a model output."""
+        output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
+        return getattr(output, "logits", output)
+
+    def rdrop_head(self) -> Head | None:
+        """Hook: the linear output layer whose logits training never holds; then :meth:`rdrop_hidden` gives its inputs.
+
+        It saves most of the memory of a large vocabulary. ``rdrop_predict`` gives the logits as ever, for validation
+        and whoever else asks, but those of a training step are not there: its ``prediction`` is None.
+        """
+        return None
+
+    def rdrop_hidden(self, inputs: Any) -> Tensor:
+        """Hook: the hidden states (B, ..., D) of some inputs, of which ``rdrop_head`` makes the prediction."""
+        raise NotImplementedError("rdrop_head gives an output layer: override rdrop_hidden to give its inputs.")
+
+    def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
+        """Hook: what is wrong with a first batch, if anything; it is said as ``rdrop_guard`` says.
+
+        Args:
+            predictions: the K views (K, N, ...), or the hidden states of which a head makes them.
+            inputs: those of B examples.
+            target: theirs, or None.
+            part: ``"labeled"`` or ``"unlabeled"``.
+
+        Raises:
+            ValueError: a target that the distance does not take.
+        """
+        ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
+        if part == "unlabeled":
+            return none_counts(target, ignore_index) or fed_its_source(self, inputs)
+        head = self.rdrop_head()
+        self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
+        return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)

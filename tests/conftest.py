@@ -92,6 +92,13 @@ class Net(RDropMixin, pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def sequential(*dropouts):
+    """Linear layers with a dropout of the given probability behind each."""
+    return nn.Sequential(
+        *(part for p in dropouts for part in (nn.Linear(8, 8), nn.Tanh(), nn.Dropout(p))), nn.Linear(8, 3)
+    )
+
+
 def ragged(classes, features):
     """Eight sentences, of one to eight tokens that count."""
     generator = torch.Generator().manual_seed(0)
@@ -114,3 +121,81 @@ def rows():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(30, 8, generator=generator)
     return DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), batch_size=4)
+
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"]
+TOKEN_IDS = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write a tiny model, and a tokenizer of single letters."""
+
+    transformers = pytest.importorskip("transformers")
+
+    def write(model):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        letters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+        letters.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return write
+
+
+@pytest.fixture
+def bart(folder):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16, decoder_start_token_id=2, **TOKEN_IDS,
+    )  # fmt: skip
+    return folder(transformers.BartForConditionalGeneration(settings))
+
+
+@pytest.fixture
+def gpt2(folder):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, **TOKEN_IDS)
+    return folder(transformers.GPT2LMHeadModel(settings))
+
+
+@pytest.fixture
+def bert(folder):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return folder(transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS), **sizes)))
+
+
+@pytest.fixture
+def t5(folder):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.T5Config(
+        vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return folder(transformers.T5ForConditionalGeneration(settings))
+
+
+def texts(labels=True):
+    """A batch of four padded texts of the tiny models, with target texts as labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 20, (4, 7), generator=generator)
+    mask = (torch.arange(7) < torch.tensor([[7], [5], [3], [6]])).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    if labels:
+        targets = torch.randint(4, 20, (4, 5), generator=generator)
+        targets[1:3, 3:] = -100
+        batch["labels"] = targets
+    return batch
+
+
+def trained_on(fit, module, *batches):
+    """The metrics after an epoch of training and validation on these batches."""
+    loader = DataLoader([*batches], batch_size=None)
+    module.val_dataloader = lambda: loader
+    return fit(module, loader, num_sanity_val_steps=0).callback_metrics

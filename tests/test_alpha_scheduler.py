@@ -4,6 +4,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import Two
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -76,23 +77,7 @@ def test_accumulated_batches_share_the_alpha_of_their_optimizer_step(fit, small,
     assert watch.alphas == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
-def test_two_optimizers_do_not_double_the_pace(fit, small, rows):
-    class Two(small):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.network[0], self.network[3])]
-
-        def training_step(self, batch, batch_idx):
-            terms = self.rdrop_step(batch)
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(terms.loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-
+def test_two_optimizers_do_not_double_the_pace(fit, rows):
     watch = Watch()
     trainer = fit(Two(), rows, [AlphaScheduler("linear", ramp=8, peak=8.0), watch])
     assert trainer.global_step == 16

@@ -2,14 +2,13 @@ import copy
 
 import pytest
 import torch
-from conftest import Net
+from conftest import Net, sequential
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import Gaussian
 from lightning_rdrop.dropout import set_probability
-from lightning_rdrop.find_split import find_split
 
 transformers = pytest.importorskip("transformers")
 
@@ -183,45 +182,6 @@ def test_what_lies_before_runs_once_and_keeps_no_graph_where_it_is_frozen():
     assert not any(layer._forward_pre_hooks for layer in module.modules())
 
 
-def sequential(*dropouts):
-    """Linear layers with a dropout of the given probability behind each."""
-    return nn.Sequential(
-        *(part for p in dropouts for part in (nn.Linear(8, 8), nn.Tanh(), nn.Dropout(p))), nn.Linear(8, 3)
-    )
-
-
-def found(network, at="auto", x=None):
-    return find_split(network, network, torch.randn(4, 8) if x is None else x, 2, at)
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.drop = nn.Dropout(0.3)
-
-    def forward(self, x):
-        return x + self.drop(x)
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.third(F.dropout(self.second(self.first(x)), 0.3, self.training))
-
-
-def test_auto_is_the_latest_place_before_anything_random():
-    assert found(sequential(0.0, 0.3)).at == ("5",)
-    assert found(sequential(0.3, 0.3)).at == ("2",)
-    assert found(nn.Sequential(nn.Linear(8, 8), Residual(), nn.Linear(8, 3))).at == ("1",)  # not inside of it
-    assert found(Functional()).at == ("second",)
-    assert found(sequential(0.0)) is None
-    assert found(sequential(0.3).eval()) is None
-    assert found(nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))).at == ("0",)
-
-
 def test_auto_in_a_half_frozen_encoder(caplog):
     module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="auto")
     freeze(module.network, FROZEN[0][2])
@@ -242,61 +202,6 @@ def test_auto_passes_over_a_layerdrop_that_drops_nothing():
     assert split.at == ("network.model.decoder.layers.1",)
 
 
-def test_the_share_of_the_work():
-    # 8 x 8, 8 x 8, 8 x 3 products: the first two for one view, the last for two
-    assert found(sequential(0.0, 0.3)).share == pytest.approx((64 + 64 + 2 * 24) / (2 * (64 + 64 + 24)))
-
-
-def test_another_mode_is_looked_at_anew():
-    module = Net(sequential(0.3, 0.3), rdrop_duplicate_at="auto")
-    module.network[2].eval()
-    batch = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
-    module.rdrop_step(batch)
-    assert next(iter(module._rdrop_late._splits.values())).at == ("network.5",)
-    module.network[2].train()
-    module.rdrop_step(batch)
-    assert next(iter(module._rdrop_late._splits.values())).at == ("network.2",)
-
-
-def test_random_layers_before_the_split_are_named():
-    module = Net(sequential(0.3, 0.3), rdrop_duplicate_at="network.3")
-    with pytest.warns(UserWarning, match=r"'network\.3': network\.2 lies before it and is random"):
-        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
-
-
-def test_a_split_that_shares_nothing_is_no_warning(recwarn):
-    Net(sequential(0.0, 0.3), rdrop_duplicate_at="network.3").rdrop_step(
-        (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
-    )
-    assert not len(recwarn)
-
-
-def test_nothing_random_behind_the_split_is_refused_by_the_guard():
-    module = Net(sequential(0.3, 0.0), rdrop_duplicate_at="network.3")
-    with pytest.warns(UserWarning, match="lies before"), pytest.raises(ValueError, match="The views are identical"):
-        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
-
-
-class Towers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.left, self.right, self.head = sequential(0.0, 0.3), sequential(0.0, 0.3), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(torch.cat([self.left(x), self.right(x)], -1))
-
-
-def test_several_splits():
-    network, x = Towers(), torch.randn(4, 8)
-    split = found(network, ["left.5", "right.5"], x)
-    rows = []
-    for part in (network.left[0], network.left[6], network.right[0], network.right[6]):
-        part.register_forward_hook(lambda _, args, out: rows.append(len(out)))
-    assert split.predict(network, network, x, 2).shape == (8, 3)
-    assert rows == [4, 8, 4, 8]
-    assert found(network, "*.5", x).at == ("left.5", "right.5")
-
-
 def test_batch_norm_behind_the_split_sees_all_rows():
     network = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 3))
     early, late = (Net(copy.deepcopy(network), rdrop_duplicate_at=at) for at in (None, "network.1"))
@@ -305,86 +210,6 @@ def test_batch_norm_behind_the_split_sees_all_rows():
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(late.network[2].running_var, early.network[2].running_var)
     assert late.network[2].num_batches_tracked == 1
-
-
-class AcrossTheBatch(nn.Module):
-    """Attention to all other examples."""
-
-    def forward(self, x):
-        scores = (x @ x.T).masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf)
-        return x + scores.softmax(-1) @ x
-
-
-class Columns(nn.Module):
-    """The batch in the second dimension, as in an LSTM."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.layer(x.unsqueeze(0)).squeeze(0))
-
-
-class Uncalled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.never, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(x)
-
-
-class Sized(nn.Module):
-    """Another layer for more than four rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.few, self.many = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.many(x) if len(x) > 4 else self.few(x)
-
-
-class Loop(nn.Module):
-    """A call for each row."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.drop = nn.Linear(8, 3), nn.Dropout(0.3)
-
-    def forward(self, x):
-        return self.drop(torch.cat([self.layer(row) for row in x.split(1)]))
-
-
-@pytest.mark.parametrize(
-    ("network", "at", "message"),
-    [
-        (
-            nn.Sequential(AcrossTheBatch(), *sequential(0.3)),
-            "3",
-            "not that of a batch which is doubled at the entrance",
-        ),
-        (nn.Sequential(Residual(), nn.Linear(8, 3)), "0.drop", r"must match the size of tensor.*residual"),
-        (Columns(), "layer", r"gets a batch that is not its first dimension, \(1, 4, 8\)"),
-        (Sized(), "first", "How many is called depends on the number of rows"),
-        (Loop(), "layer", "layer gets no tensor with the batch"),
-        (Uncalled(), "never", "never is not called"),
-        (sequential(0.3), "7", r"'7' is no submodule of Sequential\. There are 0, 1, 2"),
-        (Towers(), "lef", "Did you mean left"),
-        (Towers(), "5", r"could be left\.5, right\.5: give more of the name"),
-    ],
-    ids=["across", "residual", "dimension", "sized", "loop", "uncalled", "unknown", "near", "ambiguous"],
-)
-def test_where_a_batch_cannot_be_doubled_the_submodule_is_named(network, at, message):
-    with pytest.raises(ValueError, match=message) as raised:
-        found(network, at)
-    assert at in str(raised.value)
-
-
-def test_across_the_batch_behind_the_split_is_as_at_the_entrance():
-    assert found(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), AcrossTheBatch(), nn.Linear(8, 3)), "1").at == ("1",)
 
 
 def test_a_mask_of_positions_is_not_a_batch():
@@ -405,17 +230,6 @@ def test_a_mask_of_positions_is_not_a_batch():
     for examples in (6, 4, 6):  # B == T but once
         batch = torch.randn(examples, 6, 8), torch.randn(examples, 6, 8)
         torch.testing.assert_close(gradients(late, batch)[1], gradients(early, batch)[1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("at", ["", [], [3]])
-def test_bad_names(at):
-    with pytest.raises(ValueError, match="rdrop_duplicate_at must be the name of a submodule"):
-        Net(sequential(0.3), rdrop_duplicate_at=at)
-
-
-def test_it_is_for_joint_passes():
-    with pytest.raises(ValueError, match="rdrop_passes='separate' doubles none"):
-        Net(sequential(0.3), rdrop_duplicate_at="auto", rdrop_passes="separate")
 
 
 def test_gradient_checkpointing_and_compiled_networks_are_refused():

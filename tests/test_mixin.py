@@ -266,7 +266,7 @@ def test_the_guard_leaves_alpha_0_and_one_view_in_peace(fit, small, rows):
 
 
 def test_the_guard_draws_nothing_where_the_views_differ(small):
-    module, captured = small(), None
+    module = small()
     captured = Capture(module)
     for seed in range(3):
         module.rdrop_step(batch_of(seed=seed))

@@ -1,10 +1,23 @@
+"""The ready modules but the language models: each in a real Trainer, and each loss against a formula."""
+
 import pytest
 import torch
+from conftest import texts, trained_on
+from scipy.stats import pearsonr, spearmanr
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop.modules import Classifier, SequenceClassifier
+from lightning_rdrop import Gaussian
+from lightning_rdrop.modules import (
+    Classifier,
+    MultilabelClassifier,
+    Regressor,
+    SequenceClassifier,
+    SequenceMultilabelClassifier,
+    SequenceRegressor,
+    TokenClassifier,
+)
 
 
 def network():
@@ -76,3 +89,102 @@ def test_a_pretrained_model_trains_with_its_dropout_on(fit, pretrained, tmp_path
     again = SequenceClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert again.hparams == {"pretrained": pretrained, "num_classes": 3, "learning_rate": 1e-4, "weight_decay": 0.01}
     torch.testing.assert_close(again.state_dict(), module.state_dict())
+
+
+def test_token_classifier(fit, bert):
+    batch = texts(labels=False)
+    batch["labels"] = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)
+    module = TokenClassifier(bert, num_classes=3, learning_rate=1e-2)
+    metrics = trained_on(fit, module, batch, batch)
+    assert metrics["train/kl"] > 0
+    logits = module.eval().network(batch["input_ids"], batch["attention_mask"]).logits
+    right = (logits.argmax(-1) == batch["labels"])[batch["labels"] != -100].float().mean()
+    torch.testing.assert_close(metrics["val/accuracy"], right)
+    torch.testing.assert_close(module.predict_step(batch, 0), logits.softmax(-1))
+
+
+def test_sequence_regressor(fit, bert):
+    batch = texts(labels=False) | {"labels": torch.tensor([0.0, 1.0, 2.0, 5.0])}
+    module = SequenceRegressor(bert, learning_rate=1e-3)
+    metrics = trained_on(fit, module, batch)
+    assert metrics["train/mse"] > 0
+    assert metrics["train/kl"] > 0
+    prediction = module.eval().predict_step(batch, 0)
+    assert prediction.shape == (4,)
+    torch.testing.assert_close(metrics["val/mse"], F.mse_loss(prediction, batch["labels"]))
+
+
+def test_sequence_multilabel_classifier(fit, bert, tmp_path):
+    batch = texts(labels=False) | {"labels": torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1]])}
+    module = SequenceMultilabelClassifier(bert, num_labels=3, learning_rate=1e-3)
+    metrics = trained_on(fit, module, batch)
+    assert metrics["train/kl"] > 0
+    probabilities = module.eval().predict_step(batch, 0)
+    torch.testing.assert_close(metrics["val/bce"], F.binary_cross_entropy(probabilities, batch["labels"].float()))
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = SequenceMultilabelClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(again.state_dict(), module.state_dict())
+
+
+def test_regressor_on_diabetes(fit):
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = (torch.tensor(column, dtype=torch.float32) for column in datasets.load_diabetes(return_X_y=True))
+    x, y = x / x.std(0), (y - y.mean()) / y.std()
+    network = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1), nn.Flatten(0))
+    module = Regressor(network, learning_rate=1e-2, rdrop_alpha=1.0)
+    loader = DataLoader(TensorDataset(x, y), batch_size=64)
+    module.val_dataloader = lambda: loader
+    metrics = fit(module, loader, max_epochs=5, num_sanity_val_steps=0).callback_metrics
+    prediction = module.eval()(x).detach()
+    torch.testing.assert_close(metrics["val/mse"], F.mse_loss(prediction, y))
+    assert metrics["val/mse"] < 0.6
+    assert metrics["val/pearson"].item() == pytest.approx(pearsonr(prediction, y).statistic, abs=1e-4)
+    assert metrics["val/spearman"].item() == pytest.approx(spearmanr(prediction, y).statistic, abs=1e-4)
+
+
+def test_regressor_with_a_predicted_variance(fit):
+    x = torch.randn(64, 8)
+    network = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 2))
+    module = Regressor(network, rdrop_distance=Gaussian(log_variance=True))
+    loader = DataLoader(TensorDataset(x, x[:, 0]), batch_size=16)
+    module.val_dataloader = lambda: loader
+    metrics = fit(module, loader).callback_metrics
+    assert {"train/nll", "train/kl", "val/nll", "val/mae"} <= set(metrics)
+    torch.testing.assert_close(metrics["val/mae"], F.l1_loss(module.eval()(x)[:, 0], x[:, 0]))
+
+
+def test_multilabel(fit):
+    x = torch.randn(64, 8)
+    y = (x[:, :4] > 0).float()
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
+    module = MultilabelClassifier(network, 4, learning_rate=1e-2)
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
+    module.val_dataloader = lambda: loader
+    metrics = fit(module, loader, max_epochs=10).callback_metrics
+    probabilities = module.eval().predict_step(x, 0)
+    torch.testing.assert_close(metrics["val/bce"], F.binary_cross_entropy(probabilities, y))
+    torch.testing.assert_close(metrics["val/accuracy"], ((probabilities > 0.5) == y.bool()).float().mean())
+    assert metrics["val/accuracy"] > 0.8
+    assert metrics["train/kl"] > 0
+
+
+class PackedLSTM(nn.Module):
+    """Reads sentences of different lengths as a PackedSequence, which cannot be doubled."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, num_layers=2, dropout=0.3)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, packed):
+        return self.head(self.lstm(packed)[1][0][-1])
+
+
+def test_packed_sequences_under_separate_passes(fit):
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 8) for n in (5, 3, 2)])
+    batch = (packed, torch.tensor([0, 1, 2]))
+    loader = DataLoader([batch] * 3, batch_size=None)
+    metrics = fit(Classifier(PackedLSTM(), 3, rdrop_passes="separate"), loader).callback_metrics
+    assert metrics["train/kl"] > 0
+    with pytest.raises(TypeError, match=r"a PackedSequence, cannot be doubled.*rdrop_passes=\"separate\""):
+        fit(Classifier(PackedLSTM(), 3), loader)

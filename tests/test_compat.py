@@ -1,6 +1,9 @@
 """Says which private name of another package has moved: each is there, and answers both ways."""
 
+import warnings
+
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
@@ -73,3 +76,16 @@ def test_whether_a_parameter_is_sharded():
     _set_fsdp_flattened(parameter)
     assert _compat.is_sharded(parameter)
     assert hasattr(DTensor, "full_tensor")  # FSDP2; tests/test_strategies.py shards with either
+
+
+def test_lightning_keeps_the_initial_hyperparameters_where_they_are_looked_for():
+    class Module(pl.LightningModule):
+        def __init__(self, width, network, parts):
+            super().__init__()
+            self.save_hyperparameters()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
+        module = Module(3, nn.Linear(1, 1), [nn.Linear(1, 1)])
+    _compat.forget_hyperparameters(module, ["network", "parts", "absent"])
+    assert dict(module.hparams) == dict(module.hparams_initial) == {"width": 3}

@@ -59,6 +59,7 @@ class ExactAccumulation(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuse unlabelled examples, which show in a batch only."""
+        require_rdrop(self, pl_module).rdrop_rows = None  # those of an earlier step are not those of this one
         if parts(batch)[1] is not None:
             raise ValueError(
                 "ExactAccumulation needs one denominator, but labelled and unlabelled examples are two means, each "
@@ -70,8 +71,8 @@ class ExactAccumulation(Callback):
         rows = require_rdrop(self, pl_module).rdrop_rows
         if rows is None:
             raise ValueError(
-                "ExactAccumulation needs the mixin's own training_step, which counts the rows, and a loss that is a "
-                "mean over them. SimCSE's is not: its negatives are the other examples of the micro-batch."
+                "ExactAccumulation needs a loss that is a mean over rows, and a step that counts them, as rdrop_step "
+                "does. SimCSE's is not: its negatives are the other examples of the micro-batch."
             )
         loss.register_hook(lambda gradient: gradient * rows)  # type: ignore[no-untyped-call]
         self._rows = self._rows + rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,3 +53,12 @@ def forget_hyperparameters(module: Any, names: Iterable[str]) -> None:
             parts = value if isinstance(value, (list, tuple)) else [value]
             if any(isinstance(part, nn.Module) for part in parts):
                 del saved[name]
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """A context in which what ``torch.compile`` made runs as it was written, and is not compiled for another mode.
+
+    Torch has it since 2.6; before, it is compiled once more.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")

@@ -141,17 +141,20 @@ class RDropMixin(Hooks):
             )
         terms = self.rdrop_step(batch)
         self.rdrop_log(terms)
-        return {"loss": terms.loss, "ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
+        return _outputs(terms)
 
     def rdrop_step(self, batch: Any) -> Terms:
-        """The whole computation without logging, for manual optimization or a training_step of one's own."""
+        """The whole computation without logging, for manual optimization or a training_step of one's own.
+
+        The terms carry gradients: ``loss`` is what to minimize, and ``own_loss + alpha * terms.kl`` is right as well.
+        A step that is put together otherwise has the same pieces, with guard and regularizers: :meth:`rdrop_draw`,
+        :meth:`rdrop_loss` and :meth:`rdrop_log`.
+        """
         labeled, others = unlabeled.parts(batch)
-        terms = self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
-        self.rdrop_rows = terms.rows
-        return terms
+        return self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
 
     def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled") -> Tensor:
-        """K guarded predictions of some inputs, (K, N, ...), each under dropout masks of its own.
+        """K predictions (K, N, ...) of some inputs, each under dropout masks of its own, watched by the guard.
 
         Args:
             inputs: those of B examples.
@@ -160,13 +163,26 @@ class RDropMixin(Hooks):
         """
         return self._rdrop_guarded(inputs, target, self._rdrop_examples(inputs, target), self.rdrop_views, part)
 
+    def rdrop_loss(self, predictions: Tensor, target: Any, inputs: Any = None) -> Terms:
+        """The terms of K predictions.
+
+        Args:
+            predictions: shape (K, N, ...), from :meth:`rdrop_draw`.
+            target: shape (N, ...).
+            inputs: those of the B examples, of which regularizers make their passes; without them there are none.
+        """
+        examples = None if inputs is None else self._rdrop_examples(inputs, target)
+        return self._rdrop_terms(predictions, target, inputs, examples)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
     def rdrop_log(self, terms: Terms) -> None:
-        """Log the terms of a step, with the number of examples (never of views) as the batch size.
+        """Log the terms of a step, detached, with the number of examples (never of views) as the batch size.
 
         The values of a step are those of one rank, which takes no collective. Those of an epoch, ``train/ce_epoch``
         and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks.
         """
+        self.rdrop_rows = terms.rows
+        self._rdrop_guard.note(terms.kl)
         task, consistency = self.rdrop_distance.term_names
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         values: dict[str, Any] = {task: terms.ce, consistency: terms.kl, "alpha": self.rdrop_alpha} | terms.extra
@@ -205,10 +221,16 @@ class RDropMixin(Hooks):
         inputs, target = self.rdrop_unpack(batch)
         examples = self._rdrop_examples(inputs, target)
         predictions = self._rdrop_guarded(inputs, target, examples, self.rdrop_views if weight else 1, "labeled")
+        return self._rdrop_terms(predictions, target, inputs, examples, weight)
+
+    def _rdrop_terms(
+        self, predictions: Tensor, target: Any, inputs: Any, examples: int | None, weight: float = 1.0
+    ) -> Terms:
         alpha = weight * self._rdrop_checked_alpha()
         terms = self.rdrop_distance.terms(predictions, target, alpha, self.rdrop_head())
         terms.examples = examples
-        self._rdrop_regularize(terms, inputs, target, self.rdrop_regularizers)
+        if inputs is not None:
+            self._rdrop_regularize(terms, inputs, target, self.rdrop_regularizers)
         return terms
 
     def _rdrop_semi_supervised(self, labeled: Any, others: Any) -> Terms:
@@ -260,6 +282,8 @@ class RDropMixin(Hooks):
     def _rdrop_guarded(self, inputs: Any, target: Any, examples: int, count: int, part: str) -> Tensor:
         """K predictions (K, N, ...), or the hidden states of which a head makes them, under the eyes of the guard."""
         predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
+        if count > 1 and self.rdrop_passes == "joint":
+            self._rdrop_part_rows(predict, inputs, examples, part)
         split = self._rdrop_split(predict, inputs) if count > 1 else None
         redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, split=split)
         predictions = redraw()
@@ -272,6 +296,10 @@ class RDropMixin(Hooks):
         must_differ = len(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
         modes = self._rdrop_modes()
         self._rdrop_guard.watch(self, predictions, redraw, inputs, target, part, modes, must_differ=must_differ)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
+    def _rdrop_part_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
+        self._rdrop_guard.part_rows(self, predict, inputs, examples, part=part)
 
     def _rdrop_split(self, predict: Any, inputs: Any) -> Split | None:
         """Where the batch is doubled, if not at the entrance."""
@@ -302,6 +330,13 @@ class RDropMixin(Hooks):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph that read it would be made anew for each alpha
     def _rdrop_checked_alpha(self) -> float:
         return non_negative("rdrop_alpha", self.rdrop_alpha)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # three graphs of nothing but a detach
+def _outputs(terms: Terms) -> dict[str, Any]:
+    """What a training_step hands to callbacks: nothing but the loss keeps the graph."""
+    others = {"ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
+    return {"loss": terms.loss} | {name: None if value is None else value.detach() for name, value in others.items()}
 
 
 def _refuse_hidden_mixin(cls: type) -> None:

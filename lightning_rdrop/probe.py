@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lightning_rdrop._compat import eagerly
+
 
 @contextmanager
 def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
@@ -25,11 +27,14 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
         0
     """
     modes = [(module, module.training) for module in network.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it calls no submodules, and cuts padding off
     others = [] if device.type == "cpu" else [device]
-    with torch.no_grad(), torch.random.fork_rng(others, device_type=device.type), buffers_aside(network):
+    with eagerly(), torch.no_grad(), torch.random.fork_rng(others, device_type=device.type), buffers_aside(network):
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for module, mode in modes:
                 module.training = mode
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,23 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
     _check(views)
     if views == 1:
         return batch
-    return _repeat(batch, views, batch_size(batch) if examples is None else examples)
+    examples = batch_size(batch) if examples is None else examples
+    return _map_rows(batch, examples, lambda tensor: torch.cat([tensor] * views), lambda items: [*items] * views)
+
+
+def take(batch: Any, rows: Sequence[int], examples: int) -> Any:
+    """The rows of a batch that are asked for, in their order, in the same containers.
+
+    Args:
+        batch: as for :func:`duplicate`.
+        rows: their indices; one may come several times.
+        examples: B.
+
+    Example:
+        >>> take((torch.tensor([1, 2]), ["a", "b"]), [1, 1, 0], 2)
+        (tensor([2, 2, 1]), ['b', 'b', 'a'])
+    """
+    return _map_rows(batch, examples, lambda tensor: tensor[list(rows)], lambda items: [items[row] for row in rows])
 
 
 def split(prediction: Any, views: int, examples: int) -> Tensor:
@@ -145,15 +161,14 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(part, f"{path}.{key}" if _is_dataclass(value) else f"{path}[{key!r}]")
 
 
-def _repeat(value: Any, views: int, examples: int) -> Any:
+def _map_rows(value: Any, examples: int, tensor: Callable[[Tensor], Tensor], items: Callable[[Any], list[Any]]) -> Any:
+    """The same containers, with other rows in the place of what has one for each example."""
     if isinstance(value, Tensor):
-        return torch.cat([value] * views) if value.dim() else value
+        return tensor(value) if value.dim() else value
     parts = _structure(value)
     if parts is not None:
-        return with_parts(value, {key: _repeat(part, views, examples) for key, part in parts.items()})
-    if not _is_list(value) or len(value) != examples:
-        return value
-    return type(value)([value[row % examples] for row in range(examples * views)])
+        return with_parts(value, {key: _map_rows(part, examples, tensor, items) for key, part in parts.items()})
+    return type(value)(items(value)) if _is_list(value) and len(value) == examples else value
 
 
 def _structure(value: Any) -> dict[Any, Any] | None:

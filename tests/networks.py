@@ -74,3 +74,15 @@ def reason(network: nn.Module, rows: int = 5) -> str | None:
         return network(batch).view(2, rows, -1)
 
     return diagnose(network, draw, draw())
+
+
+def training_outputs(module: nn.Module) -> list[Tensor]:
+    """What its network gives in training, pass by pass: the guard's passes in eval mode are left out."""
+    seen = []
+
+    def hook(network, inputs, output):
+        if network.training:
+            seen.append(output)
+
+    module.network.register_forward_hook(hook)
+    return seen

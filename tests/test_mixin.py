@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import Categorical, Distance, RDropMixin
 from lightning_rdrop.terms import Average
+from tests.networks import training_outputs
 from tests.reference import paper_loss
 
 
@@ -29,8 +30,7 @@ class Capture:
     """The views that a module made, through a forward hook on its head."""
 
     def __init__(self, module):
-        self.rows = []
-        module.network.register_forward_hook(lambda network, inputs, output: self.rows.append(output))
+        self.rows = training_outputs(module)
 
 
 @pytest.mark.parametrize("passes", ["joint", "separate"])

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_rdrop import AlphaScheduler, Bernoulli, Gaussian
+from tests.networks import training_outputs
 
 DTYPES = {
     "32-true": torch.float32,
@@ -49,7 +50,7 @@ class Watch(pl.Callback):
         self.predictions, self.steps = [], []
 
     def on_fit_start(self, trainer, pl_module):
-        pl_module.network.register_forward_hook(lambda network, inputs, output: self.predictions.append(output))
+        self.predictions = training_outputs(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         rows = torch.cat(self.predictions).detach()

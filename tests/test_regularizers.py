@@ -92,7 +92,12 @@ def fisher_directions(module, x, gap=1.2):
 def given_to(module):
     """What reaches the network, pass by pass."""
     seen = []
-    module.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0].detach()))
+
+    def hook(network, inputs):
+        if network.training:  # the guard's passes are in eval mode
+            seen.append(inputs[0].detach())
+
+    module.network.register_forward_pre_hook(hook)
     return seen
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from lightning_rdrop import SimCSEMixin
 from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.simcse import alignment, info_nce, pool, uniformity
+from tests.networks import training_outputs
 
 
 class Encoder(SimCSEMixin, pl.LightningModule):
@@ -38,8 +39,7 @@ def by_hand(first, second, temperature=0.05):
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 def test_the_loss_is_the_formula_on_the_captured_views(passes, temperature):
     module = Encoder(rdrop_passes=passes, simcse_temperature=temperature).double()
-    seen = []
-    module.network.register_forward_hook(lambda network, inputs, output: seen.append(output))
+    seen = training_outputs(module)
     terms = module.rdrop_step(torch.randn(6, 8).double())
     assert len(seen) == (1 if passes == "joint" else 2)
     first, second = torch.cat(seen).unflatten(0, (2, 6))

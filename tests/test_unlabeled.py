@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Head, JensenShannon, RDropMixin, symmetric_kl
 from lightning_rdrop.callbacks import ExactAccumulation, UnlabeledWeightScheduler
+from tests.networks import training_outputs
 
 
 def batch_of(unlabeled=7, seed=0):
@@ -19,13 +20,6 @@ def batch_of(unlabeled=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 8, generator=generator)
     return {"labeled": (x, torch.arange(5) % 3), "unlabeled": torch.randn(unlabeled, 8, generator=generator)}
-
-
-def outputs_of(module):
-    """What the network gave, pass by pass."""
-    seen = []
-    module.network.register_forward_hook(lambda network, inputs, output: seen.append(output))
-    return seen
 
 
 def kl(views):
@@ -45,7 +39,7 @@ def test_the_loss_is_the_formula_on_the_captured_views(small, passes, weight, la
     ).double()
     batch = batch_of()
     x, y = batch["labeled"][0].double(), batch["labeled"][1]
-    seen = outputs_of(module)
+    seen = training_outputs(module)
     terms = module.rdrop_step({"labeled": (x, y), "unlabeled": batch["unlabeled"].double()})
     rows = torch.cat(seen)
     views = 2 if labeled_weight else 1  # Su's recipe: labelled rows have plain cross-entropy, in one pass
@@ -66,7 +60,7 @@ def test_the_loss_is_the_formula_on_the_captured_views(small, passes, weight, la
 
 def test_with_weight_0_training_is_supervised_to_the_bit(small):
     module, batch = small(rdrop_unlabeled_weight=0.0, rdrop_regularizers=[VAT()]), batch_of()
-    seen, results = outputs_of(module), []
+    seen, results = training_outputs(module), []
     for given in (batch, batch["labeled"]):
         torch.manual_seed(3)
         terms = module.rdrop_step(given)
@@ -169,7 +163,7 @@ X = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
 )
 def test_whatever_unlabelled_examples_come_in(small, unlabeled):
     module, labeled = small(), batch_of()["labeled"]
-    seen = outputs_of(module)
+    seen = training_outputs(module)
     terms = module.rdrop_step({"labeled": labeled, "unlabeled": unlabeled})
     assert [len(output) for output in seen] == [10, 12]
     torch.testing.assert_close(terms.extra["kl_unlabeled"], kl(seen[1].unflatten(0, (2, 6))).float())
@@ -194,7 +188,7 @@ def test_tokens_that_do_not_count_do_not(marked):
     # labels go before the mask: of the second sentence only the first token counts
     labels = (ids % 3).masked_fill(torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]]).bool(), -100)
     unlabeled = {"input_ids": ids, "attention_mask": mask} | ({"labels": labels} if marked == "by labels" else {})
-    seen = outputs_of(module)
+    seen = training_outputs(module)
     terms = module.rdrop_step({"labeled": labeled, "unlabeled": unlabeled})
     counted = mask == 1 if marked == "by the mask" else labels != -100
     views = seen[1].unflatten(0, (2, 3))
@@ -213,7 +207,7 @@ def test_regularizers_that_need_targets_pass_the_labelled_examples_alone(small):
     from lightning_rdrop import FGM
 
     module = small(rdrop_views=1, rdrop_regularizers=[FGM(), VAT()], rdrop_unlabeled_weight=0.5)
-    seen = outputs_of(module)
+    seen = training_outputs(module)
     terms = module.rdrop_step(batch_of())
     assert [len(output) for output in seen] == [5, *[5, 5], *[5, 5, 5], *[7, 7, 7]]  # ce, FGM, VAT, and VAT
     assert terms.kl == 0
@@ -226,7 +220,7 @@ def test_regularizers_that_need_targets_pass_the_labelled_examples_alone(small):
 
 def test_one_view_is_plain_training_whatever_else_is_in_the_batch(small):
     module = small(rdrop_views=1)
-    seen = outputs_of(module)
+    seen = training_outputs(module)
     terms = module.rdrop_step(batch_of())
     assert [len(output) for output in seen] == [5]
     assert terms.loss == terms.ce

@@ -14,9 +14,11 @@ from lightning_rdrop.guard.explanation import explain
 from lightning_rdrop.probe import untouched
 
 _REDRAWS = 16
+_TINY = 1e-4
+"""The largest number of a parameter through which dropout is not seen yet."""
 
 
-def same(first: Tensor, second: Tensor) -> bool:
+def same(first: Tensor, second: Tensor, tolerance: float | None = None) -> bool:
     """Whether two predictions agree up to rounding.
 
     The same row at two places of a batch may differ in its last bits, because the tail of a matrix product is summed
@@ -24,6 +26,10 @@ def same(first: Tensor, second: Tensor) -> bool:
     (which a few classes masked with -1e9 do not move): 100 eps, 1e-5 in float32, where deep networks show 2e-6; 2 eps
     in half precision, whose products are summed in float32 and rounded once. Dropout makes differences of per cents.
     NaN equals NaN, and an infinity itself.
+
+    Args:
+        first, second: of any shape; those of two shapes do not agree.
+        tolerance: in the place of those above.
 
     Example:
         >>> from torch import tensor
@@ -34,7 +40,7 @@ def same(first: Tensor, second: Tensor) -> bool:
         return False
     # in pieces: a real difference shows in the first one, and the logits of a vocabulary fill the memory as it is
     pieces = (torch.split(tensor.detach().flatten(), 2**20) for tensor in (first, second))
-    return all(torch.equal(one, other) or _close(one, other) for one, other in zip(*pieces, strict=True))
+    return all(torch.equal(one, other) or _close(one, other, tolerance) for one, other in zip(*pieces, strict=True))
 
 
 def diagnose(
@@ -43,9 +49,9 @@ def diagnose(
     """Whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
 
     Equal views can be chance (one row, a small p, LayerDrop), and a weight that starts at zero (LoRA, a zero head)
-    hides the dropout before it on the first batch. So they are drawn again, up to 16 times, with noise in the place
-    of trained parameters that are all zero. Nothing remains of this: parameters, buffers such as the statistics of
-    BatchNorm, and torch's random state are as before.
+    hides the dropout before it on the first batch, as does a LayerScale of 1e-6. So they are drawn again, up to 16
+    times, with noise in the place of trained parameters that are zero or tiny throughout. Nothing remains of this:
+    parameters, buffers such as the statistics of BatchNorm, and torch's random state are as before.
 
     Args:
         network: the module whose parts the reason names.
@@ -62,27 +68,29 @@ def diagnose(
         >>> "model.train()" in diagnose(network, lambda: network(batch), network(batch))
         True
     """
-    if not on_all_ranks(_agree(views)):
+    if not on_all_ranks(agree(views)):
         return None
-    with untouched(network, views.device), _noise_for_zeros(network):
+    with untouched(network, views.device), noise_for_tiny(network):
         first = draw()
         shared = False
         for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
-            if not on_all_ranks(_agree(again)):
+            if not on_all_ranks(agree(again)):
                 return None
             shared = shared or not same(first[0], again[0])
     return explain(network, shared=shared)
 
 
-def _agree(views: Tensor) -> bool:
+def agree(views: Tensor) -> bool:
+    """Whether all views (K, N, ...) agree with the first, up to rounding."""
     return all(same(views[0], view) for view in views[1:])
 
 
-def _close(first: Tensor, second: Tensor) -> bool:
+def _close(first: Tensor, second: Tensor, tolerance: float | None) -> bool:
     if not first.is_floating_point():
         return False
-    eps = torch.finfo(first.dtype).eps
-    tolerance = eps * (2 if eps > 1e-4 else 100)
+    if tolerance is None:
+        eps = torch.finfo(first.dtype).eps
+        tolerance = eps * (2 if eps > 1e-4 else 100)
     wide = torch.promote_types(first.dtype, torch.float32)
     first, second = first.to(wide), second.to(wide)
     differing = first[(first != second) & first.isfinite() & second.isfinite()].abs()
@@ -91,28 +99,36 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 
 @contextmanager
-def _noise_for_zeros(network: nn.Module) -> Iterator[None]:
-    """For a while: noise in the place of trained parameters that are all zero.
+def noise_for_tiny(network: nn.Module, *, sharded: bool = True) -> Iterator[None]:
+    """A context with noise in the place of trained parameters that are zero, or tiny, throughout.
 
-    The originals are put aside, not written back: the graph of the step still holds them (but no sharded one).
+    Such are LoRA's, a zero head's, and a LayerScale's of 1e-6. The originals are put aside, not written back: the
+    graph of the step still holds them (but no sharded one).
+
+    Args:
+        network: whose parameters are replaced.
+        sharded: whether those that are sharded across ranks are, too.
     """
-    kept = [(module, dict(module._parameters)) for module in network.modules()]
-    sharded: list[nn.Parameter] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    overwritten: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for module, parameters in kept:
-            for name, parameter in parameters.items():
+        for module in network.modules():
+            for name, parameter in module._parameters.items():
                 # an empty parameter is one that is sharded away
-                if parameter is None or not (parameter.requires_grad and parameter.numel()) or parameter.any():
+                if parameter is None or not (parameter.requires_grad and parameter.numel()):
+                    continue
+                if (is_sharded(parameter) and not sharded) or (parameter.abs() > _TINY).any():
                     continue
                 noise = 0.1 * torch.randn_like(parameter)
                 if is_sharded(parameter):  # a forward gathers it, whatever stands in its place
-                    sharded.append(parameter)
+                    overwritten.append((parameter, parameter.clone()))
                     parameter.copy_(noise)
                 else:
+                    replaced.append((module, name, parameter))
                     module._parameters[name] = nn.Parameter(noise)
         yield
     finally:
-        for module, parameters in kept:
-            module._parameters.update(parameters)
-        for parameter in sharded:
-            parameter.zero_()
+        for module, name, original in replaced:
+            module._parameters[name] = original
+        for parameter, value in overwritten:
+            parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""What is wrong with the data of a first batch."""
+"""What is wrong with a first batch, and with the moment at which it comes."""
 
 from __future__ import annotations
 
@@ -67,3 +67,21 @@ def none_counts(target: Any, ignore_index: int = -100) -> str | None:
         f"No row of the unlabelled part counts: its labels, or its attention mask, mark all of them as padding, "
         f"{ignore_index}. Leave the labels out of this part, and all its rows count."
     )
+
+
+def in_evaluation(trainer: Any) -> str | None:
+    """Why views cannot be drawn now; ``None`` where a Trainer trains, or where there is none.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> in_evaluation(pl.Trainer(barebones=True)) is None
+        True
+    """
+    for stage in ("sanity_checking", "validating", "testing", "predicting"):
+        if getattr(trainer, stage, False):
+            return (
+                f"The views of a batch are drawn while the Trainer is {stage.replace('_', ' ')}, where dropout is off "
+                "and they cannot differ. Predict once there: inputs, target = self.rdrop_unpack(batch); prediction = "
+                "self.rdrop_predict(inputs)."
+            )
+    return None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_rdrop._lightning import on_all_ranks, trainer_of
-from lightning_rdrop.guard.agreement import diagnose
-from lightning_rdrop.guard.explanation import explain_dead
+from lightning_rdrop.guard.agreement import agree, diagnose
+from lightning_rdrop.guard.equal_watch import EqualWatch
+from lightning_rdrop.guard.explanation import explain, explain_dead
+from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
+from lightning_rdrop.guard.rows import rows_meet
 
 Redraw = Callable[[], Tensor]
 """Predicts the same inputs again."""
@@ -24,6 +28,10 @@ class Guarded(Protocol):
     """What the guard asks of a module."""
 
     rdrop_guard: Literal["error", "warn", "off"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
 
     def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
         """What is wrong with a first batch."""
@@ -42,10 +50,33 @@ class Guard:
 
     def begin(self) -> None:
         """Forget the verdicts of an earlier fit."""
-        self._drawn = False
-        self._batch_ended = False
+        self._drawn = self._batch_ended = False
+        self._parted: set[str] = set()
         self._modes: dict[str, list[bool]] = {}
         self._nan: dict[str, NanWatch] = {}
+        self._equal = EqualWatch()
+
+    def part_rows(
+        self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str
+    ) -> None:
+        """On the first batch, before a joint pass: does each row have a prediction of its own?
+
+        Args:
+            module: the LightningModule that is trained.
+            predict: the prediction (N, ...) for some inputs.
+            inputs: those of B examples.
+            examples: B.
+            part: the part of the batch that this is.
+
+        Raises:
+            ValueError: the rows of a doubled batch depend on each other, where ``rdrop_guard="error"``.
+        """
+        if module.rdrop_guard == "off" or part in self._parted:
+            return
+        self._parted.add(part)
+        network = cast(nn.Module, module)
+        decide = partial(on_all_ranks, network)
+        self.complain(module, rows_meet(network, predict, inputs, examples, module.device, decide))
 
     def watch(
         self,
@@ -81,14 +112,27 @@ class Guard:
         every = getattr(trainer_of(module), "log_every_n_steps", 1)
         read = not every or nan.batches % every == 0
         nan.look(predictions)
+        network = cast(nn.Module, module)
         if read:
             self.complain(module, nan.reason())
+            if self._equal.died() and must_differ and agree(predictions):
+                self.complain(module, explain(network))
         if modes == self._modes.get(part):
             return
         self._modes[part] = modes
+        if reason := in_evaluation(trainer_of(module)):
+            self.complain(module, reason)
+            return
         self.complain(module, module.rdrop_check(predictions, inputs, target, part))
         if must_differ:
-            self._compare(module, predictions, redraw)
+            reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
+            self.complain(module, reason)
+            if reason is None and (dead := explain_dead(network)):
+                warnings.warn(dead, stacklevel=4)  # a live head hides a dead backbone
+
+    def note(self, kl: Tensor) -> None:
+        """Keep the kl of a step, in which views that become equal are seen."""
+        self._equal.note(kl)
 
     def batch_ends(self, module: Guarded) -> None:
         """Say, after the first training batch, that it drew no views: a ``training_step`` hides that of the mixin."""
@@ -107,10 +151,3 @@ class Guard:
             raise ValueError(reason)
         if reason is not None:
             warnings.warn(reason, stacklevel=4)
-
-    def _compare(self, module: Any, predictions: Tensor, redraw: Redraw) -> None:
-        network: nn.Module = module
-        reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
-        self.complain(module, reason)
-        if reason is None and (dead := explain_dead(network)):
-            warnings.warn(dead, stacklevel=4)  # a live head hides a dead backbone

@@ -1,0 +1,47 @@
+"""Views that have become equal: kl is noted in every step, and read where a log is due."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+_EQUAL = 1e-9
+"""A kl, in nats, as only rounding makes it; dropout makes 1e-7 and more."""
+_STEPS = 16
+"""So many steps in a row are no chance, as they are for a batch of one row with a small p."""
+
+
+class EqualWatch:
+    """Whether views that differed once have been equal for some steps.
+
+    Views that never differed are not its business: the first batch tells whether that is a fault.
+
+    Example:
+        >>> watch = EqualWatch()
+        >>> for kl in [0.1] + [0.0] * 16:
+        ...     watch.note(torch.tensor(kl))
+        >>> watch.died()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._noted: deque[Tensor] = deque(maxlen=1024)
+        self._alive, self._equal = False, 0
+
+    def note(self, kl: Tensor) -> None:
+        """Keep the kl of a step, without waiting for the device."""
+        self._noted.append(kl.detach())
+
+    def died(self) -> bool:
+        """Whether they did, as far as is known; it is said once. Waits for the device."""
+        for kl in torch.stack(tuple(self._noted)).tolist() if self._noted else []:
+            equal = kl <= _EQUAL
+            self._alive = self._alive or not equal
+            self._equal = self._equal + 1 if equal else 0
+        self._noted.clear()
+        died = self._alive and self._equal >= _STEPS
+        if died:
+            self._alive = False
+        return died

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import compress
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ _FEW_CLASSES = 512
 """Up to here log-softmax and exp are fastest; beyond, a softmax and the logarithm of its largest value are."""
 
 
+Gradients = Sequence[Tensor | None]
+
+
 def fused(inputs: tuple[Any, ...], target: Tensor, alpha: float | Tensor, labels: Labels, chunk: int | None) -> Terms:
     """The terms of two views, with the gradient of the loss made on the way forward.
 
@@ -41,50 +45,117 @@ def fused(inputs: tuple[Any, ...], target: Tensor, alpha: float | Tensor, labels
     first = inputs[0]
     if chunk is None:
         chunk = _STREAMED if not first.is_cpu else _CACHED if len(inputs) == 1 else _HELD
-    sweep = Sweep(target, labels, alpha, first.shape[2] if len(inputs) == 1 else len(inputs[1]), first)
-    loss = _Fused.apply(sweep, chunk, alpha, *inputs)  # type: ignore[no-untyped-call]
-    ce, kl = sweep.terms
+    problem = _Problem(target, alpha, labels, chunk)
+    sweep = problem.sweep(inputs, 1.0, alpha)
+    loss, ce, kl = _Fused.apply(problem, sweep, alpha, *inputs)  # type: ignore[no-untyped-call]
     return Terms(loss, ce, kl, rows=sweep.total_weight)
 
 
-class _Fused(torch.autograd.Function):
-    """The gradients are made on the way forward, and scaled on the way back."""
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context in which a type of device casts nothing."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
-    @staticmethod
-    def forward(ctx: Any, sweep: Sweep, chunk: int, alpha: float | Tensor, *inputs: Any) -> Tensor:
-        gradients = sweep.over(chunk, ctx.needs_input_grad[3:], *inputs)
-        ctx.save_for_backward(*inputs, *gradients)
-        ctx.sweep = sweep
-        ce, kl = sweep.terms
-        loss: Tensor = ce + alpha * kl
-        return loss
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        sweep, saved = ctx.sweep, ctx.saved_tensors
-        inputs, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        if torch.is_grad_enabled():  # under create_graph: the formula has a second derivative
+class _Problem(NamedTuple):
+    """What is asked of some inputs."""
+
+    target: Tensor
+    alpha: float | Tensor
+    labels: Labels
+    chunk: int
+
+    def sweep(self, inputs: Sequence[Any], ce_weight: float | Tensor, kl_weight: float | Tensor) -> Sweep:
+        """A sweep that makes the gradient of ``ce_weight * ce + kl_weight * kl``."""
+        classes = inputs[0].shape[2] if len(inputs) == 1 else len(inputs[1])
+        return Sweep(self.target, self.labels, classes, inputs[0], ce_weight, kl_weight)
+
+    def by_formula(self, inputs: Sequence[Any], upstream: Gradients, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """The gradients for alpha and the inputs that are wanted, by autograd of the formula."""
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), without_autocast(inputs[0].device.type):
             logits = inputs[0] if len(inputs) == 1 else F.linear(*inputs)
-            terms = composite(logits, sweep.target, sweep.alpha, sweep.labels)
-            needed = ctx.needs_input_grad[2:]
-            wanted = [*compress((sweep.alpha, *inputs), needed)]
-            found = iter(torch.autograd.grad(terms.loss, wanted, upstream, create_graph=True))
-            return None, None, *(next(found) if need else None for need in needed)
-        scale = upstream if sweep.grad_scale is None else upstream / sweep.grad_scale
-        scaled = (_scaled(gradient, scale, part) for gradient, part in zip(gradients, inputs, strict=True))
-        return None, None, sweep.terms[1] * upstream if ctx.needs_input_grad[2] else None, *scaled
+            terms = composite(logits, self.target, self.alpha, self.labels)
+        asked = [grad is not None for grad in upstream]
+        outputs = [*compress((terms.loss, terms.ce, terms.kl), asked)]
+        sources = [*compress((self.alpha, *inputs), wanted)]
+        found = torch.autograd.grad(
+            outputs, sources, [*compress(upstream, asked)], create_graph=again, allow_unused=True
+        )
+        remaining = iter(found)
+        return [next(remaining) if want else None for want in wanted]
+
+    def by_sweep(self, inputs: Sequence[Any], upstream: Gradients, wanted: Sequence[bool]) -> Gradients:
+        """The gradients for the inputs that are wanted, by another sweep."""
+        to_loss, to_ce, to_kl = upstream
+        through_loss = None if to_loss is None else self.alpha * to_loss
+        with without_autocast(inputs[0].device.type):
+            return self.sweep(inputs, _sum(to_loss, to_ce), _sum(through_loss, to_kl)).over(self.chunk, wanted, *inputs)
+
+
+class _Fused(torch.autograd.Function):
+    """loss, ce and kl, with the gradient of the loss made on the way forward, and scaled on the way back.
+
+    Those of ce and kl are made on the way back, by another sweep, if they are asked for. The first sweep is not kept
+    till then: it holds the terms, which hold this function, and nothing would ever free that circle.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: _Problem, sweep: Sweep, alpha: float | Tensor, *inputs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if inputs[0].dtype == torch.float16:  # 1 / n would vanish: the gradient is n times as large until the way back
+            sweep.grad_scale = sweep.n_counted.clamp(min=1)
+        gradients = sweep.over(problem.chunk, ctx.needs_input_grad[3:], *inputs)
+        ce, kl = sweep.terms
+        ctx.problem, ctx.grad_scale = problem, sweep.grad_scale
+        ctx.save_for_backward(kl if ctx.needs_input_grad[2] else None, *inputs, *gradients)
+        ctx.set_materialize_grads(False)
+        return ce + alpha * kl if isinstance(alpha, Tensor) else torch.add(ce, kl, alpha=alpha), ce, kl
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        kl, *saved = ctx.saved_tensors
+        inputs, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        asked = [grad for grad in upstream if grad is not None]
+        if not asked:
+            return (None,) * len(ctx.needs_input_grad)
+        problem: _Problem = ctx.problem
+        if torch.is_grad_enabled() or any(map(_compat.is_batched, asked)):  # create_graph, is_grads_batched
+            return None, None, *problem.by_formula(inputs, upstream, ctx.needs_input_grad[2:])
+        to_loss = upstream[0]
+        if to_loss is not None and len(asked) == 1:
+            scale = to_loss if ctx.grad_scale is None else to_loss / ctx.grad_scale
+            gradients = [_scaled(gradient, scale) for gradient in gradients]
+        else:
+            gradients = problem.by_sweep(inputs, upstream, ctx.needs_input_grad[3:])
+        to_alpha = kl * to_loss if ctx.needs_input_grad[2] and to_loss is not None else None
+        return None, None, to_alpha, *map(_in_dtype_of, inputs, gradients)
 
 
 class Sweep:
-    """One pass over the rows of two views, which makes both terms and the gradient of the loss."""
+    """One pass over the rows of two views: both terms, and the gradient of ``ce_weight * ce + kl_weight * kl``.
 
-    def __init__(self, target: Tensor, labels: Labels, alpha: float | Tensor, classes: int, like: Tensor) -> None:
-        self.target, self.labels, self.alpha = target, labels, alpha
+    The terms are ce and kl themselves where ``ce_weight`` is 1.
+    """
+
+    grad_scale: Tensor | None = None
+    """What the gradient is multiplied by, to be divided by it later."""
+
+    def __init__(
+        self,
+        target: Tensor,
+        labels: Labels,
+        classes: int,
+        like: Tensor,
+        ce_weight: float | Tensor,
+        kl_weight: float | Tensor,
+    ) -> None:
+        self.labels = labels
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.class_weight = None if labels.weight is None else labels.weight.to(like.device, self.dtype)
         label, rows = target.expand(2, -1).unsqueeze(-1), target.numel()
         is_counted = target != labels.ignore_index
-        self.total_weight = n_counted = is_counted.sum(dtype=self.dtype)
+        self.total_weight = self.n_counted = n_counted = is_counted.sum(dtype=self.dtype)
         ignored: Tensor | None = None
         counted: Tensor | float = 1.0
         mean: Tensor | float = 1 / max(1, rows)
@@ -93,22 +164,18 @@ class Sweep:
             ignored = ~counted
             label = label.masked_fill(ignored, 0)
         self.kl_scale = mean / 4
-        self.kl_grad_scale = self.kl_scale * alpha
+        self.kl_grad_scale = self.kl_scale * kl_weight
         row_weight = counted
         if self.class_weight is not None:
             row_weight = self.class_weight[label[0]] * counted
             self.total_weight = row_weight.sum()
             mean = 1 / self.total_weight.where(self.total_weight != 0, 1)
-        smoothing_scale: Tensor | float = counted * mean * (-labels.label_smoothing / (2 * classes))
-        nll_scale: Tensor | float = row_weight * mean * ((labels.label_smoothing - 1) / 2)
-        if isinstance(nll_scale, Tensor):
-            nll_scale = nll_scale.expand(2, -1, -1)
-        else:
-            nll_scale = like.new_full(label.shape, nll_scale, dtype=self.dtype)
-        self.rows = _Rows(ignored, label, nll_scale, smoothing_scale)
+        smoothing_scale: Tensor | float = counted * mean * (ce_weight * (-labels.label_smoothing / (2 * classes)))
+        nll_scale: Tensor | float = row_weight * mean * (ce_weight * ((labels.label_smoothing - 1) / 2))
+        if not isinstance(nll_scale, Tensor):
+            nll_scale = like.new_full((), nll_scale, dtype=self.dtype)
+        self.rows = _Rows(ignored, label, nll_scale.expand(label.shape), smoothing_scale)
         self.parts: list[tuple[Tensor, Tensor]] = []
-        # 1 / n would vanish in float16: the gradient is kept n times as large until the way back
-        self.grad_scale = n_counted.clamp(min=1) if like.dtype == torch.float16 else None
 
     @cached_property
     def terms(self) -> tuple[Tensor, Tensor]:
@@ -204,7 +271,7 @@ class _Rows(NamedTuple):
     ignored: Tensor | None  # (n, 1), or None where all count
     label: Tensor  # (2, n, 1); 0 where it does not count
     nll_scale: Tensor  # (2, n, 1): the factor of log p(y) in ce, not positive
-    smoothing_scale: Tensor | float  # (n, 1), or a number for all: that of w_c log p_c for every c, likewise
+    smoothing_scale: Tensor | float  # (n, 1), or a scalar for all: that of w_c log p_c for every c, likewise
 
     def mask(self, values: Tensor) -> Tensor:
         """In place: 0 for the rows that do not count, whatever stands there."""
@@ -214,7 +281,9 @@ class _Rows(NamedTuple):
         """Those from ``start`` to ``stop``."""
         if stop - start >= self.label.shape[1]:
             return self
-        parts: list[Any] = [part[..., start:stop, :] if isinstance(part, Tensor) else part for part in self]
+        parts: list[Any] = [
+            part[..., start:stop, :] if isinstance(part, Tensor) and part.dim() else part for part in self
+        ]
         return _Rows(*parts)
 
 
@@ -223,12 +292,20 @@ def _pieces(rows: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step))
 
 
-def _scaled(gradient: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
+def _sum(*parts: Tensor | None) -> float | Tensor:
+    return sum(part for part in parts if part is not None)
+
+
+def _scaled(gradient: Tensor | None, scale: Tensor) -> Tensor | None:
     """The product; in place where the gradient cannot be asked for again."""
     if gradient is None:
         return None
-    if _compat.is_batched(scale) or _compat.graph_is_kept():
-        gradient = gradient * scale
-    elif not gradient.is_cpu or scale.item() != 1:  # elsewhere a look at the scale would wait for the device
-        gradient = gradient.mul_(scale)
-    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
+    if _compat.graph_is_kept():
+        return gradient * scale
+    if not gradient.is_cpu or scale.item() != 1:  # elsewhere a look at the scale would wait for the device
+        gradient.mul_(scale)
+    return gradient
+
+
+def _in_dtype_of(part: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    return gradient if part is None or gradient is None else gradient.to(part.dtype)

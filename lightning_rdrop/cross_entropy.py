@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rdrop import _compat
-from lightning_rdrop._fused import fused
+from lightning_rdrop._fused import fused, without_autocast
 from lightning_rdrop.labels import Labels, composite
 from lightning_rdrop.terms import Terms
 
@@ -71,7 +70,7 @@ def rdrop_cross_entropy(
         )
     _check_target(target, *logits.shape[1:])
     terms = checked_terms(logits, None, target, alpha, Labels(ignore_index, label_smoothing, weight), chunk)
-    terms.prediction = logits.detach()[0]
+    terms.prediction = logits[0]
     return terms
 
 
@@ -186,7 +185,7 @@ def checked_terms(
         dtype = torch.get_autocast_dtype(device)
         bias = None if head.bias is None else head.bias.to(dtype)
         states, head = states.to(dtype), Head(head.weight.to(dtype), bias)
-    with _without_autocast(device):
+    with without_autocast(device):
         if _fuses(states, target):
             return fused((states,) if head is None else (states, *head), target, alpha, labels, chunk)
         return composite(states if head is None else F.linear(states, *head), target, alpha, labels)
@@ -210,7 +209,3 @@ def _fuses(states: Tensor, target: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

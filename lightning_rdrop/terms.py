@@ -58,12 +58,16 @@ class Average:
 class Terms:
     """The loss of one batch and what it is made of.
 
+    ``loss``, ``ce``, ``kl`` and ``prediction`` carry gradients, so that a loss of one's own can be made of them, as in
+    ``own_loss + alpha * terms.kl``. The gradient of ``loss`` is ready when it is asked for; those of ``ce`` and ``kl``
+    take another look at the logits then, and cost nothing where nobody asks. Detach what outlives the step: a term
+    that carries a gradient keeps the activations of its step in memory.
+
     Args:
-        loss: ``ce + alpha * kl``, and the weighted terms of regularizers; a scalar tensor, which alone carries the
-            gradient.
-        ce: the task loss, a mean over the rows of all views; detached, for the log.
-        kl: the consistency of the views, a mean over the same rows; detached, for the log.
-        prediction: the first view's prediction, detached, so that a training metric needs no further forward.
+        loss: ``ce + alpha * kl``, and the weighted terms of regularizers; a scalar tensor.
+        ce: the task loss, a mean over the rows of all views; a scalar tensor.
+        kl: the consistency of the views, a mean over the same rows; a scalar tensor.
+        prediction: the first view's prediction, so that a training metric needs no further forward.
         rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor. None where
             the loss is no mean over rows.
         examples: B, the number of examples of the batch (not of its views): the batch size to log with.
@@ -95,4 +99,4 @@ class Terms:
             tensor(4.)
         """
         ce, kl = task.mean, between.mean / 2
-        return cls(ce + alpha * kl, ce.detach(), kl.detach(), **others)
+        return cls(ce + alpha * kl, ce, kl, **others)

@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -126,10 +128,103 @@ def test_the_published_formula_in_float64(classes, smoothing, weighted, chunk):
     torch.testing.assert_close(terms.loss, expected)
     torch.testing.assert_close(terms.loss, terms.ce + 3.0 * terms.kl)
     torch.testing.assert_close(gradient(terms.loss, logits), gradient(expected, logits))
-    assert not terms.ce.requires_grad
-    assert not terms.kl.requires_grad
     share = arguments["weight"][target[target != 3]].sum() if weighted else (target != 3).sum()
     torch.testing.assert_close(terms.rows.double(), share.double())
+
+
+COMBINATIONS = {
+    "ce": lambda loss, ce, kl: ce,
+    "kl": lambda loss, ce, kl: kl,
+    "loss and half of kl": lambda loss, ce, kl: loss + 0.5 * kl,
+    "all three": lambda loss, ce, kl: 2 * loss - ce + kl.square(),
+}
+
+
+def separately(logits, target, alpha, **arguments):
+    """loss, ce and kl by the published formula."""
+    ce, both = (formula(logits, target, weight, **arguments) for weight in (0.0, 1.0))
+    return ce + alpha * (both - ce), ce, both - ce
+
+
+@pytest.mark.parametrize("classes", [7, 600])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_every_term_has_its_gradient(classes, smoothing, weighted, combine):
+    logits = torch.randn(2, 9, classes, dtype=torch.double, requires_grad=True)
+    target = torch.randint(classes, (9,))
+    target[[2, 5]] = -100
+    weight = torch.rand(classes, dtype=torch.double) if weighted else None
+    arguments = {"label_smoothing": smoothing, "weight": weight}
+    terms = rdrop_cross_entropy(logits, target, 3.0, chunk=4000, **arguments)
+    found = combine(terms.loss, terms.ce, terms.kl)
+    expected = combine(*separately(logits, target, 3.0, **arguments))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_term_of_the_head_has_its_gradient(combine, frozen):
+    hidden = torch.randn(2, 9, 5, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.double, requires_grad=not frozen)
+    bias = torch.randn(7, dtype=torch.double, requires_grad=True)
+    alpha = torch.tensor(3.0, dtype=torch.double, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, -100, 4, 5, 6, 0])
+    terms = linear_rdrop_cross_entropy(hidden, weight, target, alpha, bias=bias, chunk=30)
+    found = combine(terms.loss, terms.ce, terms.kl)
+    expected = combine(*separately(F.linear(hidden, weight, bias), target, alpha))
+    inputs = [part for part in (hidden, weight, bias, alpha) if part.requires_grad]
+    ours, theirs = (torch.autograd.grad(loss, inputs, allow_unused=True) for loss in (found, expected))
+    # alpha has no part in ce and kl: None there, and 0 by the formula above
+    ours = [torch.zeros_like(part) if grad is None else grad for grad, part in zip(ours, inputs, strict=True)]
+    theirs = [torch.zeros_like(part) if grad is None else grad for grad, part in zip(theirs, inputs, strict=True)]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_term_has_its_gradient_in_half_precision(dtype):
+    logits, target = torch.randn(2, 4096, 64).to(dtype).requires_grad_(), torch.randint(64, (4096,))
+    exact = logits.detach().double().requires_grad_()
+    for combine in COMBINATIONS.values():
+        terms = rdrop_cross_entropy(logits, target, 4.0)
+        found = gradient(65536 * combine(terms.loss, terms.ce, terms.kl), logits)
+        expected = gradient(65536 * combine(*separately(exact, target, 4.0)), exact)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_one_term_after_another():
+    logits, target = torch.randn(2, 5, 7, dtype=torch.double, requires_grad=True), torch.randint(7, (5,))
+    terms = rdrop_cross_entropy(logits, target, 4.0)
+    found = [torch.autograd.grad(term, logits, retain_graph=True)[0] for term in (terms.kl, terms.loss, terms.ce)]
+    torch.testing.assert_close(found[1], found[2] + 4.0 * found[0])
+    torch.testing.assert_close(gradient(terms.loss, logits), found[1])
+
+
+def test_the_usual_backward_sweeps_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Sweep, "over", lambda *a, real=Sweep.over: calls.append(1) or real(*a))
+    logits, target = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (5,))
+    terms = rdrop_cross_entropy(logits, target, 4.0)
+    terms.loss.backward(retain_graph=True)
+    assert calls == [1]
+    terms.kl.backward()
+    assert calls == [1, 1]
+
+
+def test_terms_are_freed_without_the_garbage_collector():
+    logits, target = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (5,))
+    gc.collect()
+    gc.disable()
+    try:
+        views = logits * 1
+        alive = weakref.ref(views)
+        terms = rdrop_cross_entropy(views, target, 4.0)
+        terms.loss.backward(retain_graph=True)
+        del views, terms
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -258,7 +353,8 @@ def test_second_derivatives():
     alpha = torch.tensor(3.0, dtype=torch.double, requires_grad=True)
 
     def loss(z, a):
-        return rdrop_cross_entropy(z, target, a, label_smoothing=0.1, chunk=8).loss
+        terms = rdrop_cross_entropy(z, target, a, label_smoothing=0.1, chunk=8)
+        return terms.loss, terms.ce, terms.kl
 
     assert torch.autograd.gradcheck(loss, (logits, alpha))
     assert torch.autograd.gradgradcheck(loss, (logits, alpha))
@@ -267,7 +363,8 @@ def test_second_derivatives():
     bias = torch.randn(4, dtype=torch.double, requires_grad=True)
 
     def head(h, w, b, a):
-        return linear_rdrop_cross_entropy(h, w, target, a, bias=b, chunk=8).loss
+        terms = linear_rdrop_cross_entropy(h, w, target, a, bias=b, chunk=8)
+        return terms.loss, terms.ce, terms.kl
 
     assert torch.autograd.gradcheck(head, (hidden, weight, bias, alpha))
     assert torch.autograd.gradgradcheck(head, (hidden, weight, bias, alpha))
@@ -290,6 +387,12 @@ def test_batched_gradients():
     loss = rdrop_cross_entropy(start, target, 4.0).loss
     (found,) = torch.autograd.grad(loss, start, torch.tensor([1.0, 2.0]), is_grads_batched=True)
     torch.testing.assert_close(found[1], 2 * found[0])
+    torch.testing.assert_close(found[0], gradient(composite(start, target, 4.0), start))
+    terms = rdrop_cross_entropy(start, target, 4.0)
+    weights = (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    (found,) = torch.autograd.grad((terms.ce, terms.kl), start, weights, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(term, start, retain_graph=True)[0] for term in (terms.ce, terms.kl)]
+    torch.testing.assert_close(found, torch.stack(each))
 
 
 def test_compile_takes_one_graph_for_all_alphas():

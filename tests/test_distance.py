@@ -295,6 +295,47 @@ def test_every_distance_is_symmetric_zero_at_home_and_differentiable(distance, s
     assert torch.autograd.gradcheck(lambda p, q: distance.between(p, q).mean, (first, second))
 
 
+def target_of(distance, prediction):
+    """One that the distance takes."""
+    if isinstance(distance, Categorical):
+        return torch.arange(len(prediction)) % prediction.shape[-1]
+    if isinstance(distance, FromDistribution):
+        return torch.zeros(len(prediction))
+    return torch.rand(prediction.shape[:1] if prediction.shape[-1] == 2 else prediction.shape)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize(("distance", "shape"), EVERY.values(), ids=EVERY)
+def test_every_term_of_every_distance_has_its_gradient(distance, shape, views):
+    predictions = torch.randn(views, 4, *shape, dtype=torch.float64, requires_grad=True)
+    target = target_of(distance, predictions[0])
+    ce = torch.stack([distance.to_target(view, target).mean for view in predictions]).mean()
+    pairs = [distance.between(predictions[j], predictions[k], target).mean for k in range(views) for j in range(k)]
+    kl = sum(pairs) / 2 / max(1, len(pairs)) + 0 * ce
+    terms = RDropLoss(distance)(predictions, target, 3.0)
+    for found, expected in ((terms.ce, ce), (terms.kl, kl), (terms.loss, ce + 3.0 * kl)):
+        torch.testing.assert_close(found, expected)
+        if views > 1 or found is not terms.kl:  # one view has no kl, and its gradient is none
+            ours, theirs = (torch.autograd.grad(term, predictions, retain_graph=True)[0] for term in (found, expected))
+            torch.testing.assert_close(ours, theirs)
+    assert terms.rows == distance.to_target(predictions[0], target).weight
+    assert torch.equal(terms.prediction, predictions[0])
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize(("distance", "shape"), EVERY.values(), ids=EVERY)
+def test_consistency_alone_has_its_gradient(distance, shape, views):
+    predictions = torch.randn(views, 4, *shape, dtype=torch.float64, requires_grad=True)
+    pairs = [distance.between(predictions[j], predictions[k]).mean for k in range(views) for j in range(k)]
+    kl = sum(pairs) / 2 / len(pairs)
+    terms = RDropLoss(distance).consistency(predictions, 3.0)
+    torch.testing.assert_close((terms.loss, terms.kl), (3.0 * kl, kl))
+    assert terms.ce == 0
+    for found, expected in ((terms.kl, kl), (terms.loss, 3.0 * kl)):
+        ours, theirs = (torch.autograd.grad(term, predictions, retain_graph=True)[0] for term in (found, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(("distance", "shape"), EVERY.values(), ids=EVERY)
 def test_every_distance_computes_half_precision_in_float32(distance, shape):
     first, second = (view.detach().to(torch.bfloat16) for view in numbers(4, *shape))

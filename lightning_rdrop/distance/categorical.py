@@ -105,7 +105,7 @@ class Categorical(Distance):
         logits = predictions.movedim(dim if dim < 0 else dim + 1, -1).flatten(1, -2)
         flat = target.flatten() if indices else target.movedim(dim, -1).flatten(0, -2)
         terms = checked_terms(logits, None, flat, alpha, self.labels)
-        terms.prediction = predictions[0].detach()
+        terms.prediction = predictions[0]
         return terms
 
     def _counted(self, rows: Tensor, prediction: Tensor, target: Tensor | None) -> Average:

@@ -96,7 +96,7 @@ class Distance(nn.Module):
             task,
             self._over_pairs(predictions, target),
             alpha,
-            prediction=predictions[0].detach(),
+            prediction=predictions[0],
             rows=task.weight / views,
         )
 
@@ -110,7 +110,7 @@ class Distance(nn.Module):
         """
         zero = at_least_float32(predictions.new_zeros(()))
         between = self._over_pairs(predictions, target)
-        return Terms.of(Average(zero, zero), between, alpha, prediction=predictions[0].detach())
+        return Terms.of(Average(zero, zero), between, alpha, prediction=predictions[0])
 
     def _over_pairs(self, predictions: Tensor, target: Tensor | None) -> Average:
         zero = at_least_float32(predictions.new_zeros(()))

@@ -71,7 +71,7 @@ class ExactAccumulation(Callback):
         if rows is None:
             raise ValueError(
                 "ExactAccumulation needs the mixin's own training_step, which counts the rows, and a loss that is a "
-                "mean over them. SimCSE's is not: its negatives are the other examples of the micro-batch."
+                "mean over them. That of SimCSE is not, whose negatives are the other examples of the micro-batch."
             )
         loss.register_hook(lambda gradient: gradient * rows)  # type: ignore[no-untyped-call]
         self._rows = self._rows + rows

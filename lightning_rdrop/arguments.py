@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TypeVar
 
 Word = TypeVar("Word", bound=str)
 
 
 def non_negative(name: str, value: float) -> float:
-    """The value, if it is a finite number >= 0.
+    """The value as an int or float, if it is a finite number >= 0 (also one of numpy's).
 
     Raises:
         ValueError: it is not.
@@ -20,9 +21,9 @@ def non_negative(name: str, value: float) -> float:
         Traceback (most recent call last):
         ValueError: alpha must be a finite number >= 0, got -1.0.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
-    return value
+    return value if type(value) is int else float(value)
 
 
 def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:

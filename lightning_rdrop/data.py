@@ -128,7 +128,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.label is not None and self.labels is None and stage != "predict":
-            named = {label for row in self._table("train") for label in self.classes(row)}
+            named = {label for row in self.table("train") for label in self.classes(row)}
             self.labels = [str(label) for label in sorted(named)]
 
     def train_dataloader(self) -> DataLoader[Row] | dict[str, DataLoader[Row]]:
@@ -153,17 +153,12 @@ class TextDataModule(pl.LightningDataModule):
         targets = self.targets(rows, encoded) if all(self.label in row for row in rows) else None
         return dict(encoded) if targets is None else {**encoded, "labels": targets}
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Row]:
-        return DataLoader(
-            self._table(split),  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=self.unlabeled_batch_size or self.batch_size if split == "unlabeled" else self.batch_size,
-            shuffle=shuffle,
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def table(self, split: str) -> Sequence[Row]:
+        """The rows of a split, checked.
 
-    def _table(self, split: str) -> Sequence[Row]:
+        Raises:
+            ValueError: there are none, or a row lacks a column or has an unknown label.
+        """
         rows = self.rows(split)
         if not rows:
             raise ValueError(f"There is no {split} table: give {split}=..., a .json, .jsonl, .tsv or .csv file.")
@@ -185,6 +180,16 @@ class TextDataModule(pl.LightningDataModule):
                     f"({', '.join(self.labels[:10])}{', ...' if len(self.labels) > 10 else ''})."
                 )
         return rows
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Row]:
+        return DataLoader(
+            self.table(split),  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=self.unlabeled_batch_size or self.batch_size if split == "unlabeled" else self.batch_size,
+            shuffle=shuffle,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def _tokenize(self, *texts: Any, **options: Any) -> Any:
         return self._pretrained_tokenizer(
@@ -259,8 +264,8 @@ class SentencePairDataModule(TextRegressionDataModule):
         first, second = (self.encode([row[column] for row in rows], None) for column in (self.text, pair))
         return {"first": dict(first), "second": dict(second), "labels": self.targets(rows, None)}
 
-    def _table(self, split: str) -> Sequence[Row]:
-        rows = super()._table(split)
+    def table(self, split: str) -> Sequence[Row]:
+        rows = super().table(split)
         if split not in self.without_labels:
             return rows
         columns = [self.text] if self.pair is None or split == "predict" else [self.text, self.pair]

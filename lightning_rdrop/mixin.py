@@ -141,7 +141,8 @@ class RDropMixin(Hooks):
             )
         terms = self.rdrop_step(batch)
         self.rdrop_log(terms)
-        return _outputs(terms)
+        outputs: dict[str, Any] = _outputs(terms)
+        return outputs
 
     def rdrop_step(self, batch: Any) -> Terms:
         """The whole computation without logging, for manual optimization or a training_step of one's own.

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+USUAL = ("train/ce", "train/kl", "train/alpha", "val/accuracy")
+"""The quantities that are plotted by default."""
+
 
 def curves(metrics: str | Path, panels: dict[str, list[str]] | None = None) -> Figure:
     """Plot logged quantities over the optimizer steps, side by side.
@@ -20,18 +23,18 @@ def curves(metrics: str | Path, panels: dict[str, list[str]] | None = None) -> F
 
     Raises:
         ValueError: a column that was never logged.
+        FileNotFoundError: nothing was logged at all.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # an extra
 
     with Path(metrics).open(newline="") as file:
         rows = list(csv.DictReader(file))
     logged = {name for row in rows for name, value in row.items() if value}
     if panels is None:
-        usual = ("train/ce", "train/kl", "train/alpha", "val/accuracy")
-        panels = {name: [name] for name in usual if name in logged}
+        panels = {name: [name] for name in USUAL if name in logged}
     missing = sorted({name for names in panels.values() for name in names} - logged)
     if missing or not panels:
-        raise ValueError(f"{metrics}: nothing was logged as {missing or list(usual)}, only {sorted(logged)}.")
+        raise ValueError(f"{metrics}: nothing was logged as {missing or list(USUAL)}, only {sorted(logged)}.")
 
     figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

@@ -1,14 +1,17 @@
 import math
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import Two
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.demos.boring_classes import BoringModel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_rdrop import AlphaScheduler
+from lightning_rdrop.callbacks import UnlabeledWeightScheduler
 
 
 class Watch(pl.Callback):
@@ -77,6 +80,43 @@ def test_accumulated_batches_share_the_alpha_of_their_optimizer_step(fit, small,
     assert watch.alphas == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
+TWO_EPOCHS = [0] * 4 + [2 / 3] * 4 + [4 / 3] * 2 + [2] * 10  # 4, 4 and 2 batches a step, and half of 6 steps is 3
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["scheduler first", "accumulation first"])
+@pytest.mark.parametrize(
+    ("accumulate", "ramp", "expected", "trainer"),
+    [
+        ({0: 4}, 0.5, TWO_EPOCHS, {}),
+        ({0: 1, 1: 2}, 1.0, [2 * s / 15 for s in range(10)] + [2 * s / 15 for s in range(10, 15) for _ in "ab"], {}),
+        ({0: 4}, 0.5, [0] * 4 + [1] * 4 + [2] * 2 + [2] * 4, {"max_steps": 4}),
+        ({1: 5}, 0.5, [2 * s / 6 for s in range(7)] + [2] * 13, {}),  # 10 + 2 steps
+    ],
+    ids=["4", "1 then 2", "max_steps", "from the second epoch"],
+)
+def test_shares_under_a_schedule_of_accumulation(fit, small, accumulate, ramp, expected, first, trainer):
+    x = torch.randn(40, 8)
+    loader = DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), batch_size=4)
+    watch, callbacks = (
+        Watch(),
+        [AlphaScheduler("linear", ramp=ramp, peak=2.0), GradientAccumulationScheduler(accumulate)],
+    )
+    fit(small(), loader, [*(callbacks if first else callbacks[::-1]), watch], max_epochs=2, **trainer)
+    assert watch.alphas == pytest.approx(expected)
+
+
+def test_the_weight_of_unlabelled_examples_has_the_same_shares(fit, small):
+    class WatchWeight(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            weights.append(pl_module.rdrop_unlabeled_weight)
+
+    x, weights = torch.randn(40, 8), []
+    loader = DataLoader(TensorDataset(x, x[:, :3].argmax(-1)), batch_size=4)
+    callbacks = [UnlabeledWeightScheduler("linear", ramp=0.5, peak=2.0), GradientAccumulationScheduler({0: 4})]
+    fit(small(), loader, [*callbacks, WatchWeight()], max_epochs=2)
+    assert weights == pytest.approx(TWO_EPOCHS)
+
+
 def test_two_optimizers_do_not_double_the_pace(fit, rows):
     watch = Watch()
     trainer = fit(Two(), rows, [AlphaScheduler("linear", ramp=8, peak=8.0), watch])
@@ -105,6 +145,27 @@ def test_alpha_is_put_back_when_training_fails(fit, small, rows):
     assert module.rdrop_alpha == 4.0
 
 
+def test_the_own_alpha_is_put_back_whatever_the_peak(fit, small, rows):
+    watch, module = Watch(), small(rdrop_alpha=1.5)
+    fit(module, rows, [AlphaScheduler("linear", ramp=4, peak=3.0), watch])
+    assert watch.alphas[-1] == 3.0
+    assert module.rdrop_alpha == 1.5
+
+
+def test_after_the_training_alpha_is_the_users(fit, small, rows):
+    class Evaluated(small):
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    module, scheduler = Evaluated(rdrop_alpha=1.5), AlphaScheduler("linear", ramp=4)
+    trainer = fit(module, rows, [scheduler])
+    module.rdrop_alpha = 7.0
+    trainer.validate(module, rows, verbose=False)  # whose teardown is the scheduler's as well
+    assert module.rdrop_alpha == 7.0
+    with pytest.raises(ValueError, match="no module is being trained"):
+        scheduler.value_at(0)
+
+
 def test_a_share_of_an_unknown_length_is_refused(fit, small):
     loader = DataLoader(Endless(), batch_size=4)
     with pytest.raises(ValueError, match=r"ramp=0\.1 is a share .* unknown .* max_steps"):
@@ -130,6 +191,9 @@ def test_endless_data_with_steps(fit, small):
         ({"delay": math.nan}, "delay must not be negative or NaN"),
         ({"peak": -1.0}, r"peak must be a finite number >= 0.*-1\.0"),
         ({"peak": math.inf}, "peak must be a finite number"),
+        ({"peak": "4"}, "peak must be a finite number >= 0, got '4'"),
+        ({"peak": True}, "peak must be a finite number >= 0, got True"),
+        ({"ramp": np.float32(10)}, r"ramp must be .* got np\.float32\(10\.0\)\. For 10 steps write an int"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -141,6 +205,60 @@ def test_bad_arguments(arguments, message):
 def test_a_duration_is_a_number(ramp):
     with pytest.raises(TypeError, match="ramp must be an int"):
         AlphaScheduler(ramp=ramp)
+
+
+def test_numbers_of_numpy_are_numbers():
+    scheduler = AlphaScheduler("linear", ramp=np.int64(4), delay=np.int32(2), peak=np.float32(2))
+    assert [scheduler.value_at(step) for step in (2, 4, 6, 8)] == [0, 1, 2, 2]
+    assert repr(scheduler) == "AlphaScheduler(shape='linear', ramp=4, delay=2, peak=2.0)"
+    assert type(AlphaScheduler(ramp=np.float32(0.5)).ramp) is float
+
+
+@pytest.mark.parametrize(("ramp", "steps"), [(1, "1"), (0.1, "0.8")])
+def test_a_cycle_of_one_step_is_refused(fit, small, rows, ramp, steps):
+    message = f"ramp={ramp} is {steps} optimizer steps.* rdrop_alpha would stay 0.* two steps"
+    with pytest.raises(ValueError, match=message):
+        fit(small(), rows, [AlphaScheduler("cyclical", ramp=ramp)])
+
+
+def test_a_cycle_of_two_steps_reaches_its_peak():
+    assert [AlphaScheduler("cyclical", ramp=2, peak=1.0).value_at(step) for step in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "until", "last"),
+    [
+        ({"ramp": 1000}, 1000, 4 * sigmoid(7 / 1000)),
+        ({"ramp": 6, "delay": 4}, 10, 4 * sigmoid(3 / 6)),
+        ({"ramp": 0.5, "delay": 0.75}, 10, 4 * sigmoid(1 / 4)),
+        ({"ramp": 5, "delay": 9}, 14, 0),
+    ],
+)
+def test_a_peak_out_of_reach_is_said_once(fit, small, rows, arguments, until, last):
+    with pytest.warns(UserWarning, match="never reaches its peak") as warned:
+        fit(small(), rows, [AlphaScheduler(**arguments)])
+    (text,) = (str(warning.message) for warning in warned if "its peak" in str(warning.message))
+    assert f"rdrop_alpha rises until step {until}, and the training has 8 steps" in text
+    assert f"in the last of which it is {last:.3g} instead of 4. Write delay and ramp as shares of training" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trainer"),
+    [
+        ({"ramp": 1.0}, {}),
+        ({"ramp": 0.7, "delay": 0.3}, {}),
+        ({"ramp": 8}, {}),
+        ({"ramp": 4, "delay": 4}, {}),
+        ({"shape": "constant", "ramp": 1000}, {}),
+        ({"shape": "cyclical", "ramp": 12}, {}),  # at its peak from the sixth step on
+        ({"ramp": 1000, "peak": 0.0}, {}),
+        ({"ramp": 1000}, {"fast_dev_run": True}),
+        ({"ramp": 1000}, {"max_epochs": -1, "max_time": {"seconds": 0}}),  # nobody knows
+    ],
+)
+def test_a_peak_that_is_reached_is_no_warning(fit, small, rows, arguments, trainer, recwarn):
+    fit(small(), rows, [AlphaScheduler(**arguments)], **trainer)
+    assert not [warning for warning in recwarn if "its peak" in str(warning.message)]
 
 
 def test_a_shape_that_leaves_0_to_1_is_refused():

@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 import yaml
+
+from lightning_rdrop import RDropMixin
+from lightning_rdrop.cli import RDropCLI
 
 NETWORK = """
 import torch
@@ -119,3 +124,50 @@ def test_a_pretrained_model_from_a_folder_with_nothing_but_the_command_line(tmp_
     assert "network" not in (tmp_path / "logs/run/version_0/hparams.yaml").read_text()
     with (tmp_path / "logs/run/version_0/metrics.csv").open() as file:
         assert all(float(row["train/kl"]) > 0 for row in csv.DictReader(file) if row["train/kl"])
+
+
+class OnlyTrains(RDropMixin, pl.LightningModule):
+    def configure_optimizers(self):
+        return pytest.fail("trained")
+
+
+class OnlyTraining(pl.LightningDataModule):
+    def train_dataloader(self):
+        return pytest.fail("trained")
+
+
+class WithTest(OnlyTraining):
+    def test_dataloader(self):
+        return torch.utils.data.DataLoader([0])
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (OnlyTrains, OnlyTraining, "no test_dataloader in OnlyTraining or OnlyTrains: add one, or leave test_after"),
+        (OnlyTrains, None, "no test_dataloader in OnlyTrains"),
+        (OnlyTrains, WithTest, "no test_step in OnlyTrains"),
+    ],
+)
+def test_a_test_that_cannot_be_made_is_found_before_training(model, data, message):
+    with pytest.raises(ValueError, match=f"test_after_fit is true, and there is {message}"):
+        RDropCLI(model, data, args=["fit", "--test_after_fit=true", "--trainer.accelerator=cpu"])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([], ValueError, "There is no test table: give test="),
+        (["--data.test=tset.json"], FileNotFoundError, "tset.json"),
+        (["--data.test=other.json"], ValueError, "test table, row 0: no column 'label'"),
+    ],
+)
+def test_a_test_table_that_is_missing_is_found_before_training(tmp_path, monkeypatch, given, error, message):
+    (tmp_path / "train.json").write_text('{"sentence": "a", "label": 0}')
+    (tmp_path / "other.json").write_text('{"sentence": "a"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *arguments, **more: pytest.fail("trained"))
+    model = ["--model=Classifier", "--model.network=torch.nn.Identity", "--model.num_classes=2"]
+    data = ["--data=TextDataModule", "--data.tokenizer=none", "--data.train=train.json", *given]
+    with pytest.raises(error, match=message):
+        RDropCLI(args=["fit", "--test_after_fit=true", "--trainer.accelerator=cpu", *model, *data])

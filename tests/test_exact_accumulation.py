@@ -52,6 +52,18 @@ def test_several_steps_and_a_last_window_that_is_not_full(fit):
     torch.testing.assert_close(exact, big)
 
 
+class Failing(pl.Callback):
+    def on_train_batch_end(self, *args):
+        raise OSError("disk full")
+
+
+def test_the_rows_of_a_training_that_broke_off_are_forgotten(fit):
+    exact, data = ExactAccumulation(), DataLoader(ragged(5, 4), 2)
+    with pytest.raises(OSError, match="disk full"):
+        fit(Tagger(), data, [exact, Failing()], accumulate_grad_batches=4)  # after one micro-batch of four
+    torch.testing.assert_close(trained(fit, 2, [exact], accumulate_grad_batches=4), trained(fit, 8))
+
+
 class Save(pl.Callback):
     def __init__(self, path):
         self.path = path

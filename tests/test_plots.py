@@ -2,9 +2,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from pytorch_lightning.loggers import CSVLogger
-
-from lightning_rdrop.callbacks import AlphaScheduler, Curves
 from lightning_rdrop.plots import curves
 
 METRICS = """step,train/ce,train/kl,train/alpha,val/accuracy
@@ -39,17 +36,3 @@ def test_panels_of_ones_own(metrics):
 def test_what_was_never_logged_is_named(metrics):
     with pytest.raises(ValueError, match=r"nothing was logged as \['val/f1'\], only \['step', 'train/alpha'"):
         curves(metrics, {"f1": ["val/f1"]})
-
-
-def test_the_callback_draws_at_the_end(fit, small, rows, tmp_path, capsys):
-    logger = CSVLogger(tmp_path, name="run")
-    fit(small(), rows, [AlphaScheduler(), Curves("picture.png")], logger=logger, log_every_n_steps=1)
-    picture = tmp_path / "run" / "version_0" / "picture.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert str(picture) in capsys.readouterr().out
-
-
-def test_the_callback_needs_a_csv_logger_but_in_a_dry_run(fit, small, rows, tmp_path):
-    with pytest.raises(ValueError, match="add one, Trainer"):
-        fit(small(), rows, [Curves()])
-    fit(small(), rows, [Curves()], fast_dev_run=True, logger=CSVLogger(tmp_path))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning_rdrop._lightning import Callback
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.callbacks._training_length import planned_steps
 from lightning_rdrop.schedule import SHAPES, cyclical
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ class AlphaScheduler(Callback):
         ramp: how long the rise takes: an int counts optimizer steps, a float in [0, 1] is a share of training.
         delay: how long alpha stays 0 before the rise, in the same units.
         peak: alpha at the end of the rise; ``None`` takes the module's ``rdrop_alpha``.
+
+    A peak that the training is too short for is a warning.
 
     Raises:
         ValueError: an argument out of its range, a shape that leaves [0, 1], or a share of a training whose length is
@@ -61,23 +66,24 @@ class AlphaScheduler(Callback):
         super().__init__()
         if not callable(shape) and shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a function of progress, got {shape!r}.")
-        if peak is not None and not (math.isfinite(peak) and peak >= 0):
-            raise ValueError(
-                f"peak must be a finite number >= 0, or None for the module's {self.attribute}, got {peak!r}."
-            )
         self.shape = shape
         self.ramp = _check_duration("ramp", ramp)
         self.delay = _check_duration("delay", delay)
-        self.peak = peak
+        self.peak = None if peak is None else non_negative("peak", peak)
         self._own_value: float | None = None
         self._training_steps: int | None = None
 
     def value_at(self, step: int) -> float:
         """The scheduled value after ``step`` optimizer steps; shares need a training in progress, ints do not."""
         delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
+        shape = self.shape if callable(self.shape) else SHAPES[self.shape]
+        if shape is cyclical and 0 < ramp <= 1:
+            raise ValueError(
+                f"ramp={self.ramp} is {ramp:g} optimizer steps, and a cycle that short is at its beginning in every "
+                f"step, so {self.attribute} would stay 0. Give a cyclical shape a ramp of two steps or more."
+            )
         if step < delay:
             return 0.0
-        shape = self.shape if callable(self.shape) else SHAPES[self.shape]
         elapsed = (step - delay) / ramp if ramp else 1.0
         progress = elapsed % 1.0 if shape is cyclical and ramp else min(1.0, elapsed)
         factor = float(shape(progress))
@@ -101,11 +107,14 @@ class AlphaScheduler(Callback):
         self._own_value = getattr(require_rdrop(self, pl_module), self.attribute)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training that shares are taken of, where no checkpoint gave its length."""
+        """Measure the training, of which shares are taken, and check the schedule before the first step."""
+        steps = planned_steps(trainer)
         if self._training_steps is None and (isinstance(self.ramp, float) or isinstance(self.delay, float)):
-            steps = trainer.estimated_stepping_batches
-            self._training_steps = int(steps) if 0 <= steps < math.inf else None
-        self.value_at(0)  # so that a wrong schedule fails before the first step
+            self._training_steps = steps
+        self.value_at(0)
+        begins = trainer.global_step == 0 and trainer.is_global_zero
+        if begins and steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # its connector sets it
+            self._warn_of_a_peak_out_of_reach(steps)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the value of the step that begins."""
@@ -136,6 +145,19 @@ class AlphaScheduler(Callback):
             setattr(require_rdrop(self, pl_module), self.attribute, self._own_value)
             self._own_value = None
 
+    def _warn_of_a_peak_out_of_reach(self, steps: int) -> None:
+        delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
+        peak = self._own_value if self.peak is None else self.peak
+        # a ramp over the whole training would be at its peak one step after the last
+        if peak is None or delay + ramp <= steps + 1e-6 or self.value_at(steps) >= peak * (1 - 1e-6):
+            return
+        warnings.warn(
+            f"{self!r} never reaches its peak: {self.attribute} rises until step {delay + ramp:g}, and the training "
+            f"has {steps} steps, in the last of which it is {self.value_at(steps - 1):.3g} instead of {peak:g}. Write "
+            "delay and ramp as shares of training, which together are at most 1, such as ramp=0.1; or as fewer steps.",
+            stacklevel=2,
+        )
+
     def _in_steps(self, name: str, duration: int | float) -> float:
         if isinstance(duration, int):
             return duration
@@ -153,13 +175,13 @@ class AlphaScheduler(Callback):
 
 
 def _check_duration(name: str, duration: int | float) -> int | float:
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)):
+    if isinstance(duration, bool) or not isinstance(duration, Real):
         raise TypeError(f"{name} must be an int (optimizer steps) or a float (a share of training), got {duration!r}.")
-    if duration < 0 or (isinstance(duration, float) and not duration <= 1):
+    if duration < 0 or not (isinstance(duration, Integral) or duration <= 1):
         raise ValueError(
             f"{name} must be an int >= 0, a number of optimizer steps, or a float in [0, 1], a share of training; "
             f"got {duration!r}. For {duration:g} steps write an int."
             if duration > 1
             else f"{name} must not be negative or NaN, got {duration!r}."
         )
-    return duration
+    return int(duration) if isinstance(duration, Integral) else float(duration)

@@ -1,0 +1,26 @@
+"""How many optimizer steps a training will make."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import Trainer
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """The optimizer steps of the whole training; None where a data loader or the Trainer has no end.
+
+    Lightning's estimate knows one ``accumulate_grad_batches`` only, that of the moment. A
+    ``GradientAccumulationScheduler`` has one for each epoch, and the last window of an epoch may be short:
+
+    .. math:: \\sum_e \\lceil \\text{batches} / \\text{accumulate}(e) \\rceil
+    """
+    steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # its connector sets it
+        accumulate = getattr(callback, "get_accumulate_grad_batches", None)  # of either distribution
+        if accumulate is not None and epochs is not None and epochs > 0 and math.isfinite(batches):
+            steps = sum(math.ceil(batches / accumulate(epoch)) for epoch in range(epochs))
+            steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    return int(steps) if 0 <= steps < math.inf else None

@@ -43,11 +43,13 @@ def test_loss_and_gradients_are_the_formula_on_the_captured_views(small, passes,
     expected = paper_loss(views[0], views[1], y, alpha) / 2
     parameters = list(module.parameters())
     wanted = torch.autograd.grad(expected, parameters, retain_graph=True)
-    given = torch.autograd.grad(terms.loss, parameters)
+    given = torch.autograd.grad(terms.loss, parameters, retain_graph=True)
     torch.testing.assert_close(terms.loss, expected)
     torch.testing.assert_close(given, wanted)
     torch.testing.assert_close(terms.prediction, views[0])
-    assert not terms.prediction.requires_grad
+    by_hand = torch.autograd.grad(terms.ce + alpha * terms.kl, parameters, retain_graph=True)
+    torch.testing.assert_close(by_hand, wanted)
+    assert terms.prediction.requires_grad
 
 
 def test_the_number_of_forward_passes(small):

@@ -42,7 +42,7 @@ def draw(
         torch.Size([2, 4, 8])
     """
     if passes == "separate":
-        return torch.stack([predict(inputs) for _ in range(count)])
+        return torch.stack([views.require_tensor(predict(inputs)) for _ in range(count)])
     if split is None:
         prediction = predict(views.duplicate(inputs, count, examples))
     else:

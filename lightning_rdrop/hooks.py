@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,8 +67,19 @@ class Hooks(MixinBase):
         return self.rdrop_unpack(batch)
 
     def rdrop_predict(self, inputs: Any) -> Any:
-        """Hook: the prediction for some inputs; calls ``forward``, and takes ``.logits`` of a model output."""
-        output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
+        """Hook: the prediction for some inputs; calls ``forward``, and takes ``logits`` of what it returns.
+
+        Raises:
+            TypeError: ``forward`` does not take such inputs.
+        """
+        try:
+            output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
+        except TypeError as error:
+            if (reason := _does_not_fit(self, inputs)) is None:
+                raise
+            raise TypeError(reason) from error
+        if isinstance(output, Mapping) and "logits" in output:
+            return output["logits"]
         return getattr(output, "logits", output)
 
     def rdrop_head(self) -> Head | None:
@@ -100,3 +112,19 @@ class Hooks(MixinBase):
         head = self.rdrop_head()
         self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
         return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)
+
+
+def _does_not_fit(module: Any, inputs: Any) -> str | None:
+    """Why ``forward`` cannot be called with these inputs; ``None`` where its signature takes them."""
+    signature, named = inspect.signature(module.forward), isinstance(inputs, Mapping)
+    try:
+        signature.bind(**inputs) if named else signature.bind(inputs)
+    except TypeError as mismatch:
+        given = f"the inputs {', '.join(map(str, inputs))} by name" if named else "one argument, the inputs"
+        return (
+            f"{type(module).__name__}.forward{signature} was given {given}: {mismatch}. Override its hook,\n"
+            "    def rdrop_predict(self, inputs):\n"
+            "        return self(...)  # what forward takes, made of inputs\n"
+            "and rdrop_unpack(self, batch) as well, where forward needs more of the batch than its inputs, as labels."
+        )
+    return None

@@ -129,21 +129,31 @@ def split(prediction: Any, views: int, examples: int) -> Tensor:
                 [10, 20]])
     """
     _check(views)
-    if not isinstance(prediction, Tensor):
-        raise TypeError(
-            f"The prediction is a {type(prediction).__name__}, where a tensor is needed: return logits, or an object "
-            "with .logits, from forward, or override rdrop_predict(self, inputs) to return the tensor."
-        )
+    tensor = require_tensor(prediction)
     if examples < 1:
         raise ValueError(f"examples must be >= 1, got {examples}: an empty batch has no views; leave it out.")
-    rows = len(prediction) if prediction.dim() else 0
+    rows = len(tensor) if tensor.dim() else 0
     if rows % (views * examples) or rows == 0:
         raise ValueError(
-            f"The forward returned {rows} rows (shape {tuple(prediction.shape)}) for {views} views of {examples} "
+            f"The forward returned {rows} rows (shape {tuple(tensor.shape)}) for {views} views of {examples} "
             f"examples, where {views * examples} or a multiple are needed: each row of the inputs must have a row in "
             f"the prediction, in the same order. {_SEPARATE}"
         )
-    return prediction.reshape(views, rows // views, *prediction.shape[1:])
+    return tensor.reshape(views, rows // views, *tensor.shape[1:])
+
+
+def require_tensor(prediction: Any) -> Tensor:
+    """The prediction, if it is a tensor.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(prediction, Tensor):
+        return prediction
+    raise TypeError(
+        f"The prediction is a {type(prediction).__name__}, where a tensor is needed: return logits, or an object with "
+        ".logits, from forward, or override rdrop_predict(self, inputs) to return the tensor."
+    )
 
 
 def _check(views: int) -> None:

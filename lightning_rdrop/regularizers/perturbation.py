@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import submodules, views
+from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.probe import buffers_aside
 
@@ -68,6 +69,11 @@ class Passes:
                     prediction = self._module.rdrop_predict(self._inputs)
                 finally:
                     hook.remove()
+        if not added and any(map(is_compiled, self._module.modules())):
+            raise ValueError(
+                f"{self._named_place()} was not seen in a forward pass: the network around it is compiled, which hides "
+                "the calls of its submodules. Train this regularizer without torch.compile, or compile other parts."
+            )
         if not added:
             raise ValueError(f"{self._named_place()} was not called in a forward pass; name another one: at='...'.")
         return prediction, added[0]

@@ -48,7 +48,7 @@ def on_all_ranks(module: Any, decision: bool) -> bool:
     return decision if trainer is None else bool(trainer.strategy.reduce_boolean_decision(decision))
 
 
-def extend_hook(cls: type, name: str, first: Callable[[Any], None]) -> None:
+def extend_hook(cls: type, name: str, first: Callable[..., None]) -> None:
     """Let a class do something before one of its hooks, also where an override of the hook forgets ``super()``."""
     hook = getattr(cls, name, None)
     if hook is None or hasattr(hook, "extended"):  # no LightningModule yet; or its base has done so
@@ -56,7 +56,7 @@ def extend_hook(cls: type, name: str, first: Callable[[Any], None]) -> None:
 
     @functools.wraps(hook)
     def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
-        first(self)
+        first(self, *args, **kwargs)
         return hook(self, *args, **kwargs)
 
     extended.extended = True  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from lightning_rdrop import unlabeled, views
 from lightning_rdrop._compat import forget_hyperparameters
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of
+from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.draw import draw
 from lightning_rdrop.duplicate_at import Split
@@ -47,8 +48,8 @@ class RDropMixin(Hooks):
     Args:
         rdrop_alpha: the weight of the consistency, >= 0; a plain attribute, which callbacks set.
         rdrop_views: K, the predictions of an example; 1 is ordinary training.
-        rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. It is not saved
-            among the hyper-parameters: give it again to ``load_from_checkpoint``.
+        rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. A checkpoint has its
+            description: where none is given, loading makes it again, or says that it cannot.
         rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
         rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
@@ -59,7 +60,7 @@ class RDropMixin(Hooks):
         rdrop_labeled_weight: :math:`w_\text{labeled}`, >= 0, where there are unlabelled examples. With 0 the labelled
             ones have but one pass, and plain cross-entropy, as in Su's experiments.
         rdrop_regularizers: further terms of the loss, such as :class:`~lightning_rdrop.VAT`, each logged by its name;
-            see :class:`~lightning_rdrop.Regularizer`. They are not saved among the hyper-parameters.
+            see :class:`~lightning_rdrop.Regularizer`. Checkpoints describe them as they do the distance.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
             dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a mode
             changes; NaN is looked for whenever the Trainer logs.
@@ -120,6 +121,8 @@ class RDropMixin(Hooks):
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
+        given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
+        self._rdrop_given = [name for name, value in given.items() if value]
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_late = LateDuplication(rdrop_duplicate_at, rdrop_views) if rdrop_duplicate_at else None
         self._rdrop_guard = Guard()
@@ -130,6 +133,8 @@ class RDropMixin(Hooks):
         _refuse_hidden_mixin(cls)
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
+        extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
+        extend_hook(cls, "on_load_checkpoint", RDropMixin._rdrop_load)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One R-Drop step, logged."""
@@ -213,9 +218,39 @@ class RDropMixin(Hooks):
         if self._rdrop_late is not None:
             self._rdrop_late.forget()
 
-    def _rdrop_batch_ends(self) -> None:
+    def _rdrop_batch_ends(self, *_: Any) -> None:
         if self.rdrop_views > 1:
             self._rdrop_guard.batch_ends(self)
+
+    def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
+        """Describe the modules that are no hyper-parameters."""
+        checkpoint["rdrop"] = self._rdrop_described()
+
+    def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
+        """Make again what was trained with and is not given here, and say what is another one or cannot be made."""
+        for name, saved in checkpoint.get("rdrop", {}).items():
+            if same_description(saved, self._rdrop_described()[name]):
+                continue
+            try:
+                if name in self._rdrop_given:
+                    raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
+                if name == "rdrop_distance":
+                    self.rdrop_distance = rebuild(saved, Distance).to(self.device)
+                else:
+                    made = [rebuild(one, Regularizer).to(self.device) for one in saved]
+                    self.rdrop_regularizers = nn.ModuleList(_check_regularizers(made, self.rdrop_distance))
+            except ValueError as error:
+                warnings.warn(
+                    f"The checkpoint was trained with {name}={spell(saved)}, which {type(self).__name__} has not now: "
+                    f"{error}. Give it to load_from_checkpoint, or to the class, if the loss is to be the same.",
+                    stacklevel=4,
+                )
+            else:
+                rank_zero_info(f"Made again from the checkpoint: {name}={spell(saved)}.")
+
+    def _rdrop_described(self) -> dict[str, Any]:
+        parts = {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}
+        return {name: describe(part) for name, part in parts.items()}
 
     def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
         """ce + alpha weight kl, and the regularizers; with weight 0 the examples have but one view."""

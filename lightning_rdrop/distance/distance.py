@@ -5,14 +5,15 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_rdrop.cross_entropy import Head
+from lightning_rdrop.description import Described
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average, Terms
 
 
-class Distance(nn.Module):
+class Distance(Described):
     r"""A measure D of a prediction f against a target y, and of two predictions against each other.
 
     R-Drop for any task: :math:`\text{mean } D(y, f) + \alpha \cdot \tfrac12 \text{ mean } \tfrac12 [D(f_2, f_1) +

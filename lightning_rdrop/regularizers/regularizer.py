@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
-
 from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.description import Described
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.terms import Average
 
 
-class Regularizer(nn.Module):
+class Regularizer(Described):
     r"""A further term of the loss, which makes the passes that it needs through the hooks of the mixin.
 
     .. math:: \text{loss} = \text{ce} + \alpha\,\text{kl} + \sum_i w_i\,\text{term}_i

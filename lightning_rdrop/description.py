@@ -1,0 +1,137 @@
+"""What a module was made of, as plain values that a checkpoint can hold, and a module made of such a description."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Made = TypeVar("Made", bound="Described")
+_PLAIN = (type(None), bool, int, float, str)
+_UNKNOWN = "not plain"
+
+
+class Described(nn.Module):
+    """A module that remembers the arguments which it was made with."""
+
+    init_args: dict[str, Any]
+    """The arguments by name, without those that were left at their defaults."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
+        try:
+            given = dict(signature.bind(made, *args, **kwargs).arguments)
+        except TypeError:  # unpickling makes it without any, and wrong ones are refused by __init__
+            given = {}
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        # not by setattr, which nn.Module refuses before its __init__
+        made.__dict__["init_args"] = dict(list(given.items())[1:])  # without self
+        return made
+
+
+def describe(value: Any) -> Any:
+    """Plain values, which load under ``weights_only=True``.
+
+    Example:
+        >>> from lightning_rdrop import Categorical
+        >>> describe(Categorical(label_smoothing=0.1))
+        {'class': 'lightning_rdrop.distance.categorical.Categorical', 'init_args': {'label_smoothing': 0.1}}
+    """
+    if isinstance(value, Described):
+        return {"class": _path(type(value)), "init_args": describe(value.init_args)}
+    if isinstance(value, dict):
+        return {str(key): describe(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(part) for part in value]
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    return value if type(value) in _PLAIN else {_UNKNOWN: repr(value)}
+
+
+def rebuild(description: Any, kind: type[Made]) -> Made:
+    """The module of a description.
+
+    Args:
+        description: by :func:`describe`.
+        kind: the base of its class, which must have been imported: a checkpoint is no reason to import anything.
+
+    Raises:
+        ValueError: it cannot be made again, with the reason.
+
+    Example:
+        >>> from lightning_rdrop import Distance, JensenShannon
+        >>> rebuild(describe(JensenShannon()), Distance)
+        JensenShannon()
+    """
+    made = _rebuilt(description, kind)
+    assert isinstance(made, kind)
+    return made
+
+
+def same_description(first: Any, second: Any) -> bool:
+    """Whether two descriptions say the same.
+
+    Example:
+        >>> same_description({"weight": torch.ones(2)}, {"weight": torch.ones(2)})
+        True
+    """
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same_description(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(same_description, first, second))
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first.cpu(), second.cpu())
+    return type(first) is type(second) and bool(first == second)
+
+
+def spell(description: Any) -> str:
+    """A description as one would write it.
+
+    Example:
+        >>> from lightning_rdrop import VAT
+        >>> spell(describe([VAT(epsilon=2.0)]))
+        '[VAT(epsilon=2.0)]'
+    """
+    if isinstance(description, list):
+        return f"[{', '.join(map(spell, description))}]"
+    if isinstance(description, Tensor):
+        return f"tensor({description.tolist()})"
+    if isinstance(description, dict) and set(description) == {"class", "init_args"}:
+        given = ", ".join(f"{name}={spell(value)}" for name, value in description["init_args"].items())
+        return f"{description['class'].rpartition('.')[2]}({given})"
+    if isinstance(description, dict) and set(description) == {_UNKNOWN}:
+        return str(description[_UNKNOWN])
+    if isinstance(description, dict):
+        return "{" + ", ".join(f"{key!r}: {spell(part)}" for key, part in description.items()) + "}"
+    return repr(description)
+
+
+def _rebuilt(description: Any, kind: type[Made]) -> Any:
+    if isinstance(description, list):
+        return [_rebuilt(part, kind) for part in description]
+    if not isinstance(description, dict):
+        return description
+    if set(description) == {_UNKNOWN}:
+        raise ValueError(f"{description[_UNKNOWN]} is no plain value")
+    if set(description) != {"class", "init_args"}:
+        return {key: _rebuilt(part, kind) for key, part in description.items()}
+    found = next((cls for cls in _family(kind) if _path(cls) == description["class"]), None)
+    if found is None:
+        raise ValueError(f"{description['class']} has not been imported")
+    try:
+        return found(**{name: _rebuilt(value, kind) for name, value in description["init_args"].items()})
+    except TypeError as error:
+        raise ValueError(f"{spell(description)}: {error}") from error
+
+
+def _family(kind: type[Made]) -> list[type[Made]]:
+    return [kind, *(cls for child in kind.__subclasses__() for cls in _family(child))]
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

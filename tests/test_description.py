@@ -1,0 +1,110 @@
+"""A checkpoint says what it was trained with; loading makes it again, or says that it cannot."""
+
+import warnings
+
+import pytest
+import torch
+
+from lightning_rdrop import FGM, VAT, Bernoulli, Categorical, Distance, FromDistribution, JensenShannon
+from lightning_rdrop.description import describe, rebuild, same_description, spell
+
+
+def saved(fit, module, rows, path):
+    fit(module, rows, limit_train_batches=2).save_checkpoint(path)
+    torch.load(path, weights_only=True)
+    return path
+
+
+def test_what_is_not_given_is_made_again(fit, small, rows, tmp_path):
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    module = small(
+        rdrop_distance=JensenShannon(weight=weight, label_smoothing=0.1), rdrop_regularizers=[VAT(epsilon=2.0), FGM()]
+    )
+    path = saved(fit, module, rows, tmp_path / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = small.load_from_checkpoint(path)
+    assert type(again.rdrop_distance) is JensenShannon
+    assert torch.equal(again.rdrop_distance.weight, weight)
+    assert again.rdrop_distance.label_smoothing == 0.1
+    assert [(type(one), one.epsilon) for one in again.rdrop_regularizers] == [(VAT, 2.0), (FGM, 1.0)]
+    batch = next(iter(rows))
+    losses = []
+    for one in (module, again):
+        torch.manual_seed(3)
+        losses.append(one.train().rdrop_step(batch).loss)
+    torch.testing.assert_close(*losses)
+
+
+def test_a_hook_that_forgets_super_loses_nothing(fit, small, rows, tmp_path):
+    class Forgetful(small):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 1
+
+        def on_load_checkpoint(self, checkpoint):
+            assert checkpoint["mine"] == 1
+
+    path = saved(fit, Forgetful(rdrop_distance=JensenShannon()), rows, tmp_path / "last.ckpt")
+    assert type(Forgetful.load_from_checkpoint(path).rdrop_distance) is JensenShannon
+
+
+def test_a_resumed_fit_has_the_distance_of_the_checkpoint(fit, small, rows, tmp_path):
+    path = saved(fit, small(rdrop_distance=JensenShannon()), rows, tmp_path / "last.ckpt")
+    module = small()
+    trainer = fit(module, rows, resume=path, max_epochs=2)
+    assert "train/js" in trainer.callback_metrics
+
+
+def test_another_one_that_is_given_stays_and_is_named(fit, small, rows, tmp_path):
+    path = saved(fit, small(rdrop_distance=Categorical(label_smoothing=0.1)), rows, tmp_path / "last.ckpt")
+    message = r"trained with rdrop_distance=Categorical\(label_smoothing=0\.1\).*JensenShannon\(\) was given"
+    with pytest.warns(UserWarning, match=message):
+        again = small.load_from_checkpoint(path, rdrop_distance=JensenShannon())
+    assert type(again.rdrop_distance) is JensenShannon
+
+
+def test_what_cannot_be_made_again_is_named(fit, small, rows, tmp_path):
+    module = small(rdrop_distance=FromDistribution(lambda logits: torch.distributions.Categorical(logits=logits)))
+    path = saved(fit, module, rows, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"FromDistribution\(make=<function.*is no plain value.*Give it"):
+        again = small.load_from_checkpoint(path)
+    assert type(again.rdrop_distance) is Categorical
+
+
+def test_the_same_is_no_news(fit, small, rows, tmp_path):
+    path = saved(fit, small(), rows, tmp_path / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small.load_from_checkpoint(path)
+        small.load_from_checkpoint(path, rdrop_distance=Categorical())
+
+
+def test_a_class_that_was_not_imported_is_not_looked_for():
+    description = {"class": "os.system", "init_args": {"command": "false"}}
+    with pytest.raises(ValueError, match=r"os\.system has not been imported"):
+        rebuild(description, Distance)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ({"a": [1, 2.0]}, {"a": [1, 2.0]}, True),
+        ({"a": 1}, {"a": 1, "b": 2}, False),
+        ([1], [1, 2], False),
+        (1, True, False),
+        (torch.ones(2), torch.ones(3), False),
+    ],
+)
+def test_when_two_say_the_same(first, second, same):
+    assert same_description(first, second) is same
+
+
+def test_names_of_arguments_that_come_by_position_or_through_kwargs():
+    class Own(Bernoulli):
+        def __init__(self, scale, **others):
+            super().__init__(**others)
+            self.scale = scale
+
+    own = Own(3.0, pos_weight=torch.ones(2))
+    assert spell(describe(own)) == "Own(scale=3.0, pos_weight=tensor([1.0, 1.0]))"
+    assert rebuild(describe(own), Distance).scale == 3.0

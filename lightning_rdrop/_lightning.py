@@ -8,10 +8,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+LIGHTNINGS = ("pytorch_lightning", "lightning.pytorch")
+"""The names of the two distributions."""
+
 
 def _installed() -> list[ModuleType]:
     found = []
-    for name in ("pytorch_lightning", "lightning.pytorch"):
+    for name in LIGHTNINGS:
         try:
             found.append(import_module(name))
         except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_rdrop import unlabeled, views
 from lightning_rdrop._compat import forget_hyperparameters
-from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
+from lightning_rdrop._lightning import LIGHTNINGS, extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance
@@ -131,6 +131,7 @@ class RDropMixin(Hooks):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _refuse_hidden_mixin(cls)
+        _notice_replaced_step(cls)
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
         extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
@@ -292,13 +293,15 @@ class RDropMixin(Hooks):
         if self.rdrop_views == 1 and not regularizers:
             return None
         inputs, target = self.rdrop_unpack_unlabeled(batch)
+        zero = torch.zeros_like(labeled.ce)
+        if unlabeled.is_empty(inputs):
+            return Terms(loss=zero, ce=zero, kl=zero, extra={str(one.name): zero for one in regularizers})
         if (ignore_index := getattr(self.rdrop_distance, "ignore_index", None)) is not None:
             target = unlabeled.counted(inputs, target, labeled.prediction.dim() - 1, ignore_index)
         if self.rdrop_views > 1:
             predictions = self.rdrop_draw(inputs, target, part="unlabeled")
             terms = self.rdrop_distance.consistency(predictions, self._rdrop_checked_alpha(), target)
         else:
-            zero = torch.zeros_like(labeled.ce)
             terms = Terms(loss=zero, ce=zero, kl=zero)
         self._rdrop_regularize(terms, inputs, target, regularizers)
         return terms
@@ -383,6 +386,23 @@ def _refuse_hidden_mixin(cls: type) -> None:
             f"{cls.__name__} inherits RDropMixin after {others}, which would hide its training_step. "
             f"Put the mixin first: class {cls.__name__}(RDropMixin, {others})"
         )
+
+
+def _notice_replaced_step(cls: type) -> None:
+    """A base that brought a ``training_step`` may have done more in it than the mixin's does."""
+    place = cls.__mro__.index(RDropMixin)
+    before, after = cls.__mro__[:place], cls.__mro__[place + 1 :]
+    replaced = next((base for base in after if "training_step" in vars(base)), None)
+    own = any("training_step" in vars(base) for base in before)
+    inherited = any(issubclass(base, RDropMixin) and issubclass(base, nn.Module) for base in cls.__bases__)
+    if replaced is None or own or inherited or replaced.__module__.startswith(LIGHTNINGS):
+        return
+    warnings.warn(
+        f"{cls.__name__}: the mixin's training_step takes the place of {replaced.__name__}.training_step, and what "
+        "that did besides the loss is not done any more. Delete it there if nothing is missing, or write a training_step "
+        f"in {cls.__name__} that begins with terms = self.rdrop_step(batch).",
+        stacklevel=4,
+    )
 
 
 def _check_duplicate_at(at: str | Sequence[str] | None, passes: str) -> str | Sequence[str] | None:

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from lightning_rdrop._lightning import trainer_of
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.divergence import at_least_float32
+from lightning_rdrop.guard.first_batch import fed_its_source
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.terms import Terms
+from lightning_rdrop.views import tensors_of
 
 Pooling = Literal["cls", "mean", "first-last-average"]
 
@@ -74,8 +76,8 @@ class SimCSEMixin(RDropMixin):
 
     def rdrop_step(self, batch: Any) -> Terms:
         """The whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` 0."""
-        inputs, _ = self.rdrop_unpack_unlabeled(batch)
-        embeddings = self.rdrop_draw(inputs, part="unlabeled")
+        inputs, others = self.rdrop_unpack_unlabeled(batch)
+        embeddings = self.rdrop_draw(inputs, others, part="unlabeled")
         if embeddings.dim() != 3:
             shape = tuple(embeddings.shape[1:])
             raise ValueError(f"SimCSE compares embeddings (B, D), and forward returned the shape {shape}.")
@@ -93,10 +95,15 @@ class SimCSEMixin(RDropMixin):
         )
 
     def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
-        """A first batch of one example has nothing to be told from; a last one may be so."""
+        """A first batch of one example has no other to be told from (a last one may be so), and a pair no label."""
         if predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
             return "SimCSE tells an example from the others of its batch, which has but one: batch_size=1."
-        return super().rdrop_check(predictions, inputs, target, part)
+        if _alike(inputs, target):
+            return (
+                "The batch is a pair whose second part is like the first, an anchor and its positive, and "
+                "unsupervised SimCSE would ignore the second. Give the anchors alone, or both as examples of one batch."
+            )
+        return fed_its_source(self, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as for the log of R-Drop
     def rdrop_log(self, terms: Terms) -> None:
@@ -113,6 +120,12 @@ class SimCSEMixin(RDropMixin):
         # each rank: the result is the gradient of the mean over the joined batch, with no factor to be added.
         gathered: Any = self.all_gather(embeddings, sync_grads=True)
         return gathered.flatten(0, 1), trainer.global_rank
+
+
+def _alike(inputs: Any, others: Any) -> bool:
+    """Whether both have the same tensors, which are more than a number for each example."""
+    shapes = [{path: tensor.shape for path, tensor in tensors_of(part)} for part in (inputs, others)]
+    return shapes[0] == shapes[1] and any(len(shape) > 1 for shape in shapes[0].values())
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset: int = 0) -> Tensor:

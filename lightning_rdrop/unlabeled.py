@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop.terms import Terms
+from lightning_rdrop.views import tensors_of
 
 
 def parts(batch: Any) -> tuple[Any, Any]:
@@ -31,6 +32,16 @@ def parts(batch: Any) -> tuple[Any, Any]:
                 "it. Use the mode 'max_size_cycle', which begins it anew, or 'min_size'."
             )
     return batch["labeled"], batch["unlabeled"]
+
+
+def is_empty(inputs: Any) -> bool:
+    """Whether there is no example, as in the last batch of a loader that filters.
+
+    Example:
+        >>> is_empty({"x": torch.zeros(0, 8)}), is_empty(torch.zeros(3, 8))
+        (True, False)
+    """
+    return any(tensor.dim() > 0 and len(tensor) == 0 for _, tensor in tensors_of(inputs))
 
 
 def counted(inputs: Any, target: Any, rows: int, ignore_index: int) -> Tensor | None:

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import math
+import warnings
 from collections import UserDict
 
 import lightning.pytorch
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import Categorical, Distance, RDropMixin
+from lightning_rdrop import VAT, Categorical, Distance, RDropMixin
+from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.terms import Average
 from tests.networks import training_outputs
 from tests.reference import paper_loss
@@ -380,3 +382,109 @@ def test_validation_runs_once(fit, small, rows):
 
     fit(Evaluated(), rows, num_sanity_val_steps=0)
     assert seen == [4] * 7 + [2]
+
+
+class Trained(pl.LightningModule):
+    """A module of somebody else's, with a step of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
+
+    def forward(self, x):
+        return self.network(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_a_step_that_the_mixin_replaces_is_named_once():
+    with pytest.warns(UserWarning, match=r"takes the place of Trained\.training_step.*rdrop_step"):
+        both = type("Both", (RDropMixin, Trained), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        type("Child", (both,), {})
+        type("Kept", (RDropMixin, Trained), {"training_step": lambda self, batch, _: self.rdrop_step(batch).loss})
+
+
+class Plain(Named):
+    """Hands the logits out in a dict, or in a tuple."""
+
+    kind = dict
+
+    def forward(self, input_ids, attention_mask):
+        logits = super().forward(input_ids, attention_mask).logits
+        return {"logits": logits} if self.kind is dict else (logits, input_ids)
+
+
+def test_logits_in_a_plain_dict():
+    terms = Plain().rdrop_step(named_inputs() | {"labels": torch.tensor([0, 1, 2, 0])})
+    assert terms.prediction.shape == (4, 3)
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+def test_a_tuple_is_refused_in_either_kind_of_passes(passes):
+    module = Plain(rdrop_passes=passes)
+    module.kind = tuple
+    with pytest.raises(TypeError, match=r"The prediction is a tuple.*override rdrop_predict"):
+        module.rdrop_step(named_inputs() | {"labels": torch.tensor([0, 1, 2, 0])})
+
+
+def forward_of(source):
+    """A module whose forward has this signature."""
+    names = {}
+    exec(f"def forward(self, {source}):\n    raise AssertionError('called')", names)
+    return type("Other", (Named,), names)()
+
+
+@pytest.mark.parametrize(
+    ("signature", "mismatch"),
+    [
+        ("batch", "missing a required argument: 'batch'"),
+        ("input_ids, attention_mask, labels", "missing a required argument: 'labels'"),
+        ("tokens, attention_mask", "missing a required argument: 'tokens'"),
+        ("input_ids", "got an unexpected keyword argument 'attention_mask'"),
+    ],
+)
+def test_a_forward_that_takes_other_arguments_is_told_the_hook(signature, mismatch):
+    with pytest.raises(
+        TypeError, match=rf"(?s)Other\.forward\({signature}\).*{mismatch}.*def rdrop_predict\(self, inputs"
+    ):
+        forward_of(signature).rdrop_step(named_inputs() | {"labels": torch.tensor([0, 1, 2, 0])})
+
+
+def test_a_type_error_of_ones_own_is_left_as_it_is(small):
+    class Broken(small):
+        def forward(self, x):
+            return x + "1"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Broken().rdrop_step(batch_of())
+
+
+def test_a_step_that_is_put_together_has_guard_and_regularizers(fit, small, rows):
+    """Two heads by hand: the pieces are those of the mixin's own step."""
+
+    class Heads(small):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            predictions = self.rdrop_draw(x, y)
+            terms = self.rdrop_loss(predictions, y, x)
+            self.rdrop_log(terms)
+            return terms.loss + 0.1 * predictions.square().mean()
+
+    trainer = fit(Heads(rdrop_regularizers=[VAT()]), rows, [ExactAccumulation()], accumulate_grad_batches=2)
+    assert LOGGED | {"train/vat"} == set(trainer.callback_metrics)
+    with pytest.raises(ValueError, match=r"p = 0: network\.2"):
+        fit(Heads(p=0.0), rows)
+
+
+def test_the_pieces_make_the_terms_of_the_step(small):
+    module, (x, y) = small(rdrop_regularizers=[VAT()]), batch_of()
+    made = []
+    for whole in (True, False):
+        torch.manual_seed(3)
+        made.append(module.rdrop_step((x, y)) if whole else module.rdrop_loss(module.rdrop_draw(x, y), y, x))
+    one, other = made
+    assert (one.loss, one.ce, one.kl, one.rows, one.examples) == (other.loss, other.ce, other.kl, other.rows, 5)
+    assert module.rdrop_loss(module.rdrop_draw(x, y), y).extra == {}

@@ -241,3 +241,10 @@ def test_a_pooling_that_is_none(folder):
 
     with pytest.raises(ValueError, match="pooling must be one of 'cls', 'mean', 'first-last-average', got 'max'"):
         SentenceEncoder(str(folder / "model"), pooling="max")
+
+
+def test_a_positive_is_not_taken_for_a_label():
+    x = torch.randn(6, 8)
+    with pytest.raises(ValueError, match=r"an anchor and its positive.*Give the anchors alone"):
+        Encoder().rdrop_step((x, torch.randn(6, 8)))
+    Encoder().rdrop_step((x, torch.arange(6)))

@@ -288,3 +288,16 @@ def test_a_fused_head_is_refused(small):
 def test_exact_accumulation_is_refused(fit, small, rows):
     with pytest.raises(ValueError, match="one denominator, but labelled and unlabelled examples are two means"):
         fit(small(), {"labeled": rows, "unlabeled": rows}, [ExactAccumulation()])
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+def test_an_empty_part_adds_nothing(small, passes):
+    module, batch = small(rdrop_passes=passes, rdrop_regularizers=[VAT()]), batch_of()
+    results = []
+    for unlabeled in (torch.zeros(0, 8), None):
+        torch.manual_seed(3)
+        terms = module.rdrop_step(batch | {"unlabeled": unlabeled} if unlabeled is not None else batch["labeled"])
+        results.append([terms.loss, terms.ce, terms.kl, *gradients(module, terms.loss)])
+    torch.testing.assert_close(*results)
+    terms = module.rdrop_step(batch | {"unlabeled": torch.zeros(0, 8)})
+    assert terms.extra["kl_unlabeled"] == terms.extra["vat_unlabeled"] == 0

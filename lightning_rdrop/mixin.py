@@ -399,8 +399,8 @@ def _notice_replaced_step(cls: type) -> None:
         return
     warnings.warn(
         f"{cls.__name__}: the mixin's training_step takes the place of {replaced.__name__}.training_step, and what "
-        "that did besides the loss is not done any more. Delete it there if nothing is missing, or write a training_step "
-        f"in {cls.__name__} that begins with terms = self.rdrop_step(batch).",
+        "that did besides the loss is not done any more. Delete it there if nothing is missing; else write a "
+        f"training_step in {cls.__name__} that begins with terms = self.rdrop_step(batch).",
         stacklevel=4,
     )
 

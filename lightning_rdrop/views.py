@@ -192,6 +192,20 @@ def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
     return clone
 
 
+def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Every tensor in a container, at any depth, with the keys that lead to it.
+
+    Example:
+        >>> [path for path, _ in tensors_of({"x": [torch.ones(2), 3.0], "y": torch.ones(2)})]
+        [('x', 0), ('y',)]
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    for key, part in (parts_of(value) or {}).items():
+        yield from tensors_of(part, (*path, key))
+
+
 def _flat(value: Any) -> Iterator[Any]:
     """Everything in a container, at any depth."""
     parts = parts_of(value)

@@ -72,7 +72,7 @@ class Split:
 
 
 class Doubling:
-    """K copies of tensors, made once per forward pass, however many submodules are called with the same tensor."""
+    """K copies of tensors, made once per forward pass however many submodules are called with the same tensor."""
 
     def __init__(self, views: int) -> None:
         self._views = views
@@ -81,6 +81,8 @@ class Doubling:
     def __call__(self, value: Any, paths: Collection[KeyPath]) -> Any:
         """The same container with the tensors under these keys doubled; keys that are not there are skipped."""
         if isinstance(value, Tensor):
+            if value.is_inference():  # has no version
+                return torch.cat([value] * self._views)
             key = id(value), value._version  # an in-place operation between two calls changes it
             if key not in self._copies:
                 self._copies[key] = value, torch.cat([value] * self._views)

@@ -28,7 +28,7 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in network.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it calls no submodules, and cuts padding off
+    torch.backends.mha.set_fastpath_enabled(False)  # it hands nested tensors to submodules, and cuts padding off
     others = [] if device.type == "cpu" else [device]
     with eagerly(), torch.no_grad(), torch.random.fork_rng(others, device_type=device.type), buffers_aside(network):
         try:

@@ -14,7 +14,7 @@ FLOORS = [
     "_fused cross_entropy dropout",
     "distance",
     "loss scales",
-    "guard duplicate_at find_split",
+    "guard duplicate_at first_random trial find_split",
     "draw",
     "hooks unlabeled",
     "regularizers",

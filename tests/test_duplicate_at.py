@@ -5,6 +5,7 @@ import torch
 from conftest import Net, sequential
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import Gaussian
@@ -93,6 +94,82 @@ def resnet():
     return nn.Sequential(stem, Block(4), Block(4), head), images
 
 
+def features(*shape):
+    def batch_of(examples):
+        generator = torch.Generator().manual_seed(examples)
+        return torch.randn(examples, *shape, generator=generator, dtype=torch.double), torch.arange(examples) % 2
+
+    return batch_of
+
+
+class Padded(nn.Module):
+    """In eval mode nn.TransformerEncoder takes a fast path here, over nested tensors."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.lower, self.upper = (nn.TransformerEncoder(layer, 2) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        mask = (torch.arange(x.shape[1]) >= 4).expand(x.shape[:2])
+        x = self.upper(self.lower(x, src_key_padding_mask=mask), src_key_padding_mask=mask)
+        return self.head(x[:, :4].mean(1))
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, gate):
+        return self.linear(x) * gate.clone()
+
+
+class InPlace(nn.Module):
+    """Two layers with one mask, which is written to in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = Gated(), Gated(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        mask = x > 0
+        x = self.first(x, mask)
+        mask.logical_not_()
+        return self.head(self.second(x, mask))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Inference(nn.Module):
+    """A part that is never trained, by inference tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.head = nn.Linear(8, 8).requires_grad_(False), Scaled(8, 2)
+
+    def forward(self, x):
+        with torch.inference_mode():
+            x = self.frozen(x)
+        return self.head(x)
+
+
+class Recomputed(nn.Module):
+    """A layer before the split and one behind it that are computed again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower, self.middle, self.upper, self.head = (nn.Linear(8, size) for size in (8, 8, 8, 2))
+
+    def forward(self, x):
+        x = self.middle(checkpoint(self.lower, x, use_reentrant=False))
+        return self.head(checkpoint(self.upper, x, use_reentrant=False))
+
+
 CASES = [
     (lambda: bert_like("Bert"), "encoder.layer.2"),
     (lambda: bert_like("Roberta"), "encoder.layer.1"),
@@ -105,8 +182,14 @@ CASES = [
     (t5, "decoder.block.1"),
     (vit, "layers.2"),
     (resnet, "network.2"),
+    (lambda: (Padded(), features(6, 8)), "upper"),
+    (lambda: (Padded(), features(6, 8)), "upper.layers.1"),
+    (lambda: (InPlace(), features(8)), "first"),
+    (lambda: (Inference(), features(8)), "head"),
+    (lambda: (Recomputed(), features(8)), "middle"),
 ]
 NAMES = ["bert", "roberta", "distilbert", "gpt2", "llama", "bart-e", "bart-d", "t5-e", "t5-d", "vit", "resnet"]
+NAMES += ["padded", "inside", "in-place", "inference", "checkpoint"]
 
 
 def pair(build, at, **kwargs):
@@ -135,7 +218,7 @@ def test_a_late_split_gives_the_loss_and_the_gradients_of_an_early_one(build, at
             if isinstance(part, nn.BatchNorm2d):
                 part.eval()  # the unbiased variance of doubled rows is another
     for examples, length in ((4, 7), (7, 7), (1, 6), (5, 8)):  # the first proves it; B == T; B == 1
-        batch = batch_of(examples, length) if batch_of is not images else batch_of(examples)
+        batch = batch_of(examples, length) if isinstance(batch_of(examples), dict) else batch_of(examples)
         (terms, found), (expected, wanted) = gradients(late, batch), gradients(early, batch)
         torch.testing.assert_close(terms.loss, expected.loss)
         torch.testing.assert_close(terms.prediction, expected.prediction)
@@ -240,6 +323,24 @@ def test_gradient_checkpointing_and_compiled_networks_are_refused():
     compiled = torch.compile(sequential(0.3), backend="eager")
     with pytest.raises(ValueError, match="network is compiled, which hides the calls"):
         Net(compiled, rdrop_duplicate_at="auto").rdrop_step((torch.randn(4, 8), torch.zeros(4, dtype=torch.long)))
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), Gated(), nn.Linear(8, 3)
+
+    def forward(self, x, mask=None):
+        x = self.first(x)
+        return self.head(self.second(x, torch.ones(8) if mask is None else mask))
+
+
+def test_inputs_of_another_structure_have_a_split_of_their_own():
+    early = Net(Masked(), rdrop_guard="off")
+    late = Net(copy.deepcopy(early.network), rdrop_duplicate_at="second", rdrop_guard="off")
+    x, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    for inputs in ({"x": x}, {"x": x, "mask": (x > 0).float()}, {"x": x}):
+        torch.testing.assert_close(gradients(late, (inputs, y))[1], gradients(early, (inputs, y))[1])
 
 
 def test_a_split_that_is_left_out_is_noticed():

@@ -3,6 +3,7 @@ import torch
 from conftest import Net, sequential
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_rdrop.find_split import LateDuplication, find_split
 
@@ -98,6 +99,14 @@ class Towers(nn.Module):
         return self.head(torch.cat([self.left(x), self.right(x)], -1))
 
 
+def test_a_split_behind_the_last_dropout_is_told_to_move():
+    module = Net(sequential(0.3, 0.0), rdrop_duplicate_at="network.3", rdrop_guard="error")
+    message = r"everything random lies before rdrop_duplicate_at='network\.3'.*Name a submodule before"
+    with pytest.warns(UserWarning, match="lies before"), pytest.raises(ValueError, match=message) as raised:
+        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+    assert "separate" not in str(raised.value)  # which is refused together with rdrop_duplicate_at
+
+
 def test_several_splits():
     network, x = Towers(), torch.randn(4, 8)
     split = found(network, ["left.5", "right.5"], x)
@@ -126,6 +135,32 @@ class Columns(nn.Module):
 
     def forward(self, x):
         return self.head(self.layer(x.unsqueeze(0)).squeeze(0))
+
+
+class InTraining(nn.Module):
+    """Adds in training, and there only, what a callable makes of the two hidden layers."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.first, self.second, self.aux = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop, self.head, self.more = nn.Dropout(0.3), nn.Linear(8, 3), more
+
+    def forward(self, x):
+        before = self.first(x)
+        behind = self.drop(self.second(before))
+        return self.head(behind + self.more(self, before, behind) if self.training else behind)
+
+
+class Checkpointed(nn.Module):
+    """A block between two layers, computed again in the backward pass."""
+
+    def __init__(self, use_reentrant=False):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))
+        self.block, self.use_reentrant = nn.Sequential(nn.Dropout(0.0), nn.Linear(8, 8)), use_reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(self.block, self.first(x), use_reentrant=self.use_reentrant))
 
 
 class Uncalled(nn.Module):
@@ -173,16 +208,63 @@ class Loop(nn.Module):
         (Sized(), "first", "How many is called depends on the number of rows"),
         (Loop(), "layer", "layer gets no tensor with the batch"),
         (Uncalled(), "never", "never is not called"),
+        (InTraining(lambda self, before, behind: self.aux(before)), "second", "not in training. aux is called"),
+        (InTraining(lambda self, before, behind: before), "second", r"not in training.*must match.* Name another"),
+        (Checkpointed(), "block", r"block runs inside torch\.utils\.checkpoint.* without checkpointing it"),
+        (Checkpointed(use_reentrant=True), "block.1", r"block\.1 runs inside torch\.utils\.checkpoint"),
         (sequential(0.3), "7", r"'7' is no submodule of Sequential\. There are 0, 1, 2"),
         (Towers(), "lef", "Did you mean left"),
         (Towers(), "5", r"could be left\.5, right\.5: give more of the name"),
     ],
-    ids=["across", "residual", "dimension", "sized", "loop", "uncalled", "unknown", "near", "ambiguous"],
+    ids=[
+        "across",
+        "residual",
+        "dimension",
+        "sized",
+        "loop",
+        "uncalled",
+        "aux",
+        "skip",
+        "checkpoint",
+        "reentrant",
+        "unknown",
+        "near",
+        "ambiguous",
+    ],
 )
 def test_where_a_batch_cannot_be_doubled_the_submodule_is_named(network, at, message):
     with pytest.raises(ValueError, match=message) as raised:
         found(network, at)
     assert at in str(raised.value)
+
+
+def test_one_row_proves_nothing_that_several_do_not():
+    """A view of one row would be added to two without an error."""
+    for rows in (1, 4):
+        with pytest.raises(ValueError, match="residual connection"):
+            found(nn.Sequential(Residual(), nn.Linear(8, 3)), "0.drop", torch.randn(rows, 8))
+
+
+def test_auto_goes_no_further_than_training_allows():
+    assert found(InTraining(lambda self, before, behind: behind)).at == ("drop",)
+    assert found(InTraining(lambda self, before, behind: before)) is None  # both are parts of a sum in training
+    assert found(Checkpointed()).at == ("last.0",)
+
+
+def test_the_fast_path_of_transformers_is_off_in_the_trial_only():
+    enabled = []
+
+    class Look(nn.Sequential):
+        def forward(self, x):
+            enabled.append(torch.backends.mha.get_fastpath_enabled())
+            return super().forward(x)
+
+    found(Look(*sequential(0.0, 0.3)))
+    assert set(enabled) == {False}
+    assert torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(ValueError, match="is not called"):
+        found(Uncalled(), "never")
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_across_the_batch_behind_the_split_is_as_at_the_entrance():

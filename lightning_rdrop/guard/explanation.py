@@ -35,6 +35,12 @@ def explain(network: nn.Module, *, shared: bool = False) -> str:
     """
     agree = "The views are identical, so that R-Drop costs a second pass and changes nothing. "
     layers = stochastic_layers(network)
+    if shared and (at := getattr(network, "rdrop_duplicate_at", None)):
+        return (
+            f"{agree}Two passes differ, the views of one pass do not: everything random lies before "
+            f"rdrop_duplicate_at={at!r}, or is shared by the whole batch as LayerDrop is. Name a submodule before the "
+            "first dropout, or 'auto'; or train without rdrop_duplicate_at."
+        )
     if shared:
         culprits = few(layer.name for layer in layers if layer.scope == "batch" and layer.active)
         return (

@@ -1,0 +1,169 @@
+"""Try a split on a batch, and compare the prediction with that of a batch doubled at the entrance."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_rdrop import guard, submodules
+from lightning_rdrop.duplicate_at import Call, Doubling, KeyPath, Predict, Split, before_calls
+from lightning_rdrop.views import batch_size, duplicate, tensors_of
+from lightning_rdrop.views import split as split_views
+
+
+class Trial:
+    """Passes of a batch doubled late, compared with those of the batch itself and of the batch doubled early.
+
+    Args:
+        network: in the modes of training; it is left in eval mode.
+        predict, inputs, views: see :func:`find_split`.
+    """
+
+    def __init__(self, network: nn.Module, predict: Predict, inputs: Any, views: int) -> None:
+        self._network, self._modules, self._predict = network, submodules.named(network), predict
+        self._inputs, self._views = inputs, views
+        doubled = duplicate(inputs, views)
+        self._modes = [(module, module.training) for module in network.modules()]
+        self._in_training, _, _ = self._shapes(doubled)
+        network.eval()
+        self._once, _, _ = self._shapes(inputs)
+        self._twice, expected, self._work = self._shapes(doubled)
+        self._expected = split_views(expected, views, batch_size(inputs)).flatten(0, 1)
+
+    def split(self, at: Sequence[str]) -> Split:
+        """The split before these submodules, once its prediction is found to be right."""
+        waiting, places, double = set(at), defaultdict[str, dict[int, list[KeyPath]]](dict), Doubling(self._views)
+
+        def change(call: Call, arguments: Any) -> Any:
+            name, index = call
+            single, doubled = self._sort(call, arguments)
+            here = name in waiting
+            if here and not (single or doubled):
+                raise ValueError(f"{name} gets no tensor with the batch.")
+            waiting.discard(name)
+            # behind the last split everything is doubled; before it, only what meets something doubled
+            if not single or not (here or doubled or not waiting):
+                return arguments
+            places[name][index] = single
+            return double(arguments, single)
+
+        try:
+            with before_calls(self._modules, change), FlopCounterMode(display=False) as counter:
+                found = self._predict(self._inputs)
+            if waiting:
+                raise ValueError(f"{', '.join(sorted(waiting))} is not called.")
+            if not _same(found, self._expected):
+                raise ValueError("The prediction is not that of a batch which is doubled at the entrance.")
+        except Exception as error:  # a network may raise anything when shapes do not match
+            raise ValueError(
+                f"rdrop_duplicate_at: the batch cannot be doubled before {', '.join(at)}. {_sentence(error)} Name the "
+                "beginning of a block: inside a residual connection, or where forward itself combines a tensor from "
+                "before the split with one from behind it, B rows would meet K * B rows."
+            ) from error
+        share = counter.get_total_flops() / self._work if self._work else 1.0
+        split = Split(tuple(at), dict(places), share)
+        self._rehearse(split)
+        return split
+
+    def _rehearse(self, split: Split) -> None:
+        """Run the split in the modes of training, where forward may take another path than with dropout off."""
+        waiting = set(split.at)
+
+        def look(call: Call, arguments: Any) -> Any:
+            name, index = call
+            waiting.discard(name)
+            if index in split.places.get(name, {}) and _in_checkpoint():
+                raise ValueError(
+                    f"{name} runs inside torch.utils.checkpoint, which computes it again in the backward pass, where "
+                    "nothing is doubled: train without checkpointing it."
+                )
+            rows = {path: tensor.shape[:1] for path, tensor in tensors_of(arguments)}
+            expected = self._in_training.get(call)  # a call that LayerDrop left out is not there
+            if not waiting and expected is not None and rows != {path: shape[:1] for path, shape in expected.items()}:
+                raise ValueError(f"{name} is called with other tensors there, which are not doubled.")
+            return arguments
+
+        def watched(inputs: Any) -> Any:
+            with before_calls(self._modules, look):  # after the hooks that double
+                return self._predict(inputs)
+
+        for module, mode in self._modes:
+            module.training = mode
+        try:
+            split.predict(self._network, watched, self._inputs, self._views)
+        except Exception as error:  # as above
+            raise ValueError(
+                f"rdrop_duplicate_at: the batch can be doubled before {', '.join(split.at)} in eval mode, but not in "
+                f"training. {_sentence(error)} Name another submodule, or train without rdrop_duplicate_at."
+            ) from error
+        finally:
+            self._network.eval()
+
+    def latest(self, calls: Sequence[Call]) -> Split | None:
+        """The split before the last of these calls or, where that fails, before the nearest submodule around it."""
+        called = {name for name, _ in calls}
+        parts = calls[-1][0].split(".") if calls else []
+        for end in range(len(parts), 0, -1):
+            if (name := ".".join(parts[:end])) in called:
+                try:
+                    return self.split([name])
+                except ValueError:
+                    continue
+        return None
+
+    def _shapes(self, inputs: Any) -> tuple[dict[Call, dict[KeyPath, torch.Size]], Any, int]:
+        """The shapes of all arguments in a pass, the prediction, and the FLOPs."""
+        shapes = {}
+
+        def look(call: Call, arguments: Any) -> Any:
+            shapes[call] = {path: tensor.shape for path, tensor in tensors_of(arguments)}
+            return arguments
+
+        with before_calls(self._modules, look), FlopCounterMode(display=False) as counter:
+            prediction = self._predict(inputs)
+        return shapes, prediction, counter.get_total_flops()
+
+    def _sort(self, call: Call, arguments: Any) -> tuple[list[KeyPath], bool]:
+        """The tensors that carry the batch and are not doubled yet, and whether there are others that are."""
+        once, twice = self._once.get(call), self._twice.get(call)
+        tensors = dict(tensors_of(arguments))
+        if once is None or twice is None or not once.keys() == twice.keys() == tensors.keys():
+            raise ValueError(f"How {call[0]} is called depends on the number of rows.")
+        single, doubled = [], False
+        for path, tensor in tensors.items():
+            if once[path] == twice[path]:
+                continue  # carries no batch
+            doubled = doubled or tensor.shape == twice[path]
+            if tensor.shape == once[path]:
+                if twice[path] != (once[path][0] * self._views, *once[path][1:]):
+                    raise ValueError(f"{call[0]} gets a batch that is not its first dimension, {tuple(tensor.shape)}.")
+                single.append(path)
+        return single, doubled
+
+
+def _same(found: Any, expected: Tensor) -> bool:
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    if found.dtype in (torch.float16, torch.bfloat16):
+        # the rows before the split are rounded in a batch of another size, and later layers amplify the difference
+        return bool((found - expected).nan_to_num().float().norm() <= 0.05 * expected.nan_to_num().float().norm())
+    return guard.same(found, expected)
+
+
+def _sentence(error: Exception) -> str:
+    return f"{error}".rstrip(".") + "."
+
+
+def _in_checkpoint() -> bool:
+    """Whether the caller runs inside a function that is checkpointed."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_rdrop import unlabeled, views
 from lightning_rdrop._compat import forget_hyperparameters
-from lightning_rdrop._lightning import LIGHTNINGS, extend_hook, on_all_ranks, rank_zero_info
+from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance
@@ -24,6 +24,7 @@ from lightning_rdrop.duplicate_at import Split
 from lightning_rdrop.find_split import LateDuplication
 from lightning_rdrop.guard import Guard, Redraw
 from lightning_rdrop.hooks import Hooks
+from lightning_rdrop.inheritance import notice_replaced_step, require_first
 from lightning_rdrop.regularizers import Regularizer
 from lightning_rdrop.terms import Terms
 
@@ -130,8 +131,8 @@ class RDropMixin(Hooks):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _refuse_hidden_mixin(cls)
-        _notice_replaced_step(cls)
+        require_first(cls, RDropMixin)
+        notice_replaced_step(cls, RDropMixin)
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
         extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
@@ -376,33 +377,6 @@ def _outputs(terms: Terms) -> dict[str, Any]:
     """What a training_step hands to callbacks: nothing but the loss keeps the graph."""
     others = {"ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
     return {"loss": terms.loss} | {name: None if value is None else value.detach() for name, value in others.items()}
-
-
-def _refuse_hidden_mixin(cls: type) -> None:
-    before = cls.__mro__[: cls.__mro__.index(RDropMixin)]
-    if nn.Module in before:
-        others = ", ".join(base.__name__ for base in cls.__bases__ if not issubclass(base, RDropMixin))
-        raise TypeError(
-            f"{cls.__name__} inherits RDropMixin after {others}, which would hide its training_step. "
-            f"Put the mixin first: class {cls.__name__}(RDropMixin, {others})"
-        )
-
-
-def _notice_replaced_step(cls: type) -> None:
-    """A base that brought a ``training_step`` may have done more in it than the mixin's does."""
-    place = cls.__mro__.index(RDropMixin)
-    before, after = cls.__mro__[:place], cls.__mro__[place + 1 :]
-    replaced = next((base for base in after if "training_step" in vars(base)), None)
-    own = any("training_step" in vars(base) for base in before)
-    inherited = any(issubclass(base, RDropMixin) and issubclass(base, nn.Module) for base in cls.__bases__)
-    if replaced is None or own or inherited or replaced.__module__.startswith(LIGHTNINGS):
-        return
-    warnings.warn(
-        f"{cls.__name__}: the mixin's training_step takes the place of {replaced.__name__}.training_step, and what "
-        "that did besides the loss is not done any more. Delete it there if nothing is missing; else write a "
-        f"training_step in {cls.__name__} that begins with terms = self.rdrop_step(batch).",
-        stacklevel=4,
-    )
 
 
 def _check_duplicate_at(at: str | Sequence[str] | None, passes: str) -> str | Sequence[str] | None:

@@ -16,7 +16,7 @@ FLOORS = [
     "loss scales",
     "guard duplicate_at first_random trial find_split",
     "draw",
-    "hooks unlabeled",
+    "hooks inheritance unlabeled",
     "regularizers",
     "mixin",
     "simcse",

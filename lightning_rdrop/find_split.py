@@ -92,6 +92,7 @@ def find_split(
         ValueError: a submodule that does not exist, or before which the batch cannot be doubled.
 
     Example:
+        >>> import torch
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2))
         >>> print(find_split(network, network, torch.ones(5, 4), 2, "auto"))
         The batch is doubled before 1; a forward pass takes 67% of the FLOPs.

@@ -37,6 +37,8 @@ class Noisy(Small):
     """A noise that depends on a row and its view alone, not on the batch."""
 
     def forward(self, x):
+        if not self.training:
+            return self.network(x)
         view = torch.arange(len(x)) * 2 // len(x) if len(x) % 2 == 0 else torch.zeros(len(x))
         return self.network(x * (1 + 0.5 * torch.sin((10 + view.unsqueeze(1)) * x)))
 

@@ -275,7 +275,8 @@ class RDropMixin(MixinBase):
 
     def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
         inputs, target = self.rdrop_unpack(batch)
-        examples = views.batch_size(inputs if self.rdrop_passes == "joint" else target)
+        joint = self.rdrop_passes == "joint"
+        examples = views.batch_size(inputs, target) if joint else views.batch_size(target)
 
         def predict() -> Tensor:
             if not weight:

@@ -34,7 +34,7 @@ def test_it_is_put_back_when_training_fails(fit, small, rows):
     assert module.network[2].p == 0.1
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, 30, True])
+@pytest.mark.parametrize("p", [-0.1, 1.0, 30, True, "0.3", None])
 def test_a_probability_is_one(p):
     with pytest.raises(ValueError, match="p must be a probability"):
         DropoutProbability(p)

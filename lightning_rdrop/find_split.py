@@ -105,10 +105,9 @@ def find_split(
     device = next(tensor.device for _, tensor in tensors_of(inputs))
     with untouched(network, device):
         calls, random = first_random(network, predict, inputs, device, on_all_ranks)
-        trial = Trial(network, predict, inputs, views)
         if chosen is None:
-            return None if random is None else trial.latest(calls[:random])
-        split = trial.split(chosen)
+            return None if random is None else Trial(network, predict, inputs, views).latest(calls[:random])
+        split = Trial(network, predict, inputs, views).split(chosen)
     reached = min((index for index, (name, _) in enumerate(calls) if name in chosen), default=0)
     shared = calls[random - 1][0] if random is not None and 0 < random <= reached else None
     return replace(split, shared=shared)

@@ -359,7 +359,7 @@ class RDropMixin(Hooks):
     def _rdrop_examples(self, inputs: Any, target: Any) -> int:
         """B. Separate passes take inputs whose examples cannot be told, and then the target tells."""
         if self.rdrop_passes == "joint":
-            return views.batch_size(inputs)
+            return views.batch_size(inputs, target)
         return 0 if target is None else views.batch_size(target)
 
     def _rdrop_modes(self) -> list[bool]:

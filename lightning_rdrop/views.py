@@ -28,8 +28,13 @@ _ATOMS = (*_CONSTANTS, Tensor, PackedSequence)  # never looked into, although so
 _SEPARATE = 'Or predict each view in a forward pass of its own, which duplicates nothing: rdrop_passes="separate".'
 
 
-def batch_size(batch: Any) -> int:
+def batch_size(batch: Any, target: Any = None) -> int:
     """B, the number of examples: the one leading size of all tensors in a batch.
+
+    Args:
+        batch: see :func:`duplicate`.
+        target: what belongs to it, if there is any: as many targets as a list has tensors tell that each of the tensors
+            is one example, such as an image, and not (B, ...).
 
     Raises:
         ValueError: no tensor has rows, or two of them differ in their number.
@@ -41,16 +46,16 @@ def batch_size(batch: Any) -> int:
     """
     sizes: dict[str, int] = {}
     lists: dict[str, Any] = {}
-    for path, leaf in _leaves(batch, "batch"):
-        if isinstance(leaf, Tensor):
-            if leaf.layout != torch.strided or leaf.is_nested:
-                raise _cannot_double(leaf, path, f"is a {'nested' if leaf.is_nested else leaf.layout} tensor")
-            if leaf.dim():
-                sizes[path] = len(leaf)
-        elif _is_list(leaf):
-            lists[path] = leaf
-        elif not isinstance(leaf, _CONSTANTS):
-            raise _cannot_double(leaf, path, "is of a type whose rows are unknown")
+    for path, value in _walk(batch, "batch"):
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_nested:
+                raise _cannot_double(value, path, f"is a {'nested' if value.is_nested else value.layout} tensor")
+            if value.dim():
+                sizes[path] = len(value)
+        elif _is_list(value):
+            lists[path] = value
+        elif _structure(value) is None and not isinstance(value, _CONSTANTS):
+            raise _cannot_double(value, path, "is of a type whose rows are unknown")
     if not sizes:
         raise ValueError(f"The batch, a {type(batch).__name__}, holds no tensor that has rows, (B, ...). {_SEPARATE}")
     (path, size), *others = sizes.items()
@@ -61,9 +66,14 @@ def batch_size(batch: Any) -> int:
                 f"tensor of a batch must be (B, ...): keep constants in the module, and pad sequences to one length. "
                 f"{_SEPARATE}"
             )
+    targets = _count(target)
     for path, items in lists.items():
-        unknown = [] if len(items) == size else [item for item in _flat(items) if not isinstance(item, _ATOMS)]
-        if unknown:
+        if targets == len(items) != size and all(isinstance(item, Tensor) for item in items):
+            shape = tuple(items[0].shape)
+            why = f"holds one tensor for each of {targets} targets, such as an image {shape}, and none is (B, ...)"
+            raise _cannot_double(items, path, why)
+        unknown = [item for item in _flat(items) if not isinstance(item, _ATOMS)]
+        if unknown and _structure(items) is None and len(items) != size:
             found = type(unknown[0]).__name__
             raise _cannot_double(items, path, f"holds a {found}, but not one item for each of the {size} examples")
     return size
@@ -161,14 +171,18 @@ def _check(views: int) -> None:
         raise ValueError(f"views must be an int >= 1, got {views!r}.")
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every leaf of a batch, with the expression that leads to it."""
-    parts = _structure(value)
-    if parts is None:
-        yield path, value
-        return
-    for key, part in parts.items():
-        yield from _leaves(part, f"{path}.{key}" if _is_dataclass(value) else f"{path}[{key!r}]")
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Everything in a batch, containers before their parts, with the expressions that lead there."""
+    yield path, value
+    for key, part in (_structure(value) or {}).items():
+        yield from _walk(part, f"{path}.{key}" if _is_dataclass(value) else f"{path}[{key!r}]")
+
+
+def _count(target: Any) -> int | None:
+    """How many targets there are, if they are a tensor or a list of anything else."""
+    if isinstance(target, Tensor):
+        return len(target) if target.dim() else None
+    return len(target) if _is_list(target) and not any(isinstance(part, Tensor) for part in target) else None
 
 
 def _map_rows(value: Any, examples: int, tensor: Callable[[Tensor], Tensor], items: Callable[[Any], list[Any]]) -> Any:

@@ -23,6 +23,24 @@ def test_it_holds_during_the_training_and_not_after(fit, small, rows, tmp_path):
     assert saved["callbacks"]["DropoutProbability"] == {"p": 0.4}
 
 
+def test_outside_of_a_training_it_does_nothing(fit, small, rows):
+    class Evaluated(small):
+        def validation_step(self, batch, batch_idx):
+            assert self.network[2].p == expected
+
+    module, callback, expected = Evaluated(p=0.1), DropoutProbability(0.4), 0.1
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
+    trainer.validate(module, rows, verbose=False)
+    trainer = fit(module, rows, [callback])
+    module.network[2].p = expected = 0.2  # the user's, after the training
+    trainer.validate(module, rows, verbose=False)
+    assert module.network[2].p == 0.2
+
+
+def test_no_dropout_at_all(fit, small, rows):
+    fit(small(rdrop_views=1), rows, [DropoutProbability(0)])
+
+
 def test_it_is_put_back_when_training_fails(fit, small, rows):
     class Failing(pl.Callback):
         def on_train_batch_end(self, *args):
@@ -34,7 +52,7 @@ def test_it_is_put_back_when_training_fails(fit, small, rows):
     assert module.network[2].p == 0.1
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, 30, True])
+@pytest.mark.parametrize("p", [-0.1, 1.0, 30, True, "0.3", None])
 def test_a_probability_is_one(p):
     with pytest.raises(ValueError, match="p must be a probability"):
         DropoutProbability(p)

@@ -158,6 +158,17 @@ def test_a_batch_of_an_own_kind_needs_one_hook(fit):
         Named().rdrop_step(batch)
 
 
+def test_a_list_of_images_is_named(small):
+    class Detector(small):
+        def forward(self, images):
+            return torch.stack([self.network(image.mean((1, 2)).repeat(2)[:8]) for image in images])
+
+    images, y = [torch.randn(4, 5, 5) for _ in range(3)], torch.tensor([0, 1, 2])
+    with pytest.raises(TypeError, match=r"a list, cannot be doubled: .* such as an image \(4, 5, 5\).*separate"):
+        Detector().rdrop_step((images, y))
+    assert Detector(rdrop_passes="separate").rdrop_step((images, y)).examples == 3
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

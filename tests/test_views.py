@@ -293,6 +293,34 @@ def test_tensors_of_different_sizes_are_refused_by_their_places():
         duplicate(images, 2)
 
 
+IMAGES = [torch.ones(3, 5, 5), torch.ones(3, 4, 6), torch.ones(3, 5, 5), torch.ones(3, 2, 2)]
+
+
+@pytest.mark.parametrize("target", [torch.zeros(4), torch.zeros(4, 2), [{"boxes": torch.ones(2, 4)}] * 4])
+def test_images_in_a_list_are_not_read_as_their_channels(target):
+    message = r"cannot be doubled: it holds one tensor for each of 4 targets, such as an image \(3, 5, 5\).*"
+    with pytest.raises(TypeError, match=f"batch, a list, {message}"):
+        batch_size(IMAGES, target)
+    with pytest.raises(TypeError, match=rf"batch\['x'\]\[0\], a tuple, {message}.*separate"):
+        batch_size({"x": (tuple(IMAGES), None)}, target)
+
+
+@pytest.mark.parametrize(
+    ("batch", "target"),
+    [
+        (IMAGES, None),  # nothing tells
+        ([torch.ones(3, 5, 5), torch.ones(3, 4)], torch.zeros(3)),  # two inputs of three examples
+        ([torch.ones(3, 5), torch.ones(3)], (torch.zeros(3, 7), torch.zeros(3))),  # and tokens with their lengths
+        ([torch.ones(3, 5)] * 3, torch.zeros(3)),  # either way three
+        ({"x": torch.ones(3, 5), "y": torch.ones(3)}, torch.zeros(2)),  # no list
+        ([torch.ones(3, 5), ["a", "b", "c"]], torch.zeros(2)),
+        ([torch.ones(3)], torch.tensor(1.0)),
+    ],
+)
+def test_lists_of_inputs_are_left_in_peace(batch, target):
+    assert batch_size(batch, target) == 3
+
+
 @pytest.mark.parametrize("batch", [{}, ["a", "b"], torch.tensor(1.0), None])
 def test_a_batch_without_rows_is_refused(batch):
     with pytest.raises(ValueError, match="has rows"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from lightning_rdrop._lightning import Callback
@@ -34,9 +35,9 @@ class DropoutProbability(Callback):
 
     def __init__(self, p: float = 0.3) -> None:
         super().__init__()
-        if isinstance(p, bool) or not 0 <= p < 1:
+        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p < 1:
             raise ValueError(f"p must be a probability, 0 <= p < 1 (0.3 is recommended), got {p!r}.")
-        self.p = p
+        self.p: float = float(p)  # checkpoints hold plain floats
         self._earlier: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

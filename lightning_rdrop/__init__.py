@@ -10,6 +10,7 @@ from lightning_rdrop.distance import (
     FromDistribution,
     Gaussian,
     JensenShannon,
+    Together,
 )
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.loss import RDropLoss
@@ -38,6 +39,7 @@ __all__ = [
     "Regularizer",
     "SimCSEMixin",
     "Terms",
+    "Together",
     "convert_alpha",
     "jensen_shannon",
     "linear_rdrop_cross_entropy",

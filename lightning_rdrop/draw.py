@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_rdrop import views
 from lightning_rdrop.duplicate_at import Split
@@ -21,8 +20,8 @@ def draw(
     *,
     passes: Literal["joint", "separate"] = "joint",
     split: Split | None = None,
-) -> Tensor:
-    """K predictions of the same inputs, views first.
+) -> Any:
+    """K predictions of the same inputs, views first, in the containers of one prediction.
 
     Args:
         network: the module in which ``split`` names submodules.
@@ -37,12 +36,13 @@ def draw(
         shape (K, N, ...).
 
     Example:
+        >>> import torch
         >>> network = nn.Dropout(0.5)
         >>> draw(network, network, torch.ones(4, 8), count=2, examples=4).shape
         torch.Size([2, 4, 8])
     """
     if passes == "separate":
-        return torch.stack([views.require_tensor(predict(inputs)) for _ in range(count)])
+        return views.stack([predict(inputs) for _ in range(count)])
     if split is None:
         prediction = predict(views.duplicate(inputs, count, examples))
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop.views import parts_of, with_parts
+from lightning_rdrop.nesting import parts_of, with_parts
 
 Predict = Callable[[Any], Any]
 KeyPath = tuple[Any, ...]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_rdrop import submodules
 from lightning_rdrop.duplicate_at import Call, Predict, before_calls
-from lightning_rdrop.views import tensors_of
+from lightning_rdrop.nesting import tensors_of
 
 _REDRAWS = 16
 

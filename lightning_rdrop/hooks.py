@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_rdrop import views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.distance import Distance
@@ -82,7 +83,7 @@ class Hooks(MixinBase):
             return output["logits"]
         return getattr(output, "logits", output)
 
-    def rdrop_head(self) -> Head | None:
+    def rdrop_head(self) -> Head | dict[str, Head] | None:
         """Hook: the linear output layer whose logits training never holds; then :meth:`rdrop_hidden` gives its inputs.
 
         It saves most of the memory of a large vocabulary. ``rdrop_predict`` gives the logits as ever, for validation
@@ -94,7 +95,7 @@ class Hooks(MixinBase):
         """Hook: the hidden states (B, ..., D) of some inputs, of which ``rdrop_head`` makes the prediction."""
         raise NotImplementedError("rdrop_head gives an output layer: override rdrop_hidden to give its inputs.")
 
-    def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
+    def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """Hook: what is wrong with a first batch, if anything; it is said as ``rdrop_guard`` says.
 
         Args:
@@ -109,8 +110,12 @@ class Hooks(MixinBase):
         ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
         if part == "unlabeled":
             return none_counts(target, ignore_index) or fed_its_source(self, inputs)
-        head = self.rdrop_head()
-        self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
+        head, first = self.rdrop_head(), views.view(predictions, 0)
+        if isinstance(head, Mapping):
+            first = first | {name: one.like_logits(first[name]) for name, one in head.items()}
+        elif head is not None:
+            first = head.like_logits(first)
+        self.rdrop_distance.check(first, target)
         return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, ClassVar, Literal
@@ -18,13 +18,14 @@ from lightning_rdrop._compat import forget_hyperparameters
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of
 from lightning_rdrop.description import describe, rebuild, same_description, spell
-from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.duplicate_at import Split
 from lightning_rdrop.find_split import LateDuplication
 from lightning_rdrop.guard import Guard, Redraw
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.inheritance import notice_replaced_step, require_first
+from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.regularizers import Regularizer
 from lightning_rdrop.terms import Terms
 
@@ -49,8 +50,9 @@ class RDropMixin(Hooks):
     Args:
         rdrop_alpha: the weight of the consistency, >= 0; a plain attribute, which callbacks set.
         rdrop_views: K, the predictions of an example; 1 is ordinary training.
-        rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. A checkpoint has its
-            description: where none is given, loading makes it again, or says that it cannot.
+        rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. Several by name are
+            :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these names. A
+            checkpoint has its description: where none is given, loading makes it again, or says that it cannot.
         rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
         rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
@@ -96,7 +98,7 @@ class RDropMixin(Hooks):
         *args: Any,
         rdrop_alpha: float = 4.0,
         rdrop_views: int = 2,
-        rdrop_distance: Distance | None = None,
+        rdrop_distance: Distance | dict[str, Distance] | None = None,
         rdrop_passes: Literal["joint", "separate"] = "joint",
         rdrop_duplicate_at: str | Sequence[str] | None = None,
         rdrop_unlabeled_weight: float = 1.0,
@@ -111,8 +113,10 @@ class RDropMixin(Hooks):
         if isinstance(rdrop_views, bool) or not isinstance(rdrop_views, int) or rdrop_views < 1:
             raise ValueError(f"rdrop_views must be an int >= 1 (1 is ordinary training), got {rdrop_views!r}.")
         self.rdrop_views = rdrop_views
+        if isinstance(rdrop_distance, Mapping):
+            rdrop_distance = Together(rdrop_distance)
         if not isinstance(rdrop_distance, (Distance, type(None))):
-            raise TypeError(f"rdrop_distance must be a Distance or None, got {rdrop_distance!r}.")
+            raise TypeError(f"rdrop_distance must be a Distance, several by name, or None, got {rdrop_distance!r}.")
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))
         self.rdrop_duplicate_at = _check_duplicate_at(rdrop_duplicate_at, rdrop_passes)
@@ -161,7 +165,7 @@ class RDropMixin(Hooks):
         labeled, others = unlabeled.parts(batch)
         return self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
 
-    def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled") -> Tensor:
+    def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled") -> Any:
         """K predictions (K, N, ...) of some inputs, each under dropout masks of its own, watched by the guard.
 
         Args:
@@ -171,7 +175,7 @@ class RDropMixin(Hooks):
         """
         return self._rdrop_guarded(inputs, target, self._rdrop_examples(inputs, target), self.rdrop_views, part)
 
-    def rdrop_loss(self, predictions: Tensor, target: Any, inputs: Any = None) -> Terms:
+    def rdrop_loss(self, predictions: Any, target: Any, inputs: Any = None) -> Terms:
         """The terms of K predictions.
 
         Args:
@@ -191,14 +195,19 @@ class RDropMixin(Hooks):
         """
         self.rdrop_rows = terms.rows
         self._rdrop_guard.note(terms.kl)
-        task, consistency = self.rdrop_distance.term_names
         self.log("train/loss", terms.loss, batch_size=terms.examples)
-        values: dict[str, Any] = {task: terms.ce, consistency: terms.kl, "alpha": self.rdrop_alpha} | terms.extra
-        for name, value in values.items():
+        for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)
-        rows: Any = terms.examples if terms.rows is None else terms.rows  # a tensor, which is not waited for
-        for name, value in ((task, terms.ce), (consistency, terms.kl)):
-            self.log(f"train/{name}_epoch", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
+        self._rdrop_log_means(terms, self.rdrop_distance, "train/", terms.examples)
+
+    def _rdrop_log_means(self, terms: Terms, distance: Distance, prefix: str, examples: int | None) -> None:
+        """ce and kl, of the step and of the epoch, and those of the parts."""
+        rows: Any = examples if terms.rows is None else terms.rows  # a tensor, which is not waited for
+        for name, value in zip(distance.term_names, (terms.ce, terms.kl), strict=True):
+            self.log(f"{prefix}{name}", value, prog_bar=True, batch_size=examples)
+            self.log(f"{prefix}{name}_epoch", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
+        for name, part in terms.parts.items():
+            self._rdrop_log_means(part, distance.part(name), f"{prefix}{name}_", examples)
 
     def save_hyperparameters(
         self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
@@ -262,7 +271,7 @@ class RDropMixin(Hooks):
         return self._rdrop_terms(predictions, target, inputs, examples, weight)
 
     def _rdrop_terms(
-        self, predictions: Tensor, target: Any, inputs: Any, examples: int | None, weight: float = 1.0
+        self, predictions: Any, target: Any, inputs: Any, examples: int | None, weight: float = 1.0
     ) -> Terms:
         alpha = weight * self._rdrop_checked_alpha()
         terms = self.rdrop_distance.terms(predictions, target, alpha, self.rdrop_head())
@@ -297,7 +306,8 @@ class RDropMixin(Hooks):
         zero = torch.zeros_like(labeled.ce)
         if unlabeled.is_empty(inputs):
             return Terms(loss=zero, ce=zero, kl=zero, extra={str(one.name): zero for one in regularizers})
-        if (ignore_index := getattr(self.rdrop_distance, "ignore_index", None)) is not None:
+        ignore_index = getattr(self.rdrop_distance, "ignore_index", None)
+        if ignore_index is not None and isinstance(labeled.prediction, Tensor):
             target = unlabeled.counted(inputs, target, labeled.prediction.dim() - 1, ignore_index)
         if self.rdrop_views > 1:
             predictions = self.rdrop_draw(inputs, target, part="unlabeled")
@@ -319,7 +329,7 @@ class RDropMixin(Hooks):
         term: Tensor = regularizer(self, inputs, target).mean
         return term
 
-    def _rdrop_guarded(self, inputs: Any, target: Any, examples: int, count: int, part: str) -> Tensor:
+    def _rdrop_guarded(self, inputs: Any, target: Any, examples: int, count: int, part: str) -> Any:
         """K predictions (K, N, ...), or the hidden states of which a head makes them, under the eyes of the guard."""
         predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
         if count > 1 and self.rdrop_passes == "joint":
@@ -331,9 +341,9 @@ class RDropMixin(Hooks):
         return predictions
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values, and at what changes between steps
-    def _rdrop_watch(self, predictions: Tensor, redraw: Redraw, inputs: Any, target: Any, part: str) -> None:
+    def _rdrop_watch(self, predictions: Any, redraw: Redraw, inputs: Any, target: Any, part: str) -> None:
         # with alpha = 0 on purpose, equal views cost nothing but time
-        must_differ = len(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
+        must_differ = views.count(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
         modes = self._rdrop_modes()
         self._rdrop_guard.watch(self, predictions, redraw, inputs, target, part, modes, must_differ=must_differ)
 
@@ -376,7 +386,7 @@ class RDropMixin(Hooks):
 def _outputs(terms: Terms) -> dict[str, Any]:
     """What a training_step hands to callbacks: nothing but the loss keeps the graph."""
     others = {"ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
-    return {"loss": terms.loss} | {name: None if value is None else value.detach() for name, value in others.items()}
+    return {"loss": terms.loss} | {name: map_tensors(value, Tensor.detach) for name, value in others.items()}
 
 
 def _check_duplicate_at(at: str | Sequence[str] | None, passes: str) -> str | Sequence[str] | None:

@@ -14,8 +14,8 @@ from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.guard.first_batch import fed_its_source
 from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.terms import Terms
-from lightning_rdrop.views import tensors_of
 
 Pooling = Literal["cls", "mean", "first-last-average"]
 
@@ -94,7 +94,7 @@ class SimCSEMixin(RDropMixin):
             extra={"alignment": alignment(first, second), "uniformity": uniformity(first)},
         )
 
-    def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
+    def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """A first batch of one example has no other to be told from (a last one may be so), and a pair no label."""
         if predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
             return "SimCSE tells an example from the others of its batch, which has but one: batch_size=1."

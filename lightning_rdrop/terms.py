@@ -73,6 +73,8 @@ class Terms:
         examples: B, the number of examples of the batch (not of its views): the batch size to log with.
         extra: what else is logged, by name: the terms of regularizers, without their weights, and the parts of a
             semi-supervised kl; detached.
+        parts: the terms of several predictions by name, of which these are the weighted sums; see
+            :class:`~lightning_rdrop.Together`.
     """
 
     loss: Tensor
@@ -82,6 +84,7 @@ class Terms:
     rows: Tensor | None = None
     examples: int | None = None
     extra: dict[str, Tensor | float] = field(default_factory=dict)
+    parts: dict[str, Terms] = field(default_factory=dict)
 
     @classmethod
     def of(cls, task: Average, between: Average, alpha: float | Tensor, **others: Any) -> Terms:

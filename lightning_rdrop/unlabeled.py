@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.terms import Terms
-from lightning_rdrop.views import tensors_of
 
 
 def parts(batch: Any) -> tuple[Any, Any]:

@@ -13,9 +13,6 @@ Views come first: K views of N rows are one tensor (K, N, ...).
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-_ATOMS = (*_CONSTANTS, Tensor, PackedSequence)  # never looked into, although some are tuples
+from lightning_rdrop.nesting import ATOMS, CONSTANTS, has_attributes, map_tensors, parts_of, tensors_of, with_parts
+
 _SEPARATE = 'Or predict each view in a forward pass of its own, which duplicates nothing: rdrop_passes="separate".'
 
 
@@ -54,7 +51,7 @@ def batch_size(batch: Any, target: Any = None) -> int:
                 sizes[path] = len(value)
         elif _is_list(value):
             lists[path] = value
-        elif _structure(value) is None and not isinstance(value, _CONSTANTS):
+        elif _structure(value) is None and not isinstance(value, CONSTANTS):
             raise _cannot_double(value, path, "is of a type whose rows are unknown")
     if not sizes:
         raise ValueError(f"The batch, a {type(batch).__name__}, holds no tensor that has rows, (B, ...). {_SEPARATE}")
@@ -72,7 +69,7 @@ def batch_size(batch: Any, target: Any = None) -> int:
             shape = tuple(items[0].shape)
             why = f"holds one tensor for each of {targets} targets, such as an image {shape}, and none is (B, ...)"
             raise _cannot_double(items, path, why)
-        unknown = [item for item in _flat(items) if not isinstance(item, _ATOMS)]
+        unknown = [item for item in _flat(items) if not isinstance(item, ATOMS)]
         if unknown and _structure(items) is None and len(items) != size:
             found = type(unknown[0]).__name__
             raise _cannot_double(items, path, f"holds a {found}, but not one item for each of the {size} examples")
@@ -106,6 +103,16 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
     return _map_rows(batch, examples, lambda tensor: torch.cat([tensor] * views), lambda items: [*items] * views)
 
 
+def repeat(target: Any, views: int) -> Any:
+    """Every tensor of a target (N, ...) as (K * N, ...), view after view; those without dimensions are constants.
+
+    Example:
+        >>> repeat((torch.tensor([1, 2]), torch.tensor(7)), 2)
+        (tensor([1, 2, 1, 2]), tensor(7))
+    """
+    return map_tensors(target, lambda tensor: torch.cat([tensor] * views) if tensor.dim() else tensor)
+
+
 def take(batch: Any, rows: Sequence[int], examples: int) -> Any:
     """The rows of a batch that are asked for, in their order, in the same containers.
 
@@ -121,16 +128,17 @@ def take(batch: Any, rows: Sequence[int], examples: int) -> Any:
     return _map_rows(batch, examples, lambda tensor: tensor[list(rows)], lambda items: [items[row] for row in rows])
 
 
-def split(prediction: Any, views: int, examples: int) -> Tensor:
-    """The views (K, N, ...) of a prediction (K * N, ...) for a duplicated batch.
+def split(prediction: Any, views: int, examples: int) -> Any:
+    """The views (K, N, ...) of a prediction (K * N, ...) for a duplicated batch, tensor by tensor.
 
     Args:
-        prediction: K * B rows, or a multiple where a model flattens tokens into rows.
+        prediction: a tensor of K * B rows, or of a multiple where a model flattens tokens into rows; or any nesting of
+            such tensors, of which those without dimensions are constants.
         views: K.
         examples: B.
 
     Raises:
-        TypeError: the prediction is not a tensor.
+        TypeError: the prediction holds no tensor.
         ValueError: its number of rows is no multiple of K * B, or B is 0.
 
     Example:
@@ -139,30 +147,80 @@ def split(prediction: Any, views: int, examples: int) -> Tensor:
                 [10, 20]])
     """
     _check(views)
-    tensor = require_tensor(prediction)
     if examples < 1:
         raise ValueError(f"examples must be >= 1, got {examples}: an empty batch has no views; leave it out.")
-    rows = len(tensor) if tensor.dim() else 0
-    if rows % (views * examples) or rows == 0:
-        raise ValueError(
-            f"The forward returned {rows} rows (shape {tuple(tensor.shape)}) for {views} views of {examples} "
-            f"examples, where {views * examples} or a multiple are needed: each row of the inputs must have a row in "
-            f"the prediction, in the same order. {_SEPARATE}"
-        )
-    return tensor.reshape(views, rows // views, *tensor.shape[1:])
+
+    def split_rows(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 and tensor is not prediction:
+            return tensor
+        rows = len(tensor) if tensor.dim() else 0
+        if rows % (views * examples) or rows == 0:
+            raise ValueError(
+                f"The forward returned {rows} rows (shape {tuple(tensor.shape)}) for {views} views of {examples} "
+                f"examples, where {views * examples} or a multiple are needed: each row of the inputs must have a row "
+                f"in the prediction, in the same order. {_SEPARATE}"
+            )
+        return tensor.reshape(views, rows // views, *tensor.shape[1:])
+
+    return map_tensors(_with_tensors(prediction), split_rows)
 
 
-def require_tensor(prediction: Any) -> Tensor:
-    """The prediction, if it is a tensor.
+def stack(predictions: Sequence[Any]) -> Any:
+    """The views (K, N, ...) of K predictions (N, ...) that were made one by one.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: a prediction holds no tensor.
+
+    Example:
+        >>> stack([{"logits": torch.tensor([1, 2])}, {"logits": torch.tensor([10, 20])}])
+        {'logits': tensor([[ 1,  2],
+                [10, 20]])}
     """
-    if isinstance(prediction, Tensor):
+    rows = [iter([tensor for _, tensor in tensors_of(prediction)]) for prediction in predictions]
+    return map_tensors(_with_tensors(predictions[0]), lambda _: torch.stack([next(each) for each in rows]))
+
+
+def view(predictions: Any, number: int) -> Any:
+    """One of K views (K, N, ...), by its number.
+
+    Example:
+        >>> view(torch.tensor([[1, 2], [10, 20]]), 1)
+        tensor([10, 20])
+    """
+    return map_tensors(predictions, lambda tensor: tensor[number] if tensor.dim() else tensor)
+
+
+def merge(predictions: Any) -> Any:
+    """The rows of all views, (K * N, ...), of predictions (K, N, ...).
+
+    Example:
+        >>> merge(torch.tensor([[1, 2], [10, 20]]))
+        tensor([ 1,  2, 10, 20])
+    """
+    return map_tensors(predictions, lambda tensor: tensor.flatten(0, 1) if tensor.dim() else tensor)
+
+
+def count(predictions: Any) -> int:
+    """K, of predictions (K, N, ...).
+
+    Example:
+        >>> count({"logits": torch.zeros(3, 5)})
+        3
+    """
+    return len(first_tensor(predictions))
+
+
+def first_tensor(predictions: Any) -> Tensor:
+    """The first tensor with dimensions, which tells number, dtype and device."""
+    return next(tensor for _, tensor in tensors_of(predictions) if tensor.dim())
+
+
+def _with_tensors(prediction: Any) -> Any:
+    if any(tensor.dim() for _, tensor in tensors_of(prediction)) or isinstance(prediction, Tensor):
         return prediction
     raise TypeError(
-        f"The prediction is a {type(prediction).__name__}, where a tensor is needed: return logits, or an object with "
-        ".logits, from forward, or override rdrop_predict(self, inputs) to return the tensor."
+        f"The prediction, a {type(prediction).__name__}, holds no tensor: return logits, or an object with .logits, "
+        "from forward, or override rdrop_predict(self, inputs) to return the prediction."
     )
 
 
@@ -175,7 +233,7 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Everything in a batch, containers before their parts, with the expressions that lead there."""
     yield path, value
     for key, part in (_structure(value) or {}).items():
-        yield from _walk(part, f"{path}.{key}" if _is_dataclass(value) else f"{path}[{key!r}]")
+        yield from _walk(part, f"{path}.{key}" if has_attributes(value) else f"{path}[{key!r}]")
 
 
 def _count(target: Any) -> int | None:
@@ -201,50 +259,6 @@ def _structure(value: Any) -> dict[Any, Any] | None:
     return None if _is_list(value) and not any(map(_has_rows, _flat(value))) else parts
 
 
-def parts_of(value: Any) -> dict[Any, Any] | None:
-    """What a container holds, by key, index or attribute; None for anything that is no known container."""
-    if isinstance(value, _ATOMS):
-        return None
-    if isinstance(value, (dict, UserDict)):
-        return {key: value[key] for key in value}
-    if isinstance(value, (list, tuple)):
-        return dict(enumerate(value))
-    if _is_dataclass(value):
-        # attributes that __post_init__ or a cached property derived from the fields have rows, too
-        names = [field.name for field in dataclasses.fields(value)] + list(getattr(value, "__dict__", ()))
-        return {name: getattr(value, name) for name in dict.fromkeys(names) if hasattr(value, name)}
-    return None
-
-
-def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
-    """A new container of the same type, with these parts."""
-    if type(value) is dict:  # torch.compile cannot trace copy.copy of a dict
-        return parts
-    if isinstance(value, (list, tuple)):
-        return value._make(parts.values()) if hasattr(value, "_make") else type(value)(list(parts.values()))
-    clone = copy.copy(value)
-    for key, part in parts.items():
-        if _is_dataclass(value):
-            object.__setattr__(clone, key, part)  # it may be frozen
-        else:
-            clone[key] = part
-    return clone
-
-
-def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in a container, at any depth, with the keys that lead to it.
-
-    Example:
-        >>> [path for path, _ in tensors_of({"x": [torch.ones(2), 3.0], "y": torch.ones(2)})]
-        [('x', 0), ('y',)]
-    """
-    if isinstance(value, Tensor):
-        yield path, value
-        return
-    for key, part in (parts_of(value) or {}).items():
-        yield from tensors_of(part, (*path, key))
-
-
 def _flat(value: Any) -> Iterator[Any]:
     """Everything in a container, at any depth."""
     parts = parts_of(value)
@@ -260,12 +274,7 @@ def _has_rows(leaf: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and not isinstance(value, _ATOMS) and not hasattr(value, "_fields")
-
-
-def _is_dataclass(value: Any) -> bool:
-    """Whether the parts of a value are its attributes; a ModelOutput is a dataclass, but used as a dict."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict, UserDict))
+    return isinstance(value, (list, tuple)) and not isinstance(value, ATOMS) and not hasattr(value, "_fields")
 
 
 def _cannot_double(value: Any, path: str, why: str) -> TypeError:

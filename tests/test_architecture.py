@@ -10,7 +10,8 @@ import lightning_rdrop
 
 PACKAGE = Path(lightning_rdrop.__file__).parent
 FLOORS = [
-    "_compat _lightning arguments description divergence labels plots probe schedule submodules terms transforms views",
+    "_compat _lightning arguments description divergence labels nesting plots probe schedule submodules terms",
+    "transforms views",
     "_fused cross_entropy dropout",
     "distance",
     "loss scales",

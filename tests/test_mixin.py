@@ -305,7 +305,7 @@ def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
         ({"rdrop_views": 2.0}, ValueError, r"rdrop_views must be an int >= 1.*got 2\.0"),
         ({"rdrop_passes": "both"}, ValueError, "rdrop_passes must be one of 'joint', 'separate', got 'both'"),
         ({"rdrop_guard": "none"}, ValueError, "rdrop_guard must be one of 'error', 'warn', 'off', got 'none'"),
-        ({"rdrop_distance": "kl"}, TypeError, "rdrop_distance must be a Distance or None, got 'kl'"),
+        ({"rdrop_distance": "kl"}, TypeError, "rdrop_distance must be a Distance, several by name, or None, got 'kl'"),
         ({"rdrop_alhpa": 4.0}, TypeError, "rdrop_alhpa is no argument of RDropMixin. Did you mean rdrop_alpha?"),
         (
             {"rdrop_0123456789": 4.0},

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_rdrop import views as views_module
-from lightning_rdrop.views import batch_size, duplicate, split
+from lightning_rdrop.views import batch_size, count, duplicate, merge, split, stack, view
 
 
 class Pair(NamedTuple):
@@ -341,8 +341,22 @@ def test_a_prediction_with_another_number_of_rows_is_refused(shape):
 
 
 def test_a_prediction_that_is_no_tensor_is_refused():
-    with pytest.raises(TypeError, match=r"The prediction is a dict.*\.logits.*rdrop_predict"):
-        split({"logits": torch.ones(4, 3)}, 2, 2)
+    with pytest.raises(TypeError, match=r"The prediction, a dict, holds no tensor.*\.logits.*rdrop_predict"):
+        split({"logits": None}, 2, 2)
+
+
+def test_the_views_of_a_nested_prediction():
+    rows = torch.arange(12).view(4, 3)
+    prediction = {"logits": rows, "more": (rows[:, 0], torch.tensor(7.0), "name"), "tokens": rows.repeat(2, 1)}
+    both = split(prediction, 2, 2)
+    assert both["logits"].tolist() == [rows[:2].tolist(), rows[2:].tolist()]
+    assert both["more"][0].tolist() == [[0, 3], [6, 9]]
+    assert both["more"][1:] == (torch.tensor(7.0), "name")
+    assert both["tokens"].shape == (2, 4, 3)
+    assert view(both, 1)["more"][0].tolist() == [6, 9]
+    assert merge(both)["logits"].equal(rows)
+    assert stack([view(both, 0), view(both, 1)])["tokens"].equal(both["tokens"])
+    assert count(both) == 2
 
 
 @pytest.mark.parametrize("views", [0, -1, 2.0, True])

@@ -72,7 +72,8 @@ class ExactAccumulation(Callback):
         if rows is None:
             raise ValueError(
                 "ExactAccumulation needs a loss that is a mean over rows, and a step that counts them, as rdrop_step "
-                "does. SimCSE's is not: its negatives are the other examples of the micro-batch."
+                "does. SimCSE's is not: its negatives are the other examples of the micro-batch. "
+                "Nor is that of several predictions by name, each a mean over rows of its own."
             )
         loss.register_hook(lambda gradient: gradient * rows)  # type: ignore[no-untyped-call]
         self._rows = self._rows + rows

@@ -7,5 +7,15 @@ from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.from_distribution import FromDistribution
 from lightning_rdrop.distance.gaussian import Gaussian
 from lightning_rdrop.distance.jensen_shannon import JensenShannon
+from lightning_rdrop.distance.together import Together
 
-__all__ = ["Bernoulli", "Categorical", "Cosine", "Distance", "FromDistribution", "Gaussian", "JensenShannon"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Cosine",
+    "Distance",
+    "FromDistribution",
+    "Gaussian",
+    "JensenShannon",
+    "Together",
+]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_rdrop import views
 from lightning_rdrop.cross_entropy import Head, checked_terms
 from lightning_rdrop.distance.distance import Distance
+from lightning_rdrop.distance.shapes import one_tensor
 from lightning_rdrop.divergence import kl, symmetric_kl
 from lightning_rdrop.labels import Labels
 from lightning_rdrop.terms import Average, Terms
@@ -100,12 +102,13 @@ class Categorical(Distance):
             if not self.counts_indices(head.like_logits(predictions[0]), target):
                 raise ValueError("A fused head takes class indices: probabilities would be as large as the logits.")
             return checked_terms(predictions.flatten(1, -2), head, target.flatten(), alpha, self.labels)
-        indices = self.counts_indices(predictions[0], target)
+        first = views.view(predictions, 0)
+        indices = self.counts_indices(first, target)
         dim = self.class_dim
         logits = predictions.movedim(dim if dim < 0 else dim + 1, -1).flatten(1, -2)
         flat = target.flatten() if indices else target.movedim(dim, -1).flatten(0, -2)
         terms = checked_terms(logits, None, flat, alpha, self.labels)
-        terms.prediction = predictions[0]
+        terms.prediction = first
         return terms
 
     def _counted(self, rows: Tensor, prediction: Tensor, target: Tensor | None) -> Average:
@@ -116,6 +119,7 @@ class Categorical(Distance):
 
     def counts_indices(self, prediction: Tensor, target: Tensor) -> bool:
         """Whether the target holds class indices rather than probabilities, after a look at both shapes."""
+        one_tensor(self, prediction)
         shape = list(prediction.shape)
         classes = shape.pop(self.class_dim)
         if classes < 2:

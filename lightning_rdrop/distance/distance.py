@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_rdrop.cross_entropy import Head
+from lightning_rdrop import views
 from lightning_rdrop.description import Described
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average, Terms
@@ -39,7 +39,7 @@ class Distance(Described):
         if any(depth(measure) < depth("terms") for measure in cls.measures):
             cls.terms = Distance.terms  # type: ignore[method-assign]
 
-    def to_target(self, prediction: Tensor, target: Tensor) -> Average:
+    def to_target(self, prediction: Any, target: Any) -> Average:
         """D(target, prediction), summed over the rows that count, with their weight.
 
         Args:
@@ -48,7 +48,7 @@ class Distance(Described):
         """
         raise NotImplementedError
 
-    def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+    def between(self, first: Any, second: Any, target: Any = None) -> Average:
         """1/2 [D(second, first) + D(first, second)], summed over the rows that count, with their number.
 
         Args:
@@ -58,7 +58,7 @@ class Distance(Described):
         """
         raise NotImplementedError
 
-    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+    def directed(self, first: Any, second: Any, target: Any = None) -> Average:
         """D(first, second) in this one direction, for a ``first`` that is held fixed; ``between``, unless overridden.
 
         Args:
@@ -66,14 +66,18 @@ class Distance(Described):
         """
         return self.between(first, second, target)
 
-    def check(self, prediction: Tensor, target: Tensor) -> None:
+    def part(self, name: str) -> Distance:
+        """The distance of one of several predictions; see :class:`~lightning_rdrop.Together`."""
+        raise KeyError(name)
+
+    def check(self, prediction: Any, target: Any) -> None:
         """Look at the values of a first batch, which synchronises the device; shapes are looked at in every step.
 
         Raises:
             ValueError: a value out of its range.
         """
 
-    def terms(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
+    def terms(self, predictions: Any, target: Any, alpha: float | Tensor, head: Any = None) -> Terms:
         r"""The R-Drop loss of K views.
 
         .. math::
@@ -84,24 +88,20 @@ class Distance(Described):
             predictions: shape (K, N, ...), views first; with a ``head`` hidden states (K, N, ..., D).
             target: shape (N, ...).
             alpha: the weight of kl.
-            head: the linear output layer that makes the predictions of hidden states.
+            head: the linear output layer that makes the predictions of hidden states, a
+                :class:`~lightning_rdrop.Head`; several by name for :class:`~lightning_rdrop.Together`.
 
         Raises:
             TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes.
         """
         if head is not None:
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
-        views = len(predictions)
-        task = self.to_target(predictions.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)))
-        return Terms.of(
-            task,
-            self._over_pairs(predictions, target),
-            alpha,
-            prediction=predictions[0],
-            rows=task.weight / views,
-        )
+        count = views.count(predictions)
+        task = self.to_target(views.merge(predictions), views.repeat(target, count))
+        between = self._over_pairs(predictions, target)
+        return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=task.weight / count)
 
-    def consistency(self, predictions: Tensor, alpha: float | Tensor, target: Tensor | None = None) -> Terms:
+    def consistency(self, predictions: Any, alpha: float | Tensor, target: Any = None) -> Terms:
         """The terms of unlabelled rows, which have no ce: loss = alpha kl.
 
         Args:
@@ -109,11 +109,16 @@ class Distance(Described):
             alpha: the weight of kl.
             target: shape (N, ...), tells which rows count, and nothing else; without it all do.
         """
-        zero = at_least_float32(predictions.new_zeros(()))
+        zero = _zero(predictions)
         between = self._over_pairs(predictions, target)
-        return Terms.of(Average(zero, zero), between, alpha, prediction=predictions[0])
+        return Terms.of(Average(zero, zero), between, alpha, prediction=views.view(predictions, 0))
 
-    def _over_pairs(self, predictions: Tensor, target: Tensor | None) -> Average:
-        zero = at_least_float32(predictions.new_zeros(()))
-        pairs = (self.between(first, second, target) for first, second in combinations(predictions, 2))
+    def _over_pairs(self, predictions: Any, target: Any) -> Average:
+        apart = [views.view(predictions, number) for number in range(views.count(predictions))]
+        zero = _zero(predictions)
+        pairs = (self.between(first, second, target) for first, second in combinations(apart, 2))
         return sum(pairs, start=Average(zero, zero))
+
+
+def _zero(predictions: Any) -> Tensor:
+    return at_least_float32(views.first_tensor(predictions).new_zeros(()))

@@ -1,6 +1,8 @@
-"""Prediction and target have one shape: nothing broadcasts."""
+"""What most distances ask of a prediction: one tensor, of the shape of its target; nothing broadcasts."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +16,7 @@ def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tenso
     Raises:
         ValueError: the shapes differ, or the prediction is no tensor of floats.
     """
+    one_tensor(distance, prediction)
     if prediction.shape != target.shape or not prediction.is_floating_point():
         raise ValueError(
             f"{type(distance).__name__} compares a prediction of floats with a target of its own shape, got "
@@ -22,3 +25,17 @@ def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tenso
         )
     prediction = at_least_float32(prediction)
     return prediction, target.to(prediction.dtype)
+
+
+def one_tensor(distance: Distance, prediction: Any) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: the prediction is a container.
+    """
+    if not isinstance(prediction, Tensor):
+        raise TypeError(
+            f"The prediction is a {type(prediction).__name__}, and {type(distance).__name__} measures one tensor: "
+            "return logits, or an object with .logits, from forward; override rdrop_predict(self, inputs) to choose "
+            "one; or give a distance for each by name, rdrop_distance={'name': ...}."
+        )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop import views
 from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.guard.explanation import explain
+from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.probe import untouched
 
 _REDRAWS = 16
@@ -44,7 +47,7 @@ def same(first: Tensor, second: Tensor, tolerance: float | None = None) -> bool:
 
 
 def diagnose(
-    network: nn.Module, draw: Callable[[], Tensor], views: Tensor, on_all_ranks: Callable[[bool], bool] = bool
+    network: nn.Module, draw: Callable[[], Any], predictions: Any, on_all_ranks: Callable[[bool], bool] = bool
 ) -> str | None:
     """Whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
 
@@ -56,7 +59,7 @@ def diagnose(
     Args:
         network: the module whose parts the reason names.
         draw: predicts the same batch again, (K, N, ...).
-        views: the predictions at hand, (K, N, ...).
+        predictions: those at hand, (K, N, ...).
         on_all_ranks: whether a decision is the same, True, on all ranks. One that drew again alone would wait forever
             in the collectives of a SyncBatchNorm or of sharded weights.
 
@@ -68,21 +71,28 @@ def diagnose(
         >>> "model.train()" in diagnose(network, lambda: network(batch), network(batch))
         True
     """
-    if not on_all_ranks(agree(views)):
+    if not on_all_ranks(agree(predictions)):
         return None
-    with untouched(network, views.device), noise_for_tiny(network):
+    with untouched(network, views.first_tensor(predictions).device), noise_for_tiny(network):
         first = draw()
         shared = False
         for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
             if not on_all_ranks(agree(again)):
                 return None
-            shared = shared or not same(first[0], again[0])
+            shared = shared or not same_tensors(views.view(first, 0), views.view(again, 0))
     return explain(network, shared=shared)
 
 
-def agree(views: Tensor) -> bool:
+def agree(predictions: Any) -> bool:
     """Whether all views (K, N, ...) agree with the first, up to rounding."""
-    return all(same(views[0], view) for view in views[1:])
+    tensors = [tensor for _, tensor in tensors_of(predictions) if tensor.dim()]
+    return all(same(each[0], view) for each in tensors for view in each[1:])
+
+
+def same_tensors(first: Any, second: Any, tolerance: float | None = None) -> bool:
+    """Whether two predictions have the same tensors, up to rounding."""
+    one, other = ([tensor for _, tensor in tensors_of(part)] for part in (first, second))
+    return len(one) == len(other) and all(same(*pair, tolerance) for pair in zip(one, other, strict=True))
 
 
 def _close(first: Tensor, second: Tensor, tolerance: float | None) -> bool:

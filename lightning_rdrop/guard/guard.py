@@ -18,7 +18,7 @@ from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.rows import rows_meet
 
-Redraw = Callable[[], Tensor]
+Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
 
 _PARTS = {"labeled": "", "unlabeled": " of the unlabelled part"}
@@ -33,7 +33,7 @@ class Guarded(Protocol):
     def device(self) -> torch.device:
         """Where it is."""
 
-    def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
+    def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """What is wrong with a first batch."""
 
 
@@ -81,7 +81,7 @@ class Guard:
     def watch(
         self,
         module: Guarded,
-        predictions: Tensor,
+        predictions: Any,
         redraw: Redraw,
         inputs: Any,
         target: Any,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lightning_rdrop.nesting import tensors_of
 
 
 class NanWatch:
@@ -28,11 +32,10 @@ class NanWatch:
         self.batches = 0
         self._since: Tensor | None = None
 
-    def look(self, predictions: Tensor) -> None:
+    def look(self, predictions: Any) -> None:
         """Note which of the K views (K, N, ...) are NaN, without waiting for the device."""
-        # an infinite logit masks a class, so that the sum may be infinite; NaN is NaN in any sum
-        rows = predictions.detach().flatten(1)
-        nan = rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).isnan()
+        sums = [_sums(tensor) for _, tensor in tensors_of(predictions) if tensor.dim()]
+        nan = sums[0].isnan() if len(sums) == 1 else torch.stack(sums).isnan().any(0)
         since = torch.full_like(nan, -1, dtype=torch.long) if self._since is None else self._since.to(nan.device)
         self._since = torch.where(nan, torch.where(since < 0, self.batches, since), -1)
         self.batches += 1
@@ -46,3 +49,9 @@ class NanWatch:
                     "a row of the attention mask without a token, or an overflow in half precision are usual causes."
                 )
         return None
+
+
+def _sums(views: Tensor) -> Tensor:
+    """One number a view: an infinite logit masks a class, so that it may be infinite, and NaN is NaN in any sum."""
+    rows = views.detach().flatten(1)
+    return rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))

@@ -7,10 +7,11 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_rdrop import views
-from lightning_rdrop.guard.agreement import noise_for_tiny, same
+from lightning_rdrop.guard.agreement import noise_for_tiny, same, same_tensors
+from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.probe import untouched
 
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
@@ -65,7 +66,7 @@ def rows_meet(
         except Exception:  # if it is not eval mode that fails, drawing the views says why
             return None
         seen = _difference(single, repeated, joined, examples, tolerance)
-        if on_all_ranks(seen is None) or not on_all_ranks(same(single, predict(inputs), tolerance)):
+        if on_all_ranks(seen is None) or not on_all_ranks(same_tensors(single, predict(inputs), tolerance)):
             return None
     if seen is None or _meet_by_design(network):
         return None
@@ -78,19 +79,23 @@ def rows_meet(
 
 
 def _difference(single: Any, repeated: Any, joined: Any, examples: int, tolerance: float) -> str | None:
-    if not all(isinstance(prediction, Tensor) for prediction in (single, repeated, joined)):
-        return None  # what a prediction has to be is said where the views are drawn
-    if single.dim() == 0 or len(joined) != 2 * len(single) or joined.shape[1:] != single.shape[1:]:
-        return (
-            f"{examples} examples are predicted with the shape {tuple(single.shape)}, and twice as many with "
-            f"{tuple(joined.shape)}"
-        )
-    first, second = joined.split(len(single))
-    common = tuple(slice(min(sizes)) for sizes in zip(second.shape, repeated.shape, strict=True))
-    pairs = ((first, single), (second[common], repeated[common]))  # a model may cut its batch to the longest row
-    if all(same(one, other, tolerance) for one, other in pairs):
-        return None
-    return "the prediction for a row is another one when other examples stand beside it"
+    alone, same_rows, together = ([tensor for _, tensor in tensors_of(one)] for one in (single, repeated, joined))
+    if not len(alone) == len(same_rows) == len(together):
+        return "twice as many examples are predicted by another number of tensors"
+    for own, first, both in zip(alone, same_rows, together, strict=True):
+        if own.dim() == 0:
+            continue
+        if len(both) != 2 * len(own) or both.shape[1:] != own.shape[1:]:
+            return (
+                f"{examples} examples are predicted with the shape {tuple(own.shape)}, and twice as many with "
+                f"{tuple(both.shape)}"
+            )
+        upper, lower = both[: len(own)], both[len(own) :]
+        common = tuple(slice(min(sizes)) for sizes in zip(lower.shape, first.shape, strict=True))
+        # a model may cut its batch to the longest row
+        if not (same(upper, own, tolerance) and same(lower[common], first[common], tolerance)):
+            return "the prediction for a row is another one when other examples stand beside it"
+    return None
 
 
 def _meet_by_design(network: nn.Module) -> bool:

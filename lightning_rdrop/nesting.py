@@ -1,0 +1,78 @@
+"""Containers, as batches and predictions are made of: what is in them, and others of the same type."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+ATOMS = (*CONSTANTS, Tensor, PackedSequence)  # never looked into, although some are tuples
+
+
+def parts_of(value: Any) -> dict[Any, Any] | None:
+    """What a container holds, by key, index or attribute; None for anything that is no known container."""
+    if isinstance(value, ATOMS):
+        return None
+    if isinstance(value, (dict, UserDict)):
+        return {key: value[key] for key in value}
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if has_attributes(value):
+        # attributes that __post_init__ or a cached property derived from the fields have rows, too
+        names = [field.name for field in dataclasses.fields(value)] + list(getattr(value, "__dict__", ()))
+        return {name: getattr(value, name) for name in dict.fromkeys(names) if hasattr(value, name)}
+    return None
+
+
+def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
+    """A new container of the same type, with these parts."""
+    if type(value) is dict:  # torch.compile cannot trace copy.copy of a dict
+        return parts
+    if isinstance(value, (list, tuple)):
+        return value._make(parts.values()) if hasattr(value, "_make") else type(value)(list(parts.values()))
+    clone = copy.copy(value)
+    for key, part in parts.items():
+        if has_attributes(value):
+            object.__setattr__(clone, key, part)  # it may be frozen
+        else:
+            clone[key] = part
+    return clone
+
+
+def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Every tensor in a container, at any depth, with the keys that lead to it.
+
+    Example:
+        >>> [path for path, _ in tensors_of({"x": [torch.ones(2), 3.0], "y": torch.ones(2)})]
+        [('x', 0), ('y',)]
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    for key, part in (parts_of(value) or {}).items():
+        yield from tensors_of(part, (*path, key))
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers with every tensor changed; a single tensor is changed itself.
+
+    Example:
+        >>> map_tensors({"x": torch.ones(1), "name": "a"}, lambda tensor: tensor + 1)
+        {'x': tensor([2.]), 'name': 'a'}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    parts = parts_of(value)
+    return value if parts is None else with_parts(value, {key: map_tensors(parts[key], change) for key in parts})
+
+
+def has_attributes(value: Any) -> bool:
+    """Whether the parts of a value are its attributes; a ModelOutput is a dataclass, but used as a dict."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict, UserDict))

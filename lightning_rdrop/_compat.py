@@ -21,6 +21,16 @@ def is_transformed() -> bool:
     return active is not None and bool(active())
 
 
+def is_traced() -> bool:
+    """Whether no value can be looked at, under ``torch.compile`` or a transform of ``torch.func``."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def costs_a_look(tensor: Tensor) -> bool:
+    """Whether a look at a value of the tensor is impossible, or would wait for its device."""
+    return not tensor.is_cpu or is_traced()
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether it stands for a batch of tensors, as a gradient does under ``is_grads_batched=True`` or ``vmap``."""
     legacy = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)

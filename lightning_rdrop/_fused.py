@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_rdrop import _compat
 from lightning_rdrop.labels import Labels, composite
-from lightning_rdrop.terms import Terms
+from lightning_rdrop.terms import Terms, combined, is_off
 
 _CACHED = 2**19
 """Logits of a chunk on a CPU: 2 MiB of float32, which stay in its cache from the first look at them to the last."""
@@ -87,7 +88,7 @@ class _Problem(NamedTuple):
     def by_sweep(self, inputs: Sequence[Any], upstream: Gradients, wanted: Sequence[bool]) -> Gradients:
         """The gradients for the inputs that are wanted, by another sweep."""
         to_loss, to_ce, to_kl = upstream
-        through_loss = None if to_loss is None else self.alpha * to_loss
+        through_loss = None if to_loss is None or is_off(self.alpha) else self.alpha * to_loss
         with without_autocast(inputs[0].device.type):
             return self.sweep(inputs, _sum(to_loss, to_ce), _sum(through_loss, to_kl)).over(self.chunk, wanted, *inputs)
 
@@ -110,7 +111,7 @@ class _Fused(torch.autograd.Function):
         ctx.problem, ctx.grad_scale = problem, sweep.grad_scale
         ctx.save_for_backward(kl if ctx.needs_input_grad[2] else None, *inputs, *gradients)
         ctx.set_materialize_grads(False)
-        return ce + alpha * kl if isinstance(alpha, Tensor) else torch.add(ce, kl, alpha=alpha), ce, kl
+        return combined(ce, kl, alpha), ce, kl
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -159,12 +160,13 @@ class Sweep:
         ignored: Tensor | None = None
         counted: Tensor | float = 1.0
         mean: Tensor | float = 1 / max(1, rows)
-        if not target.is_cpu or n_counted.item() < rows:  # elsewhere the look at it would wait for the device
+        if _compat.costs_a_look(target) or n_counted.item() < rows:
             counted, mean = is_counted.unsqueeze(-1), 1 / n_counted.clamp(min=1)
             ignored = ~counted
             label = label.masked_fill(ignored, 0)
         self.kl_scale = mean / 4
         self.kl_grad_scale = self.kl_scale * kl_weight
+        self.is_ce_alone = is_off(kl_weight)
         row_weight = counted
         if self.class_weight is not None:
             row_weight = self.class_weight[label[0]] * counted
@@ -180,9 +182,12 @@ class Sweep:
     @cached_property
     def terms(self) -> tuple[Tensor, Tensor]:
         """ce and kl of the rows that were swept."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        ce, kl = (torch.stack(part).sum() for part in zip(*self.parts, strict=True))
+        ce, kl = self.parts[0]
+        if len(self.parts) > 1:
+            ce, kl = (torch.stack(part).sum() for part in zip(*self.parts, strict=True))
+        if _compat.costs_a_look(kl) or math.isnan(kl.item()):
+            # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
+            kl = kl.where(~kl.isnan() | ce.isnan(), torch.inf)
         return ce, kl
 
     def over(self, chunk: int, wanted: Sequence[bool], first: Tensor, *head: Any) -> Sequence[Tensor | None]:
@@ -255,9 +260,13 @@ class Sweep:
         kl = difference.flatten().dot(log_ratio.flatten()) * self.kl_scale
         if out is not None:
             # the gradient for log p and log q takes their place, and then passes through the softmax
-            torch.addcmul(difference, probs, log_ratio, out=log_probs)
-            log_q.neg_()
-            log_probs.mul_(self.kl_grad_scale).scatter_add_(-1, rows.label, rows.nll_scale)
+            if self.is_ce_alone:
+                log_probs.zero_()
+            else:
+                torch.addcmul(difference, probs, log_ratio, out=log_probs)
+                log_q.neg_()
+                log_probs.mul_(self.kl_grad_scale)
+            log_probs.scatter_add_(-1, rows.label, rows.nll_scale)
             if self.labels.label_smoothing:
                 weight = 1.0 if self.class_weight is None else self.class_weight
                 log_probs += rows.smoothing_scale * weight
@@ -302,7 +311,7 @@ def _scaled(gradient: Tensor | None, scale: Tensor) -> Tensor | None:
         return None
     if _compat.graph_is_kept():
         return gradient * scale
-    if not gradient.is_cpu or scale.item() != 1:  # elsewhere a look at the scale would wait for the device
+    if _compat.costs_a_look(scale) or scale.item() != 1:
         gradient.mul_(scale)
     return gradient
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rdrop import _compat
+from lightning_rdrop import _compat, arguments
 from lightning_rdrop._fused import fused, without_autocast
 from lightning_rdrop.labels import Labels, composite
 from lightning_rdrop.terms import Terms
@@ -46,7 +46,7 @@ def rdrop_cross_entropy(
         logits: shape (K, N, C), views first. A class may be masked with -inf in all views.
         target: shape (N,) of class indices, or (N, C) of class probabilities.
         alpha: the weight of kl, a number or a scalar tensor.
-        ignore_index: a row with this target counts in neither term.
+        ignore_index: a row with this target counts in neither term; nor do probabilities that are all 0, or all this.
         label_smoothing: in [0, 1), in the cross-entropy only.
         weight: shape (C,), one weight a class, in the cross-entropy only.
         chunk: the number of logits that are worked on at once; by default what suits the device.
@@ -68,7 +68,7 @@ def rdrop_cross_entropy(
             f"logits must be floats of shape (K, N, C), views first, with at least 2 classes C, got "
             f"{tuple(logits.shape)}, {logits.dtype}."
         )
-    _check_target(target, *logits.shape[1:])
+    target = _checked(target, *logits.shape[1:])
     terms = checked_terms(logits, None, target, alpha, Labels(ignore_index, label_smoothing, weight), chunk)
     terms.prediction = logits[0]
     return terms
@@ -125,7 +125,7 @@ def linear_rdrop_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have the shape (C,) = ({len(weight)},), got {tuple(bias.shape)}.")
-    _check_target(target, hidden.shape[1], len(weight))
+    target = _checked(target, hidden.shape[1], len(weight))
     if target.dim() != 1:
         raise ValueError("target must be class indices (N,): probabilities (N, C) would be as large as the logits.")
     labels = Labels(ignore_index, label_smoothing, class_weight)
@@ -191,20 +191,23 @@ def checked_terms(
         return composite(states if head is None else F.linear(states, *head), target, alpha, labels)
 
 
-def _check_target(target: Tensor, rows: int, classes: int) -> None:
+def _checked(target: Tensor, rows: int, classes: int) -> Tensor:
+    """The target, class indices as int64: no comparison may meet what they overflow."""
+    arguments.tensor("target", target)
     indices = target.shape == (rows,) and not (target.is_floating_point() or target.is_complex())
     if not indices and not (target.shape == (rows, classes) and target.is_floating_point()):
         raise ValueError(
             f"target must be class indices (integers) of shape (N,) = ({rows},), or class probabilities (floats) "
             f"of shape (N, C) = ({rows}, {classes}), got {tuple(target.shape)}, {target.dtype}."
         )
+    return target.long() if indices else target
 
 
 def _fuses(states: Tensor, target: Tensor) -> bool:
     """Whether the gradient can be made on the way forward: two views, class indices, and nothing that traces."""
     if states.shape[0] != 2 or target.dim() != 1 or not _is_plain(states):
         return False
-    return not (torch.compiler.is_compiling() or _compat.is_transformed())
+    return not _compat.is_traced()
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_rdrop import arguments
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average, Terms
@@ -25,6 +27,9 @@ class Distance(nn.Module):
 
     term_names: tuple[str, str] = ("ce", "kl")
     """The names under which the two terms are logged."""
+
+    ignore_value: float | None = None
+    """Where the target has this value, or is NaN if this is, nothing counts in either term; None is no value."""
 
     measures: ClassVar[tuple[str, ...]] = ("to_target", "between")
     """The methods that say what D is. A class that overrides one of them goes back to the general ``terms``."""
@@ -65,12 +70,50 @@ class Distance(nn.Module):
         """
         return self.between(first, second, target)
 
+    def counted(self, prediction: Tensor, target: Tensor) -> Tensor | None:
+        """Which rows count in both terms, a mask of them; None is all of them.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
+        """
+        if self.ignore_value is None:
+            return None
+        return ~target.isnan() if math.isnan(self.ignore_value) else target != self.ignore_value
+
+    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor | None:
+        """Which values of the target cannot be what they are taken for, a mask; None where any value can.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
+        """
+        return None
+
+    def invalid(self, prediction: Tensor, target: Tensor) -> Tensor | None:
+        """Whether a value of the target is impossible: a bool on its device, which waits for nothing.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
+        """
+        wrong = self.impossible(prediction, target)
+        return None if wrong is None else wrong.any()
+
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        """Look at the values of a first batch, which synchronises the device; shapes are looked at in every step.
+        """Explain a value of the target that is impossible. Waits for the device; shapes are looked at in every step.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
 
         Raises:
-            ValueError: a value out of its range.
+            ValueError: there is one.
         """
+
+    def suspicious(self, prediction: Tensor) -> str | None:
+        """What is probably wrong with a prediction, such as a softmax where logits are expected; None if nothing is.
+
+        Args:
+            prediction: shape (N, ...). It is looked at, which waits for the device.
+        """
+        return None
 
     def terms(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
         r"""The R-Drop loss of K views.
@@ -91,6 +134,7 @@ class Distance(nn.Module):
         if head is not None:
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
         views = len(predictions)
+        arguments.tensor("target", target)
         task = self.to_target(predictions.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)))
         return Terms.of(
             task,

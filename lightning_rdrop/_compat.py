@@ -1,4 +1,4 @@
-"""The private names of other packages that this one needs, each with what happens where it is missing."""
+"""Private names of other packages, each in a function that says what happens where the name is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward pass that is running has ``retain_graph=True``; without torch's word for it, assume so.
+    """Whether the backward pass that is running has ``retain_graph=True``; True if torch does not tell.
 
     A gradient that may be asked for again must not be scaled in place.
     """
@@ -22,13 +22,13 @@ def is_transformed() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether no value can be looked at, under ``torch.compile`` or a transform of ``torch.func``."""
+    """Whether tensors are only traced, by ``torch.compile`` or by a transform of ``torch.func``."""
     return torch.compiler.is_compiling() or is_transformed()
 
 
-def costs_a_look(tensor: Tensor) -> bool:
-    """Whether a look at a value of the tensor is impossible, or would wait for its device."""
-    return not tensor.is_cpu or is_traced()
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be read at once: they are on the CPU, and stand for themselves."""
+    return tensor.is_cpu and not is_traced()
 
 
 def is_batched(tensor: Tensor) -> bool:

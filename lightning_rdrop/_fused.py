@@ -18,7 +18,7 @@ from lightning_rdrop.labels import Labels, composite
 from lightning_rdrop.terms import Terms, combined, is_off
 
 _CACHED = 2**19
-"""Logits of a chunk on a CPU: 2 MiB of float32, which stay in its cache from the first look at them to the last."""
+"""Logits of a chunk on a CPU: 2 MiB of float32, which stay in its cache while they are processed."""
 
 _HELD = 2**22
 """Logits that the head holds at once on a CPU: 16 MiB of float32, enough rows for a fast matrix product."""
@@ -34,14 +34,14 @@ Gradients = Sequence[Tensor | None]
 
 
 def fused(inputs: tuple[Any, ...], target: Tensor, alpha: float | Tensor, labels: Labels, chunk: int | None) -> Terms:
-    """The terms of two views, with the gradient of the loss made on the way forward.
+    """The terms of two views, with the gradient of the loss made in the forward pass.
 
     Args:
         inputs: logits (2, N, C); or hidden states (2, N, D), a weight (C, D), and a bias (C,) or None.
         target: shape (N,) of class indices.
         alpha: the weight of kl.
-        labels: what else the cross-entropy is told.
-        chunk: the number of logits that are worked on at once; None is what suits the device.
+        labels: the other arguments of the cross-entropy.
+        chunk: the number of logits that are processed at once; None is what suits the device.
     """
     first = inputs[0]
     if chunk is None:
@@ -58,7 +58,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 class _Problem(NamedTuple):
-    """What is asked of some inputs."""
+    """All that defines the loss, except its inputs."""
 
     target: Tensor
     alpha: float | Tensor
@@ -94,17 +94,17 @@ class _Problem(NamedTuple):
 
 
 class _Fused(torch.autograd.Function):
-    """loss, ce and kl, with the gradient of the loss made on the way forward, and scaled on the way back.
+    """loss, ce and kl, with the gradient of the loss made in the forward pass, and scaled in the backward pass.
 
-    Those of ce and kl are made on the way back, by another sweep, if they are asked for. The first sweep is not kept
-    till then: it holds the terms, which hold this function, and nothing would ever free that circle.
+    The gradients of ce and kl are made in the backward pass, by another sweep, if they are asked for. The first sweep
+    is not kept until then: it holds the terms, which hold this function, a cycle that nothing would free.
     """
 
     @staticmethod
     def forward(
         ctx: Any, problem: _Problem, sweep: Sweep, alpha: float | Tensor, *inputs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if inputs[0].dtype == torch.float16:  # 1 / n would vanish: the gradient is n times as large until the way back
+        if inputs[0].dtype == torch.float16:  # 1 / n would vanish: n times the gradient is kept until the backward pass
             sweep.grad_scale = sweep.n_counted.clamp(min=1)
         gradients = sweep.over(problem.chunk, ctx.needs_input_grad[3:], *inputs)
         ce, kl = sweep.terms
@@ -140,7 +140,7 @@ class Sweep:
     """
 
     grad_scale: Tensor | None = None
-    """What the gradient is multiplied by, to be divided by it later."""
+    """The gradient is multiplied by this; None is 1."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Sweep:
         ignored: Tensor | None = None
         counted: Tensor | float = 1.0
         mean: Tensor | float = 1 / max(1, rows)
-        if _compat.costs_a_look(target) or n_counted.item() < rows:
+        if not _compat.is_readable(target) or n_counted.item() < rows:
             counted, mean = is_counted.unsqueeze(-1), 1 / n_counted.clamp(min=1)
             ignored = ~counted
             label = label.masked_fill(ignored, 0)
@@ -185,7 +185,7 @@ class Sweep:
         ce, kl = self.parts[0]
         if len(self.parts) > 1:
             ce, kl = (torch.stack(part).sum() for part in zip(*self.parts, strict=True))
-        if _compat.costs_a_look(kl) or math.isnan(kl.item()):
+        if not _compat.is_readable(kl) or math.isnan(kl.item()):
             # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
             kl = kl.where(~kl.isnan() | ce.isnan(), torch.inf)
         return ce, kl
@@ -311,7 +311,7 @@ def _scaled(gradient: Tensor | None, scale: Tensor) -> Tensor | None:
         return None
     if _compat.graph_is_kept():
         return gradient * scale
-    if _compat.costs_a_look(scale) or scale.item() != 1:
+    if not _compat.is_readable(scale) or scale.item() != 1:
         gradient.mul_(scale)
     return gradient
 

@@ -161,7 +161,7 @@ def jensen_shannon(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
 
 
 def _may_hold_nan(values: Tensor) -> bool:
-    return _compat.costs_a_look(values) or bool(values.sum().isnan())
+    return not _compat.is_readable(values) or bool(values.sum().isnan())
 
 
 def _infinite_not_nan(rows: Tensor, log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a cross-entropy is told besides logits and target, and the R-Drop loss written out for autograd."""
+"""The arguments of a cross-entropy besides logits and target, and the R-Drop loss written out for autograd."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Labels:
             raise ValueError(f"The class weight must have the shape ({classes},), got {tuple(self.weight.shape)}.")
 
     def counted(self, target: Tensor) -> Tensor:
-        """Which rows count, (N, ...), of class indices (N, ...) or of class probabilities (N, C, ...).
+        """A mask (N, ...) of the rows that count, of class indices (N, ...) or class probabilities (N, C, ...).
 
         Probabilities do not count where all of a row are 0, or ``ignore_index``.
         """
@@ -56,7 +56,7 @@ class Labels:
         return ~((target == 0).all(1) | (target == self.ignore_index).all(1))
 
     def average(self, logits: Tensor, target: Tensor, counted: Tensor) -> Average:
-        """The cross-entropy of logits (N, C, ...), blank where they do not count, to indices or probabilities.
+        """The cross-entropy of logits (N, C, ...), blank in rows that do not count, to indices or probabilities.
 
         Example:
             >>> labels, target = Labels(), torch.tensor([0, -100])
@@ -83,20 +83,20 @@ class Labels:
 
 
 def blank(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
-    """The logits with 0 in the rows that do not count: no infinity and no NaN of theirs reaches a gradient.
+    """The logits, with 0 in the rows that do not count, so that no infinity or NaN of theirs reaches a gradient.
 
     Args:
         logits: shape (N, C, ...).
         counted: shape (N, ...), which rows count.
         dim: the dimension of the classes.
     """
-    if not _compat.costs_a_look(counted) and counted.all():
+    if _compat.is_readable(counted) and counted.all():
         return logits
     return logits.masked_fill(~counted.unsqueeze(dim), 0)
 
 
 def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels) -> Terms:
-    r"""The R-Drop loss as its formula says it, for any number of views, any target and any transform of torch.
+    r"""The R-Drop loss by its formula and autograd: for any number of views, any target and any transform of torch.
 
     .. math::
         \operatorname*{mean}_{k,n} -\log p_{kn}(y_n)
@@ -106,7 +106,7 @@ def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Lab
         logits: shape (K, N, C), views first.
         target: shape (N,) of class indices, or (N, C) of class probabilities.
         alpha: the weight of kl.
-        labels: what else the cross-entropy is told.
+        labels: the other arguments of the cross-entropy.
 
     Example:
         >>> from torch import tensor

@@ -69,7 +69,7 @@ class Categorical(Distance):
 
     @property
     def labels(self) -> Labels:
-        """What the cross-entropy is told."""
+        """The arguments of the cross-entropy."""
         return Labels(self.ignore_index, self.label_smoothing, self.weight)
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
@@ -124,11 +124,11 @@ class Categorical(Distance):
         )
 
     def divergence(self, first: Tensor, second: Tensor) -> Tensor:
-        """What :meth:`between` sums: a divergence for each row, (N, ...)."""
+        """The divergence of each row, (N, ...), which :meth:`between` sums."""
         return symmetric_kl(first, second, self.class_dim)
 
     def terms(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
-        """The same loss, its gradient made on the way forward; with a ``head``, the logits are never held."""
+        """The same loss, with its gradient made in the forward pass; with a ``head``, the logits are never held."""
         if head is not None:
             if self.class_dim != -1:
                 raise TypeError(
@@ -147,7 +147,7 @@ class Categorical(Distance):
         return terms
 
     def checked(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The target, its class indices as int64: no comparison may meet what they overflow.
+        """The target, with class indices as int64, so that no comparison overflows.
 
         Args:
             prediction: shape (N, ..., C), or with the classes in ``class_dim``.
@@ -183,7 +183,7 @@ class Categorical(Distance):
         )
 
     def _classes_first(self, target: Tensor) -> Tensor:
-        """With the classes of probabilities in dimension 1, as torch has them."""
+        """The target, with the classes of probabilities in dimension 1, where torch expects them."""
         return target.movedim(self.class_dim, 1) if target.is_floating_point() else target
 
     def _over_rows(

@@ -29,7 +29,7 @@ class Distance(nn.Module):
     """The names under which the two terms are logged."""
 
     ignore_value: float | None = None
-    """Where the target has this value, or is NaN if this is, nothing counts in either term; None is no value."""
+    """A target with this value (NaN matches NaN) counts in neither term. None: every target counts."""
 
     measures: ClassVar[tuple[str, ...]] = ("to_target", "between")
     """The methods that say what D is. A class that overrides one of them goes back to the general ``terms``."""
@@ -63,7 +63,7 @@ class Distance(nn.Module):
         raise NotImplementedError
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        """D(first, second) in this one direction, for a ``first`` that is held fixed; ``between``, unless overridden.
+        """D(first, second), in this direction only, for a ``first`` that is held fixed; :meth:`between` by default.
 
         Args:
             first, second, target: as for :meth:`between`.
@@ -71,7 +71,7 @@ class Distance(nn.Module):
         return self.between(first, second, target)
 
     def counted(self, prediction: Tensor, target: Tensor) -> Tensor | None:
-        """Which rows count in both terms, a mask of them; None is all of them.
+        """A mask of the rows that count, in both terms; None if all do.
 
         Args:
             prediction, target: as for :meth:`to_target`.
@@ -81,7 +81,7 @@ class Distance(nn.Module):
         return ~target.isnan() if math.isnan(self.ignore_value) else target != self.ignore_value
 
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor | None:
-        """Which values of the target cannot be what they are taken for, a mask; None where any value can.
+        """A mask of the values of the target that make no sense to this distance; None if any value does.
 
         Args:
             prediction, target: as for :meth:`to_target`.
@@ -89,7 +89,7 @@ class Distance(nn.Module):
         return None
 
     def invalid(self, prediction: Tensor, target: Tensor) -> Tensor | None:
-        """Whether a value of the target is impossible: a bool on its device, which waits for nothing.
+        """Whether any value of the target is impossible: a bool tensor on its device, without a synchronisation.
 
         Args:
             prediction, target: as for :meth:`to_target`.
@@ -98,20 +98,22 @@ class Distance(nn.Module):
         return None if wrong is None else wrong.any()
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        """Explain a value of the target that is impossible. Waits for the device; shapes are looked at in every step.
+        """Refuse a target that holds an impossible value. Synchronises the device, so it is for a first batch.
 
         Args:
             prediction, target: as for :meth:`to_target`.
 
         Raises:
-            ValueError: there is one.
+            ValueError: there is such a value; the message names it.
         """
 
     def suspicious(self, prediction: Tensor) -> str | None:
         """What is probably wrong with a prediction, such as a softmax where logits are expected; None if nothing is.
 
+        Synchronises the device, so it is for a first batch.
+
         Args:
-            prediction: shape (N, ...). It is looked at, which waits for the device.
+            prediction: shape (N, ...).
         """
         return None
 

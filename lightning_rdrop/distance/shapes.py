@@ -1,9 +1,10 @@
-"""Prediction and target have one shape: nothing broadcasts."""
+"""What a distance makes sure of before it computes: one shape, and nothing in the rows that do not count."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.divergence import at_least_float32
 
@@ -13,7 +14,9 @@ def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tenso
 
     Raises:
         ValueError: the shapes differ, or the prediction is no tensor of floats.
+        TypeError: the target is no tensor.
     """
+    arguments.tensor("target", target)
     if prediction.shape != target.shape or not prediction.is_floating_point():
         raise ValueError(
             f"{type(distance).__name__} compares a prediction of floats with a target of its own shape, got "
@@ -22,3 +25,8 @@ def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tenso
         )
     prediction = at_least_float32(prediction)
     return prediction, target.to(prediction.dtype)
+
+
+def blank(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with 0 where nothing counts: no infinity and no NaN from there reaches a gradient."""
+    return tensors if counted is None else tuple(tensor.where(counted, 0) for tensor in tensors)

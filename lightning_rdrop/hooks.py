@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,11 @@ class Hooks(MixinBase):
         """Hook: the hidden states (B, ..., D) of some inputs, of which ``rdrop_head`` makes the prediction."""
         raise NotImplementedError("rdrop_head gives an output layer: override rdrop_hidden to give its inputs.")
 
+    def rdrop_first_view(self, predictions: Tensor) -> Tensor:
+        """What has the shape of the first view's prediction, also where a head makes it of hidden states."""
+        head = self.rdrop_head()
+        return predictions[0] if head is None else head.like_logits(predictions[0])
+
     def rdrop_check(self, predictions: Tensor, inputs: Any, target: Any, part: str) -> str | None:
         """Hook: what is wrong with a first batch, if anything; it is said as ``rdrop_guard`` says.
 
@@ -109,8 +115,10 @@ class Hooks(MixinBase):
         ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
         if part == "unlabeled":
             return none_counts(target, ignore_index) or fed_its_source(self, inputs)
-        head = self.rdrop_head()
-        self.rdrop_distance.check(head.like_logits(predictions[0]) if head else predictions[0], target)
+        first = self.rdrop_first_view(predictions)
+        self.rdrop_distance.check(first, target)
+        if self.rdrop_head() is None and (reason := self.rdrop_distance.suspicious(first)):
+            warnings.warn(reason, stacklevel=2)
         return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)
 
 

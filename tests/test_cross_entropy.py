@@ -135,6 +135,7 @@ def test_the_published_formula_in_float64(classes, smoothing, weighted, chunk):
     torch.testing.assert_close(terms.loss, expected)
     torch.testing.assert_close(terms.loss, terms.ce + 3.0 * terms.kl)
     torch.testing.assert_close(gradient(terms.loss, logits), gradient(expected, logits))
+    assert torch.equal(terms.prediction, logits[0])
     share = arguments["weight"][target[target != 3]].sum() if weighted else (target != 3).sum()
     torch.testing.assert_close(terms.rows.double(), share.double())
 

@@ -334,6 +334,7 @@ def test_consistency_alone_has_its_gradient(distance, shape, views):
     terms = RDropLoss(distance).consistency(predictions, 3.0)
     torch.testing.assert_close((terms.loss, terms.kl), (3.0 * kl, kl))
     assert terms.ce == 0
+    assert torch.equal(terms.prediction, predictions[0])
     for found, expected in ((terms.kl, kl), (terms.loss, 3.0 * kl)):
         ours, theirs = (torch.autograd.grad(term, predictions, retain_graph=True)[0] for term in (found, expected))
         torch.testing.assert_close(ours, theirs)

@@ -1,4 +1,4 @@
-"""The private names of other packages that this one needs, each with what happens where it is missing."""
+"""Private names of other packages, each in a function that says what happens where the name is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward pass that is running has ``retain_graph=True``; without torch's word for it, assume so.
+    """Whether the backward pass that is running has ``retain_graph=True``; True if torch does not tell.
 
     A gradient that may be asked for again must not be scaled in place.
     """
@@ -23,6 +23,16 @@ def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is active, under which no tensor may be written in place."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is not None and bool(active())
+
+
+def is_traced() -> bool:
+    """Whether tensors are only traced, by ``torch.compile`` or by a transform of ``torch.func``."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be read at once: they are on the CPU, and stand for themselves."""
+    return tensor.is_cpu and not is_traced()
 
 
 def is_batched(tensor: Tensor) -> bool:

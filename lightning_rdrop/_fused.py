@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -14,10 +15,10 @@ from torch.nn import functional as F
 
 from lightning_rdrop import _compat
 from lightning_rdrop.labels import Labels, composite
-from lightning_rdrop.terms import Terms
+from lightning_rdrop.terms import Terms, combined, is_off
 
 _CACHED = 2**19
-"""Logits of a chunk on a CPU: 2 MiB of float32, which stay in its cache from the first look at them to the last."""
+"""Logits of a chunk on a CPU: 2 MiB of float32, which stay in its cache while they are processed."""
 
 _HELD = 2**22
 """Logits that the head holds at once on a CPU: 16 MiB of float32, enough rows for a fast matrix product."""
@@ -33,14 +34,14 @@ Gradients = Sequence[Tensor | None]
 
 
 def fused(inputs: tuple[Any, ...], target: Tensor, alpha: float | Tensor, labels: Labels, chunk: int | None) -> Terms:
-    """The terms of two views, with the gradient of the loss made on the way forward.
+    """The terms of two views, with the gradient of the loss made in the forward pass.
 
     Args:
         inputs: logits (2, N, C); or hidden states (2, N, D), a weight (C, D), and a bias (C,) or None.
         target: shape (N,) of class indices.
         alpha: the weight of kl.
-        labels: what else the cross-entropy is told.
-        chunk: the number of logits that are worked on at once; None is what suits the device.
+        labels: the other arguments of the cross-entropy.
+        chunk: the number of logits that are processed at once; None is what suits the device.
     """
     first = inputs[0]
     if chunk is None:
@@ -57,7 +58,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 class _Problem(NamedTuple):
-    """What is asked of some inputs."""
+    """All that defines the loss, except its inputs."""
 
     target: Tensor
     alpha: float | Tensor
@@ -87,30 +88,30 @@ class _Problem(NamedTuple):
     def by_sweep(self, inputs: Sequence[Any], upstream: Gradients, wanted: Sequence[bool]) -> Gradients:
         """The gradients for the inputs that are wanted, by another sweep."""
         to_loss, to_ce, to_kl = upstream
-        through_loss = None if to_loss is None else self.alpha * to_loss
+        through_loss = None if to_loss is None or is_off(self.alpha) else self.alpha * to_loss
         with without_autocast(inputs[0].device.type):
             return self.sweep(inputs, _sum(to_loss, to_ce), _sum(through_loss, to_kl)).over(self.chunk, wanted, *inputs)
 
 
 class _Fused(torch.autograd.Function):
-    """loss, ce and kl, with the gradient of the loss made on the way forward, and scaled on the way back.
+    """loss, ce and kl, with the gradient of the loss made in the forward pass, and scaled in the backward pass.
 
-    Those of ce and kl are made on the way back, by another sweep, if they are asked for. The first sweep is not kept
-    till then: it holds the terms, which hold this function, and nothing would ever free that circle.
+    The gradients of ce and kl are made in the backward pass, by another sweep, if they are asked for. The first sweep
+    is not kept until then: it holds the terms, which hold this function, a cycle that nothing would free.
     """
 
     @staticmethod
     def forward(
         ctx: Any, problem: _Problem, sweep: Sweep, alpha: float | Tensor, *inputs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if inputs[0].dtype == torch.float16:  # 1 / n would vanish: the gradient is n times as large until the way back
+        if inputs[0].dtype == torch.float16:  # 1 / n would vanish: n times the gradient is kept until the backward pass
             sweep.grad_scale = sweep.n_counted.clamp(min=1)
         gradients = sweep.over(problem.chunk, ctx.needs_input_grad[3:], *inputs)
         ce, kl = sweep.terms
         ctx.problem, ctx.grad_scale = problem, sweep.grad_scale
         ctx.save_for_backward(kl if ctx.needs_input_grad[2] else None, *inputs, *gradients)
         ctx.set_materialize_grads(False)
-        return ce + alpha * kl if isinstance(alpha, Tensor) else torch.add(ce, kl, alpha=alpha), ce, kl
+        return combined(ce, kl, alpha), ce, kl
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -139,7 +140,7 @@ class Sweep:
     """
 
     grad_scale: Tensor | None = None
-    """What the gradient is multiplied by, to be divided by it later."""
+    """The gradient is multiplied by this; None is 1."""
 
     def __init__(
         self,
@@ -159,12 +160,13 @@ class Sweep:
         ignored: Tensor | None = None
         counted: Tensor | float = 1.0
         mean: Tensor | float = 1 / max(1, rows)
-        if not target.is_cpu or n_counted.item() < rows:  # elsewhere the look at it would wait for the device
+        if not _compat.is_readable(target) or n_counted.item() < rows:
             counted, mean = is_counted.unsqueeze(-1), 1 / n_counted.clamp(min=1)
             ignored = ~counted
             label = label.masked_fill(ignored, 0)
         self.kl_scale = mean / 4
         self.kl_grad_scale = self.kl_scale * kl_weight
+        self.is_ce_alone = is_off(kl_weight)
         row_weight = counted
         if self.class_weight is not None:
             row_weight = self.class_weight[label[0]] * counted
@@ -180,9 +182,12 @@ class Sweep:
     @cached_property
     def terms(self) -> tuple[Tensor, Tensor]:
         """ce and kl of the rows that were swept."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        ce, kl = (torch.stack(part).sum() for part in zip(*self.parts, strict=True))
+        ce, kl = self.parts[0]
+        if len(self.parts) > 1:
+            ce, kl = (torch.stack(part).sum() for part in zip(*self.parts, strict=True))
+        if not _compat.is_readable(kl) or math.isnan(kl.item()):
+            # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
+            kl = kl.where(~kl.isnan() | ce.isnan(), torch.inf)
         return ce, kl
 
     def over(self, chunk: int, wanted: Sequence[bool], first: Tensor, *head: Any) -> Sequence[Tensor | None]:
@@ -255,9 +260,13 @@ class Sweep:
         kl = difference.flatten().dot(log_ratio.flatten()) * self.kl_scale
         if out is not None:
             # the gradient for log p and log q takes their place, and then passes through the softmax
-            torch.addcmul(difference, probs, log_ratio, out=log_probs)
-            log_q.neg_()
-            log_probs.mul_(self.kl_grad_scale).scatter_add_(-1, rows.label, rows.nll_scale)
+            if self.is_ce_alone:
+                log_probs.zero_()
+            else:
+                torch.addcmul(difference, probs, log_ratio, out=log_probs)
+                log_q.neg_()
+                log_probs.mul_(self.kl_grad_scale)
+            log_probs.scatter_add_(-1, rows.label, rows.nll_scale)
             if self.labels.label_smoothing:
                 weight = 1.0 if self.class_weight is None else self.class_weight
                 log_probs += rows.smoothing_scale * weight
@@ -302,7 +311,7 @@ def _scaled(gradient: Tensor | None, scale: Tensor) -> Tensor | None:
         return None
     if _compat.graph_is_kept():
         return gradient * scale
-    if not gradient.is_cpu or scale.item() != 1:  # elsewhere a look at the scale would wait for the device
+    if not _compat.is_readable(scale) or scale.item() != 1:
         gradient.mul_(scale)
     return gradient
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import TypeVar
 
+from torch import Tensor
+
 Word = TypeVar("Word", bound=str)
 
 
@@ -38,4 +40,20 @@ def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:
     """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
+def tensor(name: str, value: Tensor) -> Tensor:
+    """The value, if it is a tensor.
+
+    Raises:
+        TypeError: it is not.
+
+    Example:
+        >>> tensor("target", [0, 1])
+        Traceback (most recent call last):
+        TypeError: target must be a tensor, got a list: torch.as_tensor(...) makes one.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}: torch.as_tensor(...) makes one.")
     return value

@@ -1,4 +1,4 @@
-"""Cross-entropy and symmetric KL of K views: two functions of logits or hidden states, computed the fastest way."""
+"""Cross-entropy plus symmetric KL of K views, of logits or of hidden states, computed in the fastest way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rdrop import _compat
+from lightning_rdrop import _compat, arguments
 from lightning_rdrop._fused import fused, without_autocast
 from lightning_rdrop.labels import Labels, composite
 from lightning_rdrop.terms import Terms
@@ -24,7 +24,7 @@ def rdrop_cross_entropy(
     weight: Tensor | None = None,
     chunk: int | None = None,
 ) -> Terms:
-    r"""Cross-entropy plus alpha times the symmetric KL of K views, with the gradient made on the way forward.
+    r"""Cross-entropy plus alpha times the symmetric KL of K views, with the gradient made in the forward pass.
 
     .. math::
         \text{loss} = \operatorname*{mean}_{k,n} -\log p_{kn}(y_n)
@@ -37,8 +37,8 @@ def rdrop_cross_entropy(
         \tfrac12 (p - y) + \tfrac\alpha4 [p - q + p (d - a)] \quad\text{and}\quad
         \tfrac12 (q - y) + \tfrac\alpha4 [q - p - q (d - b)]
 
-    so that a chunk of rows is read once and its gradient written once, while both are in cache; nothing else of the
-    size of the logits is ever made. Half precision is computed in float32. Where that does not apply (more or fewer
+    so that a chunk of rows is read once and its gradient written once, while both are in cache; nothing else as large
+    as the logits is ever allocated. Half precision is computed in float32. Where this does not apply (more or fewer
     views, class probabilities as target, ``torch.compile``, ``torch.func``, second derivatives), the same value comes
     from the formula above and autograd.
 
@@ -46,10 +46,10 @@ def rdrop_cross_entropy(
         logits: shape (K, N, C), views first. A class may be masked with -inf in all views.
         target: shape (N,) of class indices, or (N, C) of class probabilities.
         alpha: the weight of kl, a number or a scalar tensor.
-        ignore_index: a row with this target counts in neither term.
+        ignore_index: a row with this target counts in neither term; nor do probabilities that are all 0, or all this.
         label_smoothing: in [0, 1), in the cross-entropy only.
         weight: shape (C,), one weight a class, in the cross-entropy only.
-        chunk: the number of logits that are worked on at once; by default what suits the device.
+        chunk: the number of logits that are processed at once; by default what suits the device.
 
     Raises:
         ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of its range.
@@ -68,7 +68,7 @@ def rdrop_cross_entropy(
             f"logits must be floats of shape (K, N, C), views first, with at least 2 classes C, got "
             f"{tuple(logits.shape)}, {logits.dtype}."
         )
-    _check_target(target, *logits.shape[1:])
+    target = _checked(target, *logits.shape[1:])
     terms = checked_terms(logits, None, target, alpha, Labels(ignore_index, label_smoothing, weight), chunk)
     terms.prediction = logits[0]
     return terms
@@ -90,8 +90,8 @@ def linear_rdrop_cross_entropy(
 
     .. math:: \text{logits} = \text{hidden} \cdot \text{weight}^\top + \text{bias}
 
-    The gradients for hidden states, weight and bias are made chunk by chunk on the way forward, so that a head over a
-    large vocabulary costs hardly more memory than its weight. Under autocast the products are in its dtype, as those
+    The gradients of hidden states, weight and bias are made chunk by chunk in the forward pass, so that a head over a
+    large vocabulary takes hardly more memory than its weight. Under autocast the products are in its dtype, as those
     of a linear layer are.
 
     Args:
@@ -125,7 +125,7 @@ def linear_rdrop_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have the shape (C,) = ({len(weight)},), got {tuple(bias.shape)}.")
-    _check_target(target, hidden.shape[1], len(weight))
+    target = _checked(target, hidden.shape[1], len(weight))
     if target.dim() != 1:
         raise ValueError("target must be class indices (N,): probabilities (N, C) would be as large as the logits.")
     labels = Labels(ignore_index, label_smoothing, class_weight)
@@ -164,7 +164,7 @@ def checked_terms(
         head: the output layer, or None.
         target: shape (N,) of class indices; without a head, or (N, C) of class probabilities.
         alpha: the weight of kl.
-        labels: what else the cross-entropy is told.
+        labels: the other arguments of the cross-entropy.
         chunk: as for :func:`rdrop_cross_entropy`.
 
     Raises:
@@ -172,7 +172,7 @@ def checked_terms(
         TypeError: a head that is sharded across ranks.
     """
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk must be an int >= 1, the number of logits worked on at once, or None, got {chunk!r}.")
+        raise ValueError(f"chunk must be an int >= 1, the number of logits processed at once, or None, got {chunk!r}.")
     if head is not None and not _is_plain(head.weight):
         raise TypeError(
             f"weight is a {type(head.weight).__name__}, sharded across ranks: no chunk of plain hidden states can be "
@@ -191,20 +191,23 @@ def checked_terms(
         return composite(states if head is None else F.linear(states, *head), target, alpha, labels)
 
 
-def _check_target(target: Tensor, rows: int, classes: int) -> None:
+def _checked(target: Tensor, rows: int, classes: int) -> Tensor:
+    """The target, with class indices as int64, so that no comparison overflows."""
+    arguments.tensor("target", target)
     indices = target.shape == (rows,) and not (target.is_floating_point() or target.is_complex())
     if not indices and not (target.shape == (rows, classes) and target.is_floating_point()):
         raise ValueError(
             f"target must be class indices (integers) of shape (N,) = ({rows},), or class probabilities (floats) "
             f"of shape (N, C) = ({rows}, {classes}), got {tuple(target.shape)}, {target.dtype}."
         )
+    return target.long() if indices else target
 
 
 def _fuses(states: Tensor, target: Tensor) -> bool:
-    """Whether the gradient can be made on the way forward: two views, class indices, and nothing that traces."""
+    """Whether the gradient can be made in the forward pass: two views, class indices, and nothing that traces."""
     if states.shape[0] != 2 or target.dim() != 1 or not _is_plain(states):
         return False
-    return not (torch.compiler.is_compiling() or _compat.is_transformed())
+    return not _compat.is_traced()
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_rdrop import _compat
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision becomes float32, anything else stays what it is."""
@@ -54,7 +56,8 @@ def symmetric_kl(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
     # -inf - -inf is NaN: a class that neither view allows has no part in the sum
     masked = (log_p == -torch.inf) & (log_q == -torch.inf)
     difference = log_p.masked_fill(masked, 0) - log_q.masked_fill(masked, 0)
-    return ((log_p.exp() - log_q.exp()) * difference).sum(dim) / 2
+    rows = ((log_p.exp() - log_q.exp()) * difference).sum(dim) / 2
+    return _infinite_not_nan(rows, log_p, log_q, dim)
 
 
 def kl(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
@@ -83,7 +86,8 @@ def kl(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
     _check_shapes("kl", first, second)
     log_p, log_q = log_probabilities(first, dim), log_probabilities(second, dim)
     masked = log_p == -torch.inf
-    return (log_p.exp() * (log_p.masked_fill(masked, 0) - log_q.masked_fill(masked, 0))).sum(dim)
+    rows = (log_p.exp() * (log_p.masked_fill(masked, 0) - log_q.masked_fill(masked, 0))).sum(dim)
+    return _infinite_not_nan(rows, log_p, log_q, dim)
 
 
 def symmetric_bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
@@ -99,19 +103,26 @@ def symmetric_bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
         second: logits, same shape.
 
     Returns:
-        nats per element; float32, or float64 for float64 logits. Exactly 0 for equal logits, infinite ones included.
+        nats per element; float32, or float64 for float64 logits. Exactly 0 for equal logits, infinite ones included;
+        a logit that is infinite in a single view makes the divergence infinite.
+
+    Raises:
+        ValueError: the shapes differ.
 
     Example:
         >>> from torch import tensor
         >>> symmetric_bernoulli_kl(tensor([0.0]), tensor([3.0]).log())  # p = 1/2, q = 3/4: ln 3 / 8
         tensor([0.1373])
     """
+    _check_shapes("symmetric_bernoulli_kl", first, second)
     first, second = at_least_float32(first), at_least_float32(second)
     equal = first == second  # also where both are infinite
     first, second = first.masked_fill(equal, 0), second.masked_fill(equal, 0)
     # near 1 the digits are in 1 - p
     near_one = (second.neg().sigmoid() - first.neg().sigmoid(), first.sigmoid() - second.sigmoid())
-    return torch.where(first + second > 0, *near_one) * (first - second) / 2
+    gap = first - second
+    elements = torch.where(first + second > 0, *near_one) * gap / 2
+    return elements.masked_fill(gap.isinf(), torch.inf) if _may_hold_nan(elements) else elements
 
 
 def jensen_shannon(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
@@ -128,6 +139,9 @@ def jensen_shannon(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
     Returns:
         nats per row, at most ln 2, the shape of ``first`` without ``dim``; also where -inf masks a class in one view.
 
+    Raises:
+        ValueError: the shapes differ.
+
     Source: Lin, Divergence measures based on the Shannon entropy, 1991.
 
     Example:
@@ -135,6 +149,7 @@ def jensen_shannon(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
         >>> jensen_shannon(tensor([0.0, -inf]), tensor([-inf, 0.0]))  # nothing in common: ln 2
         tensor(0.6931)
     """
+    _check_shapes("jensen_shannon", first, second)
     log_p, log_q = log_probabilities(first, dim).clamp(min=-1e30), log_probabilities(second, dim).clamp(min=-1e30)
 
     def to_middle(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -143,6 +158,18 @@ def jensen_shannon(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
         return -(log_p.exp() * log_ratio).sum(dim)
 
     return (to_middle(log_p, log_q) + to_middle(log_q, log_p)) / 2
+
+
+def _may_hold_nan(values: Tensor) -> bool:
+    return not _compat.is_readable(values) or bool(values.sum().isnan())
+
+
+def _infinite_not_nan(rows: Tensor, log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
+    """A class that one view masks is infinitely far, even where its probability in the other underflows: 0 * inf."""
+    if not _may_hold_nan(rows):
+        return rows
+    is_nan = log_p.select(dim, 0).isnan() | log_q.select(dim, 0).isnan()  # one NaN makes all of a row NaN
+    return rows.masked_fill(rows.isnan() & ~is_nan, torch.inf)
 
 
 def _check_shapes(name: str, first: Tensor, second: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,6 +96,13 @@ class Hooks(MixinBase):
         """Hook: the hidden states (B, ..., D) of some inputs, of which ``rdrop_head`` makes the prediction."""
         raise NotImplementedError("rdrop_head gives an output layer: override rdrop_hidden to give its inputs.")
 
+    def rdrop_first_view(self, predictions: Any) -> Any:
+        """What has the shape of the first view's prediction, also where a head makes it of hidden states."""
+        head, first = self.rdrop_head(), views.view(predictions, 0)
+        if isinstance(head, Mapping):
+            return first | {name: one.like_logits(first[name]) for name, one in head.items()}
+        return first if head is None else head.like_logits(first)
+
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """Hook: what is wrong with a first batch, if anything; it is said as ``rdrop_guard`` says.
 
@@ -110,12 +118,10 @@ class Hooks(MixinBase):
         ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
         if part == "unlabeled":
             return none_counts(target, ignore_index) or fed_its_source(self, inputs)
-        head, first = self.rdrop_head(), views.view(predictions, 0)
-        if isinstance(head, Mapping):
-            first = first | {name: one.like_logits(first[name]) for name, one in head.items()}
-        elif head is not None:
-            first = head.like_logits(first)
+        first = self.rdrop_first_view(predictions)
         self.rdrop_distance.check(first, target)
+        if self.rdrop_head() is None and (reason := self.rdrop_distance.suspicious(first)):
+            warnings.warn(reason, stacklevel=2)
         return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)
 
 

@@ -1,4 +1,4 @@
-"""What a cross-entropy is told besides logits and target, and the R-Drop loss written out for autograd."""
+"""The arguments of a cross-entropy besides logits and target, and the R-Drop loss written out for autograd."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rdrop import _compat
 from lightning_rdrop.divergence import at_least_float32, symmetric_kl
 from lightning_rdrop.terms import Average, Terms
 
@@ -18,16 +19,12 @@ class Labels:
     """The arguments of ``F.cross_entropy`` besides logits and target.
 
     Args:
-        ignore_index: a row with this target does not count.
+        ignore_index: a row with this target does not count; nor do probabilities that are all 0, or all this.
         label_smoothing: in [0, 1).
         weight: shape (C,), one weight a class.
 
     Raises:
-        ValueError: a label smoothing out of its range.
-
-    Example:
-        >>> Labels().average(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.tensor([0, -100]))  # ln 2, of one row
-        Average(total=tensor(0.6931), weight=tensor(1.))
+        ValueError: a label smoothing out of its range, or a weight that requires a gradient.
     """
 
     ignore_index: int = -100
@@ -37,6 +34,8 @@ class Labels:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
+        if self.weight is not None and self.weight.requires_grad:
+            raise ValueError("The class weight requires a gradient, and a cross-entropy has none for it: detach() it.")
 
     def check(self, classes: int) -> None:
         """Refuse class weights that do not belong to this number of classes.
@@ -47,28 +46,57 @@ class Labels:
         if self.weight is not None and self.weight.shape != (classes,):
             raise ValueError(f"The class weight must have the shape ({classes},), got {tuple(self.weight.shape)}.")
 
-    def average(self, logits: Tensor, target: Tensor) -> Average:
-        """The cross-entropy of logits (N, C, ...) to class indices (N, ...) or class probabilities (N, C, ...)."""
+    def counted(self, target: Tensor) -> Tensor:
+        """A mask (N, ...) of the rows that count, of class indices (N, ...) or class probabilities (N, C, ...).
+
+        Probabilities do not count where all of a row are 0, or ``ignore_index``.
+        """
+        if not target.is_floating_point():
+            return target != self.ignore_index
+        return ~((target == 0).all(1) | (target == self.ignore_index).all(1))
+
+    def average(self, logits: Tensor, target: Tensor, counted: Tensor) -> Average:
+        """The cross-entropy of logits (N, C, ...), blank in rows that do not count, to indices or probabilities.
+
+        Example:
+            >>> labels, target = Labels(), torch.tensor([0, -100])
+            >>> counted = labels.counted(target)
+            >>> labels.average(blank(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), counted), target, counted)  # ln 2
+            Average(total=tensor(0.6931), weight=tensor(1.))
+        """
         logits = at_least_float32(logits)
         weight = None if self.weight is None else self.weight.to(logits)
-        total = F.cross_entropy(
+        probabilities = target.is_floating_point()
+        values = F.cross_entropy(
             logits,
-            target.to(logits) if target.is_floating_point() else target,
+            target.to(logits) if probabilities else target,
             weight=weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
-            reduction="sum",
+            reduction="none" if probabilities else "sum",
         )
-        if target.is_floating_point():  # F.cross_entropy divides a sum over probabilities by the plain number of rows
-            return Average(total, total.new_tensor(logits.numel() // logits.shape[1]))
-        counted = target != self.ignore_index
+        if probabilities:  # F.cross_entropy divides by the plain number of rows, whatever their class weights are
+            return Average.of(values, counted)
         if weight is None:
-            return Average(total, counted.sum().to(total))
-        return Average(total, weight[target.where(counted, 0)].where(counted, 0).sum())
+            return Average(values, counted.sum().to(values))
+        return Average(values, weight[target.where(counted, 0)].where(counted, 0).sum())
+
+
+def blank(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
+    """The logits, with 0 in the rows that do not count, so that no infinity or NaN of theirs reaches a gradient.
+
+    Args:
+        logits: shape (N, C, ...).
+        counted: shape (N, ...), which rows count.
+        dim: the dimension of the classes.
+    """
+    if _compat.is_readable(counted) and counted.all():
+        return logits
+    return logits.masked_fill(~counted.unsqueeze(dim), 0)
 
 
 def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels) -> Terms:
-    r"""The R-Drop loss as its formula says it, for any number of views, any target and any transform of torch.
+    r"""The R-Drop loss by its formula and autograd: for any number of views, any target and any transform of torch.
 
     .. math::
         \operatorname*{mean}_{k,n} -\log p_{kn}(y_n)
@@ -78,7 +106,7 @@ def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Lab
         logits: shape (K, N, C), views first.
         target: shape (N,) of class indices, or (N, C) of class probabilities.
         alpha: the weight of kl.
-        labels: what else the cross-entropy is told.
+        labels: the other arguments of the cross-entropy.
 
     Example:
         >>> from torch import tensor
@@ -86,13 +114,9 @@ def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Lab
         >>> composite(logits, tensor([0]), 4.0, Labels()).loss  # ln 2 + 4 ln(1.5) / 20
         tensor(0.7742)
     """
-    views = len(logits)
-    ce = labels.average(logits.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)))
+    views, counted = len(logits), labels.counted(target)
+    logits = blank(logits, counted, -1)
+    ce = labels.average(logits.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)), counted.repeat(views))
     zero = torch.zeros_like(ce.total)
-    between = Average(zero, zero)
-    pairs = [symmetric_kl(logits[j], logits[k]) for j, k in combinations(range(views), 2)]
-    if pairs:
-        rows = torch.stack(pairs)
-        counted = target != labels.ignore_index if target.dim() == 1 else rows.new_ones(rows.shape[1], dtype=torch.bool)
-        between = Average(rows.where(counted, 0).sum(), counted.sum().to(rows) * len(pairs))
-    return Terms.of(ce, between, alpha, rows=ce.weight / views)
+    pairs = (Average.of(symmetric_kl(logits[j], logits[k]), counted) for j, k in combinations(range(views), 2))
+    return Terms.of(ce, sum(pairs, start=Average(zero, zero)), alpha, rows=ce.weight / views)

@@ -21,8 +21,8 @@ class RDropLoss(nn.Module):
     with two views and :class:`~lightning_rdrop.Categorical` this is exactly half of
     :math:`CE_1 + CE_2 + \tfrac\alpha2 [KL_{12} + KL_{21}]`. One view is ordinary training, kl = 0.
 
-    How it is computed is the distance's business: :class:`~lightning_rdrop.Categorical` makes the gradient on the way
-    forward, as :func:`~lightning_rdrop.rdrop_cross_entropy` does; others leave it to autograd.
+    The distance computes it, in its own fastest way: :class:`~lightning_rdrop.Categorical` makes the gradient in the
+    forward pass, as :func:`~lightning_rdrop.rdrop_cross_entropy` does; others leave it to autograd.
 
     Args:
         distance: D; ``None`` is :class:`~lightning_rdrop.Categorical`.

@@ -346,6 +346,8 @@ class RDropMixin(Hooks):
         must_differ = views.count(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
         modes = self._rdrop_modes()
         self._rdrop_guard.watch(self, predictions, redraw, inputs, target, part, modes, must_differ=must_differ)
+        if self.rdrop_guard != "off" and part == "labeled" and target is not None:
+            self._rdrop_guard.note_target(self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
     def _rdrop_part_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:

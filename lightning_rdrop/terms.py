@@ -36,14 +36,18 @@ class Average:
     weight: Tensor
 
     @classmethod
-    def of(cls, values: Tensor) -> Average:
-        """The plain mean of some values.
+    def of(cls, values: Tensor, counted: Tensor | None = None) -> Average:
+        """The plain mean of some values, or of those that count.
 
         Example:
             >>> Average.of(torch.tensor([1.0, 2.0, 6.0]))
             Average(total=tensor(9.), weight=tensor(3.))
+            >>> Average.of(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, True]))
+            Average(total=tensor(7.), weight=tensor(2.))
         """
-        return cls(values.sum(), values.new_tensor(values.numel()))
+        if counted is None:
+            return cls(values.sum(), values.new_tensor(values.numel()))
+        return cls(values.where(counted, 0).sum(), counted.sum().to(values))
 
     @property
     def mean(self) -> Tensor:
@@ -102,4 +106,20 @@ class Terms:
             tensor(4.)
         """
         ce, kl = task.mean, between.mean / 2
-        return cls(ce + alpha * kl, ce, kl, **others)
+        return cls(combined(ce, kl, alpha), ce, kl, **others)
+
+
+def combined(ce: Tensor, kl: Tensor, alpha: float | Tensor) -> Tensor:
+    """``ce + alpha * kl``, and ce alone where kl is switched off, however far apart the views are.
+
+    Example:
+        >>> from torch import inf, tensor
+        >>> combined(tensor(1.0), tensor(inf), 0.0)
+        tensor(1.)
+    """
+    return ce.clone() if is_off(alpha) else ce + alpha * kl
+
+
+def is_off(alpha: float | Tensor) -> bool:
+    """Whether alpha is the number 0. A tensor is never looked at, which would wait for its device."""
+    return not isinstance(alpha, Tensor) and alpha == 0

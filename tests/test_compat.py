@@ -54,6 +54,17 @@ def test_whether_a_transform_is_active(transform):
     assert not _compat.is_transformed()
 
 
+def test_whether_values_can_be_read():
+    x = torch.ones(2)
+    assert _compat.is_readable(x)
+    assert not _compat.is_traced()
+    assert not _compat.is_readable(torch.ones(2, device="meta"))
+    asked = []
+    torch.func.vmap(lambda x: asked.append((_compat.is_readable(x), _compat.is_traced())) or x)(x)
+    torch.compile(lambda x: asked.append((_compat.is_readable(x), _compat.is_traced())) or x, backend="eager")(x)
+    assert asked == [(False, True), (False, True)]
+
+
 def test_whether_a_gradient_is_batched():
     asked = []
     x = torch.ones(2, requires_grad=True)

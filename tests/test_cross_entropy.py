@@ -10,7 +10,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from lightning_rdrop import Categorical, JensenShannon, RDropLoss, linear_rdrop_cross_entropy, rdrop_cross_entropy
+from lightning_rdrop import (
+    Categorical,
+    JensenShannon,
+    RDropLoss,
+    _fused,
+    linear_rdrop_cross_entropy,
+    rdrop_cross_entropy,
+)
 from lightning_rdrop._fused import Sweep
 from lightning_rdrop.labels import Labels
 from lightning_rdrop.labels import composite as written_out
@@ -128,6 +135,7 @@ def test_the_published_formula_in_float64(classes, smoothing, weighted, chunk):
     torch.testing.assert_close(terms.loss, expected)
     torch.testing.assert_close(terms.loss, terms.ce + 3.0 * terms.kl)
     torch.testing.assert_close(gradient(terms.loss, logits), gradient(expected, logits))
+    assert torch.equal(terms.prediction, logits[0])
     share = arguments["weight"][target[target != 3]].sum() if weighted else (target != 3).sum()
     torch.testing.assert_close(terms.rows.double(), share.double())
 
@@ -318,6 +326,139 @@ def test_a_row_that_does_not_count_may_hold_anything():
     terms = rdrop_cross_entropy(logits, target, 4.0)
     counted = rdrop_cross_entropy(logits[:, [0, 2]], target[[0, 2]], 4.0)
     torch.testing.assert_close((terms.loss, terms.ce, terms.kl), (counted.loss, counted.ce, counted.kl))
+
+
+def loss_of_views(logits, target):
+    return rdrop_cross_entropy(logits, target, 4.0).loss
+
+
+@pytest.mark.parametrize("junk", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("way", [loss_of_views, torch.func.functionalize(loss_of_views)], ids=["eager", "transformed"])
+def test_no_gradient_comes_from_a_row_that_does_not_count(junk, views, soft, way):
+    logits = torch.randn(views, 4, 5, dtype=torch.double)
+    logits[0, 1, 0] = junk
+    logits.requires_grad_()
+    target = torch.tensor([0, -100, 3, 4])
+    if soft:
+        target = F.one_hot(target.clamp(min=0), 5).double()
+        target[1] = 0
+    (found,) = torch.autograd.grad(way(logits, target), logits)
+    rows = logits.detach()[:, [0, 2, 3]].requires_grad_()
+    expected = gradient(rdrop_cross_entropy(rows, torch.tensor([0, 3, 4]), 4.0).loss, rows)
+    torch.testing.assert_close(found[:, [0, 2, 3]], expected)
+    assert not found[:, 1].any()
+
+
+def test_no_gradient_comes_from_a_row_that_does_not_count_when_compiled():
+    torch._dynamo.reset()
+    logits, target = torch.randn(2, 4, 5), torch.tensor([0, -100, 3, 4])
+    logits[0, 1, 0] = -math.inf
+    logits.requires_grad_()
+    found = gradient(torch.compile(loss_of_views, backend="aot_eager", fullgraph=True)(logits, target), logits)
+    torch.testing.assert_close(found, gradient(loss_of_views(logits, target), logits))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("padding", [0.0, -100.0])
+def test_rows_of_probabilities_that_do_not_count(smoothing, padding):
+    logits, target = torch.randn(2, 5, 7, dtype=torch.double), torch.rand(5, 7, dtype=torch.double).softmax(-1)
+    target[[1, 3]] = padding
+    weight = torch.rand(7, dtype=torch.double)
+    arguments = {"label_smoothing": smoothing, "weight": weight}
+    terms = rdrop_cross_entropy(logits, target, 4.0, **arguments)
+    expected = rdrop_cross_entropy(logits[:, [0, 2, 4]], target[[0, 2, 4]], 4.0, **arguments)
+    torch.testing.assert_close((terms.loss, terms.ce, terms.kl), (expected.loss, expected.ce, expected.kl))
+    ce = F.cross_entropy(logits[:, [0, 2, 4]].flatten(0, 1), target[[0, 2, 4]].repeat(2, 1), **arguments)
+    torch.testing.assert_close(terms.ce, ce)
+    assert terms.rows == 3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_in_several_chunks_where_every_row_counts(smoothing):
+    logits = torch.randn(2, 50, 7, dtype=torch.double, requires_grad=True)
+    target, weight = torch.randint(7, (50,)), torch.rand(7, dtype=torch.double)
+    terms = rdrop_cross_entropy(logits, target, 4.0, weight=weight, label_smoothing=smoothing, chunk=100)
+    expected = formula(logits, target, 4.0, weight=weight, label_smoothing=smoothing)
+    torch.testing.assert_close(terms.loss, expected)
+    torch.testing.assert_close(gradient(terms.loss, logits), gradient(expected, logits))
+    hidden = torch.randn(2, 50, 3, dtype=torch.double, requires_grad=True)
+    head = torch.randn(7, 3, dtype=torch.double, requires_grad=True)
+    arguments = {"class_weight": weight, "label_smoothing": smoothing, "chunk": 100}
+    terms = linear_rdrop_cross_entropy(hidden, head, target, 4.0, **arguments)
+    expected = formula(hidden @ head.T, target, 4.0, weight=weight, label_smoothing=smoothing)
+    ours, theirs = (torch.autograd.grad(loss, (hidden, head)) for loss in (terms.loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    images, labels = logits.detach()[..., None].expand(2, 50, 7, 3000), target[:, None].expand(50, 3000)
+    segmented = RDropLoss(Categorical(class_dim=1, weight=weight))(images, labels, 4.0)
+    torch.testing.assert_close(segmented.loss, formula(logits, target, 4.0, weight=weight))
+
+
+def test_the_chunks_of_a_chunk_of_the_head_have_their_own_labels(monkeypatch):
+    monkeypatch.setattr(_fused, "_CACHED", 2 * 7 * 3)  # three rows at a time, of the ten that the head holds
+    hidden = torch.randn(2, 25, 4, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.double, requires_grad=True)
+    target = torch.randint(7, (25,))
+    target[11] = -100
+    terms = linear_rdrop_cross_entropy(hidden, weight, target, 4.0, chunk=2 * 7 * 10)
+    expected = formula(hidden @ weight.T, target, 4.0)
+    torch.testing.assert_close(terms.loss, expected)
+    ours, theirs = (torch.autograd.grad(loss, (hidden, weight)) for loss in (terms.loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_indices_of_every_integer_type(views, dtype):
+    logits, target = torch.randn(views, 4, 200), torch.tensor([0, 3, 100, 127])
+    expected = rdrop_cross_entropy(logits, target, 4.0).loss
+    assert rdrop_cross_entropy(logits, target.to(dtype), 4.0).loss == expected
+    assert RDropLoss()(logits, target.to(dtype), 4.0).loss == expected
+    assert Categorical().to_target(logits[0], target.to(dtype)).mean == F.cross_entropy(logits[0], target)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_class_156_of_uint8_is_not_the_padding(views):
+    logits, target = torch.randn(views, 2, 200), torch.tensor([156, 156], dtype=torch.uint8)
+    assert (target == -100).all()  # which is what torch makes of the comparison
+    for terms in (rdrop_cross_entropy(logits, target, 4.0), RDropLoss()(logits, target, 4.0)):
+        assert terms.rows == 2
+        torch.testing.assert_close(terms.ce, F.cross_entropy(logits.flatten(0, 1), target.long().repeat(views)))
+    assert Categorical().counted(logits[0], target).all()
+    assert Categorical().between(logits[0], logits[0], target).weight == 2
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("classes", [3, 600])
+def test_views_are_infinitely_far_where_one_masks_a_class(views, classes):
+    """Also where the probability of the class underflows in the other: 0 * inf is no NaN."""
+    logits = torch.zeros(views, 1, classes)
+    logits[0, 0, 1], logits[1:, 0, 1] = -math.inf, -200.0
+    terms = rdrop_cross_entropy(logits, torch.tensor([0]), 4.0)
+    assert terms.kl == terms.loss == math.inf
+    assert terms.ce.isfinite()
+    logits[0, 0, 2] = math.nan
+    assert rdrop_cross_entropy(logits, torch.tensor([0]), 4.0).kl.isnan()
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("alpha", [0, 0.0])
+def test_alpha_0_switches_kl_off_however_far_the_views_are(views, alpha):
+    logits, target = torch.randn(views, 4, 5, dtype=torch.double), torch.tensor([0, 1, 2, 3])
+    logits[0, 2, 4] = -math.inf
+    logits.requires_grad_()
+    terms = rdrop_cross_entropy(logits, target, alpha)
+    assert terms.kl == math.inf
+    ce = F.cross_entropy(logits.flatten(0, 1), target.repeat(views))
+    torch.testing.assert_close((terms.loss, terms.ce), (ce, ce))
+    for found, times in ((terms.loss, 1.0), (terms.ce, 1.0), (terms.loss + 0.5 * terms.ce, 1.5)):
+        ours, theirs = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, times * ce))
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        terms.loss += 1
+    torch.testing.assert_close(terms.ce, ce)
 
 
 @pytest.mark.parametrize("leaf", [True, False])
@@ -520,6 +661,18 @@ HIDDEN, WEIGHT, LOGITS, TARGET = torch.randn(2, 3, 4), torch.randn(5, 4), torch.
         (lambda: rdrop_cross_entropy(LOGITS, TARGET.float(), 4.0), ValueError, "target must be class indices"),
         (lambda: rdrop_cross_entropy(LOGITS, TARGET, 4.0, label_smoothing=1.0), ValueError, "label_smoothing must"),
         (lambda: rdrop_cross_entropy(LOGITS, TARGET, 4.0, weight=torch.ones(4)), ValueError, r"class weight .*\(5,\)"),
+        (lambda: rdrop_cross_entropy(LOGITS, [0, 1, 2], 4.0), TypeError, "target must be a tensor, got a list"),
+        (
+            lambda: linear_rdrop_cross_entropy(HIDDEN, WEIGHT, [0], 4.0),
+            TypeError,
+            "target must be a tensor, got a list",
+        ),
+        (
+            lambda: rdrop_cross_entropy(LOGITS, TARGET, 4.0, weight=torch.ones(5, requires_grad=True)),
+            ValueError,
+            r"class weight requires a gradient.*detach\(\)",
+        ),
+        (lambda: rdrop_cross_entropy(LOGITS[[0, 0, 0]], TARGET, 4.0, chunk=0), ValueError, "chunk must be an int >= 1"),
         (lambda: rdrop_cross_entropy(LOGITS, TARGET, 4.0, chunk=0), ValueError, "chunk must be an int >= 1.*got 0"),
         (lambda: linear_rdrop_cross_entropy(HIDDEN, WEIGHT.T, TARGET, 4.0), ValueError, "hidden must have the shape"),
         (lambda: linear_rdrop_cross_entropy(HIDDEN, WEIGHT, TARGET, 4.0, bias=TARGET), ValueError, "bias must have"),

@@ -1,3 +1,5 @@
+import re
+
 import mpmath
 import pytest
 import torch
@@ -300,7 +302,8 @@ def target_of(distance, prediction):
     if isinstance(distance, Categorical):
         return torch.arange(len(prediction)) % prediction.shape[-1]
     if isinstance(distance, FromDistribution):
-        return torch.zeros(len(prediction))
+        made = distance.make(torch.zeros_like(prediction))
+        return torch.zeros(made.batch_shape + made.event_shape)
     return torch.rand(prediction.shape[:1] if prediction.shape[-1] == 2 else prediction.shape)
 
 
@@ -331,6 +334,7 @@ def test_consistency_alone_has_its_gradient(distance, shape, views):
     terms = RDropLoss(distance).consistency(predictions, 3.0)
     torch.testing.assert_close((terms.loss, terms.kl), (3.0 * kl, kl))
     assert terms.ce == 0
+    assert torch.equal(terms.prediction, predictions[0])
     for found, expected in ((terms.kl, kl), (terms.loss, 3.0 * kl)):
         ours, theirs = (torch.autograd.grad(term, predictions, retain_graph=True)[0] for term in (found, expected))
         torch.testing.assert_close(ours, theirs)
@@ -358,3 +362,86 @@ def test_nothing_broadcasts(distance, prediction, target):
 def test_a_prediction_without_a_variance_is_refused():
     with pytest.raises(ValueError, match=r"prediction \(N, ..., 2\) of means and log-variances, got \(4, 3\)"):
         Gaussian(log_variance=True).to_target(torch.zeros(4, 3), torch.zeros(4))
+
+
+def test_weights_are_no_part_of_a_checkpoint():
+    assert Bernoulli(pos_weight=torch.ones(3)).state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("weight", "shape"), [((3,), (4, 3)), ((3,), (4, 6, 3)), ((6, 1), (4, 6, 3)), ((1,), (4,)), ((), (4,))]
+)
+def test_a_weight_for_each_label(weight, shape):
+    prediction, target = torch.randn(shape), torch.randint(2, shape)
+    weight = torch.rand(weight)
+    expected = F.binary_cross_entropy_with_logits(prediction, target.float(), pos_weight=weight)
+    torch.testing.assert_close(Bernoulli(pos_weight=weight).to_target(prediction, target).mean, expected)
+
+
+@pytest.mark.parametrize(("weight", "shape"), [((4,), (4, 3)), ((4,), (4,)), ((4, 3), (4, 3)), ((2, 1), (4, 3))])
+def test_a_weight_of_another_shape_is_refused(weight, shape):
+    message = rf"pos_weight must have the shape {re.escape(str(shape[1:]))}.*got {re.escape(str(weight))}"
+    with pytest.raises(ValueError, match=message):
+        Bernoulli(pos_weight=torch.ones(weight)).to_target(torch.zeros(shape), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("class_dim", [0, 2, 5, -2, -3])
+def test_a_dimension_that_holds_no_classes_is_refused(class_dim):
+    message = rf"class_dim={class_dim} is no dimension of classes in a prediction of shape \(3, 3\)"
+    with pytest.raises(ValueError, match=message):
+        RDropLoss(Categorical(class_dim=class_dim))(torch.zeros(2, 3, 3), torch.zeros(3, dtype=torch.long), 1.0)
+
+
+@pytest.mark.parametrize("distance", [Categorical(), JensenShannon(), Bernoulli(), Gaussian(), Cosine()])
+def test_a_list_is_no_target(distance):
+    for call in (lambda: RDropLoss(distance)(torch.zeros(2, 1, 3), [0], 1.0), lambda: distance.to_target(LOGITS, [0])):
+        with pytest.raises(TypeError, match=r"target must be a tensor, got a list: torch\.as_tensor"):
+            call()
+
+
+LOGITS = torch.zeros(1, 3)
+
+
+def test_directed_is_d_of_the_first_and_the_second():
+    """The first is held fixed by VAT, and is the p of KL(p || q)."""
+    first, second = numbers(6, 4)
+    target = torch.tensor([0, 1, -100, 2, -100, 3])
+    p, q = (distributions.Categorical(logits=view) for view in (first, second))
+    kl = distributions.kl_divergence(p, q)
+    assert abs(kl.mean() - distributions.kl_divergence(q, p).mean()) > 0.01
+    torch.testing.assert_close(Categorical().directed(first, second).mean, kl.mean())
+    torch.testing.assert_close(Categorical().directed(first, second, target).mean, kl[target >= 0].mean())
+    images = Categorical(class_dim=1).directed(first[..., None], second[..., None], target[:, None])
+    torch.testing.assert_close(images.mean, kl[target >= 0].mean())
+    torch.testing.assert_close(
+        FromDistribution(lambda x: distributions.Categorical(logits=x)).directed(first, second).mean, kl.mean()
+    )
+    js = jensen_shannon(first, second)[target >= 0].mean()
+    torch.testing.assert_close(JensenShannon().directed(first, second, target).mean, js)
+    torch.testing.assert_close(
+        Bernoulli().directed(first, second).mean, bernoulli_kl(first.sigmoid(), second.sigmoid()).mean()
+    )
+    torch.testing.assert_close(Gaussian().directed(first, second).mean, F.mse_loss(first, second))
+    p, q = (distributions.Normal(view[:, 0], (view[:, 1] / 2).exp()) for view in (first, second))
+    normal = Gaussian(log_variance=True).directed(first[:, :2], second[:, :2])
+    torch.testing.assert_close(normal.mean, distributions.kl_divergence(p, q).mean())
+    torch.testing.assert_close(Cosine().directed(first, second).mean, (1 - F.cosine_similarity(first, second)).mean())
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-2])
+def test_nearly_equal_normals_keep_their_digits_in_float32(gap):
+    first = torch.tensor([[0.5, 1.0]])
+    second = first + torch.tensor([[0.0, gap]])
+    for measure in (Gaussian(log_variance=True).between, Gaussian(log_variance=True).directed):
+        exact = measure(first.double(), second.double()).mean
+        torch.testing.assert_close(measure(first, second).mean.double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("zero", [0.0, 1e-30])
+def test_a_vector_without_a_direction_has_no_gradient(zero):
+    vector = torch.full((2, 3), zero, requires_grad=True)
+    far = Cosine().to_target(vector, torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(far.total, torch.tensor(0.5))  # for the first row; the second is as far as can be told 0
+    assert not torch.autograd.grad(far.total, vector)[0].any()
+    small = torch.tensor([[3e-6, 4e-6]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: Cosine().between(x, torch.ones_like(x)).mean, small, eps=1e-10, atol=1e-2)

@@ -1,10 +1,14 @@
+import math
+import re
+
 import mpmath
 import pytest
 import torch
 from torch import inf
 from torch.distributions import Categorical, kl_divergence
 
-from lightning_rdrop import symmetric_kl
+from lightning_rdrop import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
+from lightning_rdrop.divergence import kl
 
 
 def exactly(first, second):
@@ -71,6 +75,37 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda p, q: symmetric_kl(p.mT, q.mT, dim=0), (first, second))
 
 
-def test_nothing_broadcasts():
-    with pytest.raises(ValueError, match=r"first \(3, 4\) and second \(4,\); nothing broadcasts"):
-        symmetric_kl(torch.zeros(3, 4), torch.zeros(4))
+@pytest.mark.parametrize("function", [symmetric_kl, kl, symmetric_bernoulli_kl, jensen_shannon])
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (3, 1)])
+def test_nothing_broadcasts(function, shape):
+    message = rf"{function.__name__} compares.*first \(3, 4\) and second {re.escape(str(shape))}; nothing broadcasts"
+    with pytest.raises(ValueError, match=message):
+        function(torch.zeros(3, 4), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [-200.0, -1e4])
+def test_a_class_masked_in_one_view_is_infinitely_far_where_the_other_underflows(value):
+    """The probability of e^-200 is 0 in float32, and so is the difference of the two; but not the distance."""
+    masked, tiny = torch.tensor([[0.0, -inf], [0.0, 1.0]]), torch.tensor([[0.0, value], [0.0, 2.0]])
+    expected = torch.tensor([inf, exactly(masked[1], tiny[1])])
+    torch.testing.assert_close(symmetric_kl(masked, tiny), expected)
+    torch.testing.assert_close(symmetric_kl(tiny.mT, masked.mT, dim=0), expected)
+    assert kl(tiny, masked)[0] == inf
+    assert kl(masked, tiny)[0] == 0
+    assert symmetric_bernoulli_kl(torch.tensor(inf), torch.tensor(-value)) == inf
+    assert symmetric_bernoulli_kl(torch.tensor(value), torch.tensor(-inf)) == inf
+
+
+@pytest.mark.parametrize("function", [symmetric_kl, kl, symmetric_bernoulli_kl, jensen_shannon])
+def test_nan_stays_nan(function):
+    nan = torch.tensor([[math.nan, 0.0]])
+    for first, second in ((nan, torch.zeros(1, 2)), (torch.tensor([[0.0, -inf]]), nan)):
+        assert function(first, second).isnan().any()
+        assert function(second, first).isnan().any()
+
+
+def test_kl_has_a_direction():
+    first, second = torch.randn(2, 7, 5, dtype=torch.float64)
+    expected = kl_divergence(Categorical(logits=first), Categorical(logits=second))
+    torch.testing.assert_close(kl(first, second), expected)
+    torch.testing.assert_close(kl(first.mT, second.mT, dim=0), expected)

@@ -7,9 +7,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike
+from lightning_rdrop.distance.shapes import alike, blank
 from lightning_rdrop.divergence import at_least_float32, kl, symmetric_bernoulli_kl
 from lightning_rdrop.terms import Average
+
+_RESHAPING = (
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Alias",
+    "Select",
+    "Slice",
+    "Split",
+    "Unbind",
+    "Stack",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Permute",
+    "ToCopy",
+    "Clone",
+)
+"""Functions, by the beginnings of their names in the graph of autograd, that leave the values as they are."""
 
 
 class Bernoulli(Distance):
@@ -24,9 +43,13 @@ class Bernoulli(Distance):
     Args:
         pos_weight: shape (L,), the weight of the positive answers to each label, in the cross-entropy only. Kept out
             of checkpoints.
+        ignore_value: a label with this value, such as -1 or NaN, is not known, and counts in neither term.
 
     Shapes:
         prediction (N, ..., L) logits; target (N, ..., L), 0 or 1 or a probability.
+
+    Raises:
+        ValueError: shapes that do not match, or an ``ignore_value`` that is a probability.
 
     Example:
         >>> from torch import tensor
@@ -35,28 +58,76 @@ class Bernoulli(Distance):
         tensor(0.3709)
         >>> distance.between(tensor([[0.0]]), tensor([[3.0]]).log()).mean  # p = 1/2 and 3/4: ln 3 / 8
         tensor(0.1373)
+        >>> Bernoulli(ignore_value=-1).to_target(tensor([[0.0, 3.0]]), tensor([[1, -1]])).mean  # ln 2
+        tensor(0.6931)
     """
 
     term_names = ("bce", "kl")
     pos_weight: Tensor | None
 
-    def __init__(self, *, pos_weight: Tensor | None = None) -> None:
+    def __init__(self, *, pos_weight: Tensor | None = None, ignore_value: float | None = None) -> None:
         super().__init__()
+        if ignore_value is not None and 0 <= ignore_value <= 1:
+            raise ValueError(f"ignore_value must lie outside [0, 1], where labels are, such as -1, got {ignore_value}.")
+        self.ignore_value = ignore_value
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
         prediction, target = alike(self, prediction, target)
-        weight = None if self.pos_weight is None else self.pos_weight.to(prediction)
+        counted = self.counted(prediction, target)
+        prediction, target = blank(counted, prediction, target)
+        weight = self._weight(prediction)
         elements = F.binary_cross_entropy_with_logits(prediction, target, pos_weight=weight, reduction="none")
-        return Average.of(elements)
+        return Average.of(elements, counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        return Average.of(symmetric_bernoulli_kl(first, second))
+        counted = self._counted_in_both(first, target)
+        return Average.of(symmetric_bernoulli_kl(*blank(counted, first, second)), counted)
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        p, q = (torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1) for z in map(at_least_float32, (first, second)))
-        return Average.of(kl(p, q))
+        counted = self._counted_in_both(first, target)
+        views = map(at_least_float32, blank(counted, first, second))
+        p, q = (torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1) for z in views)
+        return Average.of(kl(p, q), counted)
+
+    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+        wrong = ~((target >= 0) & (target <= 1))
+        counted = self.counted(prediction, target)
+        return wrong if counted is None else wrong & counted
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        if len(wrong := target[~((target >= 0) & (target <= 1))]):
-            raise ValueError(f"The target holds {float(wrong[0])}; a label of Bernoulli is 0, 1 or a probability.")
+        if len(wrong := target[self.impossible(prediction, target)]):
+            raise ValueError(
+                f"The target holds {float(wrong[0])}; a label of Bernoulli is 0, 1 or a probability. Labels that are "
+                f"not known count in neither term with Bernoulli(ignore_value=...)."
+            )
+
+    def suspicious(self, prediction: Tensor) -> str | None:
+        """By the function that made the prediction: logits, too, may lie between 0 and 1."""
+        node = prediction.grad_fn
+        while node is not None and node.name().startswith(_RESHAPING):
+            node = node.next_functions[0][0]
+        if node is None or not node.name().startswith("Sigmoid"):
+            return None
+        return (
+            "The prediction comes out of a sigmoid, and Bernoulli takes logits, to which it applies one itself. Return "
+            "what goes into it from forward, or override rdrop_predict."
+        )
+
+    def _counted_in_both(self, prediction: Tensor, target: Tensor | None) -> Tensor | None:
+        return None if target is None or self.ignore_value is None else self.counted(*alike(self, prediction, target))
+
+    def _weight(self, prediction: Tensor) -> Tensor | None:
+        weight = self.pos_weight
+        if weight is None:
+            return None
+        labels = prediction.shape[1:]
+        fits = weight.dim() <= len(labels) and all(
+            size in (1, there) for size, there in zip(reversed(weight.shape), reversed(labels), strict=False)
+        )
+        if not fits and weight.numel() > 1:
+            raise ValueError(
+                f"pos_weight must have the shape {tuple(labels)}, one weight a label, got {tuple(weight.shape)} for a "
+                f"prediction of shape {tuple(prediction.shape)}."
+            )
+        return weight.to(prediction)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 
-from lightning_rdrop import views
+from lightning_rdrop import arguments, views
 from lightning_rdrop.cross_entropy import Head, checked_terms
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import one_tensor
-from lightning_rdrop.divergence import kl, symmetric_kl
-from lightning_rdrop.labels import Labels
+from lightning_rdrop.divergence import at_least_float32, kl, symmetric_kl
+from lightning_rdrop.labels import Labels, blank
 from lightning_rdrop.terms import Average, Terms
+
+_ROUNDING = 0.01
+"""How far from 1 probabilities may sum: thousands of them in half precision are 0.002 away."""
 
 
 class Categorical(Distance):
@@ -22,7 +29,7 @@ class Categorical(Distance):
     Args:
         class_dim: the dimension of the C classes in a prediction of one view, (N, ..., C) by default; 1 for images
             (N, C, H, W). It is never guessed.
-        ignore_index: a row with this target counts in neither term.
+        ignore_index: a row with this target counts in neither term; nor do probabilities that are all 0, or all this.
         label_smoothing: in [0, 1), in the cross-entropy only.
         weight: shape (C,), one weight a class, in the cross-entropy only. Kept out of checkpoints, so that they have
             the keys of the same model without R-Drop.
@@ -63,64 +70,103 @@ class Categorical(Distance):
 
     @property
     def labels(self) -> Labels:
-        """What the cross-entropy is told."""
+        """The arguments of the cross-entropy."""
         return Labels(self.ignore_index, self.label_smoothing, self.weight)
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        if not self.counts_indices(prediction, target):
-            target = target.movedim(self.class_dim, 1)
-        return self.labels.average(prediction.movedim(self.class_dim, 1), target)
+        target = self._classes_first(self.checked(prediction, target))
+        counted = self.labels.counted(target)
+        logits = blank(prediction.movedim(self.class_dim, 1), counted)
+        return self.labels.average(logits, target, counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        return self._counted(self.divergence(first, second), first, target)
+        return self._over_rows(self.divergence, first, second, target)
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        return self._counted(kl(first, second, self.class_dim), first, target)
+        return self._over_rows(partial(kl, dim=self.class_dim), first, second, target)
+
+    def counted(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.labels.counted(self._classes_first(self.checked(prediction, target)))
+
+    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+        target = self._classes_first(self.checked(prediction, target))
+        if target.is_floating_point():
+            sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
+            right = (target >= 0).all(1) & ((sums - 1).abs() <= _ROUNDING)
+        else:
+            right = (target >= 0) & (target < prediction.shape[self.class_dim])
+        return ~right & self.labels.counted(target)
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        if self.counts_indices(prediction, target):
-            classes = prediction.shape[self.class_dim]
-            wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
-            if len(wrong):
-                raise ValueError(
-                    f"The target holds the class {int(wrong[0])}, and the prediction has the {classes} classes 0 to "
-                    f"{classes - 1}. Give the head more classes, or mark rows that do not count with "
-                    f"ignore_index={self.ignore_index}."
-                )
+        wrong = self.impossible(prediction, target)
+        if not wrong.any():
+            return
+        if target.is_floating_point():
+            row = target.movedim(self.class_dim, -1)[wrong][0]
+            raise ValueError(
+                f"A row of the target holds the numbers {row.tolist()[:10]}, which are no probabilities: they are "
+                f"negative or sum to {float(row.sum()):.4g}, not 1. For several labels at once use the Bernoulli "
+                f"distance. A row that does not count is all 0, or all {self.ignore_index}."
+            )
+        classes = prediction.shape[self.class_dim]
+        raise ValueError(
+            f"The target holds the class {int(target[wrong][0])}, and the prediction has the {classes} classes 0 to "
+            f"{classes - 1}. Give the head more classes, or mark rows that do not count with "
+            f"ignore_index={self.ignore_index}."
+        )
+
+    def suspicious(self, prediction: Tensor) -> str | None:
+        sums = at_least_float32(prediction).sum(self.class_dim)
+        if (prediction < 0).any() or ((sums - 1).abs() > _ROUNDING).any():
+            return None
+        return (
+            f"The prediction is a softmax already: its rows sum to 1. {type(self).__name__} takes logits, to which it "
+            "applies one itself. Return what goes into it from forward, or override rdrop_predict."
+        )
 
     def divergence(self, first: Tensor, second: Tensor) -> Tensor:
-        """What :meth:`between` sums: a divergence for each row, (N, ...)."""
+        """The divergence of each row, (N, ...), which :meth:`between` sums."""
         return symmetric_kl(first, second, self.class_dim)
 
     def terms(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
-        """The same loss, its gradient made on the way forward; with a ``head``, the logits are never held."""
+        """The same loss, with its gradient made in the forward pass; with a ``head``, the logits are never held."""
         if head is not None:
             if self.class_dim != -1:
                 raise TypeError(
                     f"A fused head needs the distance Categorical(class_dim=-1), got class_dim={self.class_dim}."
                 )
-            if not self.counts_indices(head.like_logits(predictions[0]), target):
+            target = self.checked(head.like_logits(predictions[0]), target)
+            if target.is_floating_point():
                 raise ValueError("A fused head takes class indices: probabilities would be as large as the logits.")
             return checked_terms(predictions.flatten(1, -2), head, target.flatten(), alpha, self.labels)
         first = views.view(predictions, 0)
-        indices = self.counts_indices(first, target)
+        target = self.checked(first, target)
         dim = self.class_dim
         logits = predictions.movedim(dim if dim < 0 else dim + 1, -1).flatten(1, -2)
-        flat = target.flatten() if indices else target.movedim(dim, -1).flatten(0, -2)
+        flat = target.movedim(dim, -1).flatten(0, -2) if target.is_floating_point() else target.flatten()
         terms = checked_terms(logits, None, flat, alpha, self.labels)
         terms.prediction = first
         return terms
 
-    def _counted(self, rows: Tensor, prediction: Tensor, target: Tensor | None) -> Average:
-        if target is None or not self.counts_indices(prediction, target):
-            return Average.of(rows)
-        counted = target != self.ignore_index
-        return Average(rows.where(counted, 0).sum(), counted.sum().to(rows))
+    def checked(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The target, with class indices as int64, so that no comparison overflows.
 
-    def counts_indices(self, prediction: Tensor, target: Tensor) -> bool:
-        """Whether the target holds class indices rather than probabilities, after a look at both shapes."""
+        Args:
+            prediction: shape (N, ..., C), or with the classes in ``class_dim``.
+            target: shape (N, ...) of class indices, or the prediction's, of class probabilities.
+
+        Raises:
+            TypeError: the target is no tensor.
+            ValueError: the shapes do not match, or there are fewer than two classes.
+        """
         one_tensor(self, prediction)
+        arguments.tensor("target", target)
         shape = list(prediction.shape)
+        if not 1 <= (self.class_dim if self.class_dim >= 0 else self.class_dim + len(shape)) < len(shape):
+            raise ValueError(
+                f"class_dim={self.class_dim} is no dimension of classes in a prediction of shape {tuple(shape)}, whose "
+                "first is that of its rows. Say Categorical(class_dim=...), or leave out class_dim for the last one."
+            )
         classes = shape.pop(self.class_dim)
         if classes < 2:
             raise ValueError(
@@ -129,12 +175,25 @@ class Categorical(Distance):
                 "single logit use the Bernoulli distance; if the classes lie elsewhere, say Categorical(class_dim=...)."
             )
         if target.shape == prediction.shape and target.is_floating_point():
-            return False
-        if list(target.shape) == shape and not target.is_floating_point():
-            return True
+            return target
+        if list(target.shape) == shape and not (target.is_floating_point() or target.is_complex()):
+            return target.long()
         raise ValueError(
             f"Categorical got a prediction of shape {tuple(prediction.shape)} (classes in dimension "
             f"{self.class_dim}) and a target of shape {tuple(target.shape)}, {target.dtype}. It takes class indices "
             f"(integers) of shape {tuple(shape)}, or class probabilities (floats) of the prediction's shape; nothing "
             "broadcasts here."
         )
+
+    def _classes_first(self, target: Tensor) -> Tensor:
+        """The target, with the classes of probabilities in dimension 1, where torch expects them."""
+        return target.movedim(self.class_dim, 1) if target.is_floating_point() else target
+
+    def _over_rows(
+        self, measure: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor, target: Tensor | None
+    ) -> Average:
+        if target is None:
+            return Average.of(measure(first, second))
+        counted = self.counted(first, target)
+        first, second = (blank(view, counted, self.class_dim) for view in (first, second))
+        return Average.of(measure(first, second), counted)

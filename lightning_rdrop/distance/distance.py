@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any, ClassVar
 
@@ -26,6 +27,9 @@ class Distance(Described):
 
     term_names: tuple[str, str] = ("ce", "kl")
     """The names under which the two terms are logged."""
+
+    ignore_value: float | None = None
+    """A target with this value (NaN matches NaN) counts in neither term. None: every target counts."""
 
     measures: ClassVar[tuple[str, ...]] = ("to_target", "between")
     """The methods that say what D is. A class that overrides one of them goes back to the general ``terms``."""
@@ -59,7 +63,7 @@ class Distance(Described):
         raise NotImplementedError
 
     def directed(self, first: Any, second: Any, target: Any = None) -> Average:
-        """D(first, second) in this one direction, for a ``first`` that is held fixed; ``between``, unless overridden.
+        """D(first, second), in this direction only, for a ``first`` that is held fixed; :meth:`between` by default.
 
         Args:
             first, second, target: as for :meth:`between`.
@@ -70,12 +74,53 @@ class Distance(Described):
         """The distance of one of several predictions; see :class:`~lightning_rdrop.Together`."""
         raise KeyError(name)
 
+    def counted(self, prediction: Any, target: Any) -> Tensor | None:
+        """A mask of the rows that count, in both terms; None if all do.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
+        """
+        if self.ignore_value is None:
+            return None
+        counted: Tensor = ~target.isnan() if math.isnan(self.ignore_value) else target != self.ignore_value
+        return counted
+
+    def impossible(self, prediction: Any, target: Any) -> Tensor | None:
+        """A mask of the values of the target that make no sense to this distance; None if any value does.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
+        """
+        return None
+
+    def invalid(self, prediction: Any, target: Any) -> Tensor | None:
+        """Whether any value of the target is impossible: a bool tensor on its device, without a synchronisation.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
+        """
+        wrong = self.impossible(prediction, target)
+        return None if wrong is None else wrong.any()
+
     def check(self, prediction: Any, target: Any) -> None:
-        """Look at the values of a first batch, which synchronises the device; shapes are looked at in every step.
+        """Refuse a target that holds an impossible value. Synchronises the device, so it is for a first batch.
+
+        Args:
+            prediction, target: as for :meth:`to_target`.
 
         Raises:
-            ValueError: a value out of its range.
+            ValueError: there is such a value; the message names it.
         """
+
+    def suspicious(self, prediction: Any) -> str | None:
+        """What is probably wrong with a prediction, such as a softmax where logits are expected; None if nothing is.
+
+        Synchronises the device, so it is for a first batch.
+
+        Args:
+            prediction: shape (N, ...).
+        """
+        return None
 
     def terms(self, predictions: Any, target: Any, alpha: float | Tensor, head: Any = None) -> Terms:
         r"""The R-Drop loss of K views.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
+from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
+from lightning_rdrop.distance.shapes import alike
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average
 
@@ -19,6 +22,8 @@ class FromDistribution(Distance):
 
     Args:
         make: turns a prediction into a ``torch.distributions.Distribution``; each element of its batch is a row.
+        ignore_value: an example whose target has this value everywhere, such as NaN, is left out before ``make``, and
+            counts in neither term.
 
     Shapes:
         prediction (N, ...), what ``make`` takes; target: batch shape + event shape of the distribution.
@@ -33,11 +38,57 @@ class FromDistribution(Distance):
 
     term_names = ("nll", "kl")
 
-    def __init__(self, make: Callable[[Tensor], Distribution]) -> None:
+    def __init__(self, make: Callable[[Tensor], Distribution], *, ignore_value: float | None = None) -> None:
         super().__init__()
         self.make = make
+        self.ignore_value = ignore_value
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
+        distribution, target = self._known(prediction, target)
+        return Average.of(-distribution.log_prob(target))
+
+    def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        p, q = self._both(first, second, target)
+        return Average.of((self._kl(p, q) + self._kl(q, p)) / 2)
+
+    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
+        return Average.of(self._kl(*self._both(first, second, target)))
+
+    def counted(self, prediction: Tensor, target: Tensor) -> Tensor | None:
+        known = super().counted(prediction, target)
+        return None if known is None else known.reshape(len(known), -1).any(1)
+
+    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Those outside the support of the distribution, among the examples that count."""
+        distribution, target = self._known(prediction.detach(), target)
+        try:
+            constraint: Any = distribution.support
+        except NotImplementedError:
+            return ~target.isfinite()
+        wrong: Tensor = ~constraint.check(target)
+        return wrong
+
+    def check(self, prediction: Tensor, target: Tensor) -> None:
+        wrong = self.impossible(prediction, target)
+        if wrong.any():
+            distribution, target = self._known(prediction, target)
+            raise ValueError(
+                f"The target holds {target[wrong][0].tolist()}, outside the support of {distribution}. Leave such "
+                "examples out, or let those that are not known count in neither term: "
+                "FromDistribution(make, ignore_value=float('nan'))."
+            )
+
+    def _both(self, first: Tensor, second: Tensor, target: Tensor | None) -> tuple[Distribution, Distribution]:
+        first, second = alike(self, first, second)
+        if target is not None and (counted := self.counted(first, target)) is not None:
+            first, second = first[counted], second[counted]
+        return self._made(first), self._made(second)
+
+    def _known(self, prediction: Tensor, target: Tensor) -> tuple[Distribution, Tensor]:
+        """The distribution of the examples that count, and their target."""
+        counted = self.counted(prediction, arguments.tensor("target", target))
+        if counted is not None and len(counted) == len(prediction):
+            prediction, target = prediction[counted], target[counted]
         distribution = self._made(prediction)
         expected = distribution.batch_shape + distribution.event_shape
         if target.shape != expected:
@@ -45,14 +96,7 @@ class FromDistribution(Distance):
                 f"FromDistribution made {distribution} of the prediction {tuple(prediction.shape)}, whose values have "
                 f"the shape {tuple(expected)}, and got a target {tuple(target.shape)}; nothing broadcasts here."
             )
-        return Average.of(-distribution.log_prob(target))
-
-    def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        p, q = self._made(first), self._made(second)
-        return Average.of((self._kl(p, q) + self._kl(q, p)) / 2)
-
-    def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        return Average.of(self._kl(self._made(first), self._made(second)))
+        return distribution, target
 
     def _kl(self, p: Distribution, q: Distribution) -> Tensor:
         try:

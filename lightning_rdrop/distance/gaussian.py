@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike
+from lightning_rdrop.distance.shapes import alike, blank
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average
 
@@ -27,6 +27,7 @@ class Gaussian(Distance):
 
     Args:
         log_variance: whether the last dimension of the prediction is (mean, log-variance).
+        ignore_value: a target with this value, such as NaN, is not known, and counts in neither term.
 
     Shapes:
         prediction and target (N, ...); with ``log_variance`` the prediction is (N, ..., 2).
@@ -38,43 +39,74 @@ class Gaussian(Distance):
         tensor(2.)
         >>> distance.between(tensor([1.0]), tensor([3.0])).mean  # RDropLoss halves it
         tensor(4.)
+        >>> Gaussian(ignore_value=math.nan).to_target(tensor([1.0, 2.0]), tensor([math.nan, 4.0])).mean
+        tensor(4.)
     """
 
-    def __init__(self, *, log_variance: bool = False) -> None:
+    def __init__(self, *, log_variance: bool = False, ignore_value: float | None = None) -> None:
         super().__init__()
         self.log_variance = log_variance
+        self.ignore_value = ignore_value
         self.term_names = ("nll", "kl") if log_variance else ("mse", "kl")
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        if not self.log_variance:
-            prediction, target = alike(self, prediction, target)
-            return Average.of((prediction - target).square())
-        mean, spread = self._moments(prediction)
-        mean, target = alike(self, mean, target)
-        return Average.of((math.log(2 * math.pi) + spread + (target - mean).square() * spread.neg().exp()) / 2)
+        mean, target = alike(self, self._mean(prediction), target)
+        counted = self.counted(prediction, target)
+        mean, target = blank(counted, mean, target)
+        error = (target - mean).square()
+        if self.log_variance:
+            (spread,) = blank(counted, at_least_float32(prediction)[..., 1])
+            error = (math.log(2 * math.pi) + spread + error * spread.neg().exp()) / 2
+        return Average.of(error, counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        first, second = alike(self, first, second)
+        first, second, counted = self._blank(first, second, target)
         if not self.log_variance:
-            return Average.of((first - second).square())
-        (mean, spread), (other_mean, other_spread) = self._moments(first), self._moments(second)
+            return Average.of((first - second).square(), counted)
+        (mean, spread), (other_mean, other_spread) = first.unbind(-1), second.unbind(-1)
         precision = spread.neg().exp() + other_spread.neg().exp()
         # (cosh x - 1) / 2 = sinh^2(x / 2) keeps its digits where the spreads are nearly equal
-        return Average.of(((spread - other_spread) / 2).sinh().square() + (mean - other_mean).square() * precision / 4)
+        far = ((spread - other_spread) / 2).sinh().square() + (mean - other_mean).square() * precision / 4
+        return Average.of(far, counted)
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         if not self.log_variance:
             return self.between(first, second, target)
-        first, second = alike(self, first, second)
-        (mean, spread), (other_mean, other_spread) = self._moments(first), self._moments(second)
+        first, second, counted = self._blank(first, second, target)
+        (mean, spread), (other_mean, other_spread) = first.unbind(-1), second.unbind(-1)
         gap = spread - other_spread
-        return Average.of((torch.expm1(gap) - gap + (mean - other_mean).square() * other_spread.neg().exp()) / 2)
+        far = (torch.expm1(gap) - gap + (mean - other_mean).square() * other_spread.neg().exp()) / 2
+        return Average.of(far, counted)
 
-    def _moments(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
+    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+        wrong = ~target.isfinite()
+        counted = self.counted(prediction, target)
+        return wrong if counted is None else wrong & counted
+
+    def check(self, prediction: Tensor, target: Tensor) -> None:
+        if len(wrong := target[self.impossible(prediction, target)]):
+            raise ValueError(
+                f"The target holds {float(wrong[0])}; Gaussian takes finite numbers. Leave such examples out, or let "
+                "values that are not known count in neither term: Gaussian(ignore_value=float('nan'))."
+            )
+
+    def _mean(self, prediction: Tensor) -> Tensor:
+        if not self.log_variance:
+            return prediction
         if prediction.shape[-1:] != (2,):
             raise ValueError(
                 f"Gaussian(log_variance=True) takes a prediction (N, ..., 2) of means and log-variances, got "
                 f"{tuple(prediction.shape)}."
             )
-        mean, spread = at_least_float32(prediction).unbind(-1)
-        return mean, spread
+        return prediction[..., 0]
+
+    def _blank(self, first: Tensor, second: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both views, with 0 where nothing counts, and what does."""
+        first, second = alike(self, first, second)
+        mean = self._mean(first)
+        if target is None or self.ignore_value is None:
+            return first, second, None
+        counted = self.counted(*alike(self, mean, target))
+        assert counted is not None
+        first, second = blank(counted.unsqueeze(-1) if self.log_variance else counted, first, second)
+        return first, second, counted

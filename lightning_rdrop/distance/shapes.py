@@ -1,4 +1,4 @@
-"""What most distances ask of a prediction: one tensor, of the shape of its target; nothing broadcasts."""
+"""What a distance makes sure of before it computes: one shape, and nothing in the rows that do not count."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.divergence import at_least_float32
 
@@ -15,8 +16,10 @@ def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tenso
 
     Raises:
         ValueError: the shapes differ, or the prediction is no tensor of floats.
+        TypeError: the target is no tensor.
     """
     one_tensor(distance, prediction)
+    arguments.tensor("target", target)
     if prediction.shape != target.shape or not prediction.is_floating_point():
         raise ValueError(
             f"{type(distance).__name__} compares a prediction of floats with a target of its own shape, got "
@@ -25,6 +28,11 @@ def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tenso
         )
     prediction = at_least_float32(prediction)
     return prediction, target.to(prediction.dtype)
+
+
+def blank(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with 0 where nothing counts: no infinity and no NaN from there reaches a gradient."""
+    return tensors if counted is None else tuple(tensor.where(counted, 0) for tensor in tensors)
 
 
 def one_tensor(distance: Distance, prediction: Any) -> None:

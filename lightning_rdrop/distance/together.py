@@ -84,6 +84,16 @@ class Together(Distance):
         for name, distance in self._parts():
             distance.check(prediction[name], target[name])
 
+    def invalid(self, prediction: Any, target: Any) -> Tensor | None:
+        self._same_names(prediction, target)
+        found = [part.invalid(prediction[name], target[name]) for name, part in self._parts()]
+        flags = [flag for flag in found if flag is not None]
+        return torch.stack(flags).any() if flags else None
+
+    def suspicious(self, prediction: Any) -> str | None:
+        said = [reason for name, part in self._parts() if (reason := part.suspicious(prediction[name]))]
+        return said[0] if said else None
+
     def terms(
         self, predictions: Any, target: Any, alpha: float | Tensor, head: Mapping[str, Head] | None = None
     ) -> Terms:

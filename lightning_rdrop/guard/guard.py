@@ -17,6 +17,7 @@ from lightning_rdrop.guard.explanation import explain, explain_dead
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.rows import rows_meet
+from lightning_rdrop.guard.target_watch import TargetWatch
 
 Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
@@ -55,6 +56,7 @@ class Guard:
         self._modes: dict[str, list[bool]] = {}
         self._nan: dict[str, NanWatch] = {}
         self._equal = EqualWatch()
+        self._targets = TargetWatch()
 
     def part_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str
@@ -114,6 +116,7 @@ class Guard:
         nan.look(predictions)
         network = cast(nn.Module, module)
         if read:
+            self.complain(module, self._targets.reason())  # first: NaN in a target soon is NaN everywhere
             self.complain(module, nan.reason())
             if self._equal.died() and must_differ and agree(predictions):
                 self.complain(module, explain(network))
@@ -133,6 +136,10 @@ class Guard:
     def note(self, kl: Tensor) -> None:
         """Keep the kl of a step, in which views that become equal are seen."""
         self._equal.note(kl)
+
+    def note_target(self, invalid: Tensor | None) -> None:
+        """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says."""
+        self._targets.note(invalid)
 
     def batch_ends(self, module: Guarded) -> None:
         """Say, after the first training batch, that it drew no views: a ``training_step`` hides that of the mixin."""

@@ -1,0 +1,225 @@
+"""What counts, what a target cannot hold, and what is no prediction of logits."""
+
+import pytest
+import torch
+from test_distance import target_of
+from torch import distributions, inf
+from torch.nn import functional as F
+
+from lightning_rdrop import (
+    Bernoulli,
+    Categorical,
+    Cosine,
+    Distance,
+    FromDistribution,
+    Gaussian,
+    JensenShannon,
+    RDropLoss,
+)
+
+NAN = float("nan")
+UNKNOWN = {
+    "Bernoulli": (Bernoulli(ignore_value=-1), (5,), -1.0),
+    "Bernoulli, NaN": (Bernoulli(ignore_value=NAN), (5,), NAN),
+    "Bernoulli, weighted": (Bernoulli(ignore_value=-100, pos_weight=torch.rand(5)), (5,), -100.0),
+    "Gaussian": (Gaussian(ignore_value=NAN), (5,), NAN),
+    "Gaussian, a number": (Gaussian(ignore_value=-9.5), (), -9.5),
+    "Gaussian with variance": (Gaussian(log_variance=True, ignore_value=NAN), (2,), NAN),
+    "Cosine": (Cosine(ignore_value=NAN), (5,), NAN),
+    "FromDistribution": (FromDistribution(lambda x: distributions.Poisson(x.exp()), ignore_value=NAN), (), NAN),
+    "FromDistribution of events": (
+        FromDistribution(lambda x: distributions.MultivariateNormal(x, torch.eye(3, dtype=x.dtype)), ignore_value=NAN),
+        (3,),
+        NAN,
+    ),
+    "Categorical": (Categorical(), (5,), -100),
+    "JensenShannon": (JensenShannon(ignore_index=3), (5,), 3),
+}
+
+
+@pytest.mark.parametrize("junk", [0.7, inf, NAN])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize(("distance", "shape", "value"), UNKNOWN.values(), ids=UNKNOWN)
+def test_what_is_not_known_counts_in_neither_term(distance, shape, value, views, junk):
+    predictions = torch.randn(views, 4, *shape, dtype=torch.float64)
+    predictions[:1, 1], predictions[:, 3] = junk, junk
+    predictions.requires_grad_()
+    target = target_of(distance, predictions[0])
+    target = target.clamp(max=2) if isinstance(distance, Categorical) else target
+    target[[1, 3]] = value
+    terms = RDropLoss(distance)(predictions, target, 3.0)
+    known = predictions.detach()[:, [0, 2]].requires_grad_()
+    expected = RDropLoss(distance)(known, target[[0, 2]], 3.0)
+    (found,) = torch.autograd.grad(terms.loss, predictions)
+    torch.testing.assert_close((terms.loss, terms.ce, terms.kl), (expected.loss, expected.ce, expected.kl))
+    torch.testing.assert_close(found[:, [0, 2]], torch.autograd.grad(expected.loss, known)[0])
+    assert not found[:, [1, 3]].any()
+    assert terms.rows == expected.rows
+    assert distance.counted(predictions[0], target).reshape(4, -1).all(1).tolist() == [True, False, True, False]
+    if views > 1:
+        alone = RDropLoss(distance).consistency(predictions, 3.0, target)
+        torch.testing.assert_close(alone.kl, expected.kl)
+        directed = [
+            distance.directed(first, second, y).mean
+            for (first, second), y in ((predictions[:2], target), (known[:2], target[[0, 2]]))
+        ]
+        torch.testing.assert_close(*directed)
+
+
+def test_a_label_of_an_example_may_be_unknown():
+    """Elements count, not rows: two of three labels here, and one of two numbers."""
+    prediction, target = torch.tensor([[0.0, 3.0, 5.0]]), torch.tensor([[1.0, -1.0, 0.0]])
+    average = Bernoulli(ignore_value=-1).to_target(prediction, target)
+    expected = F.binary_cross_entropy_with_logits(prediction[:, [0, 2]], target[:, [0, 2]])
+    torch.testing.assert_close(average.mean, expected)
+    assert average.weight == 2
+    assert Gaussian(ignore_value=NAN).to_target(torch.tensor([1.0, 2.0]), torch.tensor([NAN, 5.0])).mean == 9
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, False])
+def test_a_probability_cannot_stand_for_an_unknown_label(value):
+    with pytest.raises(ValueError, match=r"ignore_value must lie outside \[0, 1\].*got"):
+        Bernoulli(ignore_value=value)
+
+
+SCORES = torch.tensor([[2.5, -1.0, 0.3], [0.2, 0.3, 0.5]])
+MULTI_HOT = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+NOT_A_NUMBER = torch.tensor([[0.2, NAN, 0.3], [0.2, 0.3, 0.5]])
+IMPOSSIBLE = {
+    "a class too many": (
+        Categorical(),
+        torch.tensor([0, 3]),
+        "holds the class 3, and.*3 classes 0 to 2.*ignore_index=-100",
+    ),
+    "a negative class": (Categorical(ignore_index=0), torch.tensor([0, -100]), "class -100.*ignore_index=0"),
+    "a class too many in uint8": (Categorical(), torch.tensor([0, 156], dtype=torch.uint8), "the class 156"),
+    "multi-hot rows": (
+        Categorical(),
+        MULTI_HOT,
+        r"\[1.0, 1.0, 0.0\], which are no probabilities.*sum to 2, not 1.*Bernoulli",
+    ),
+    "scores": (Categorical(), SCORES, "no probabilities: they are negative"),
+    "scores between views": (JensenShannon(), SCORES, "no probabilities: they are negative"),
+    "padding within a row": (
+        Categorical(),
+        torch.tensor([[-100.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+        "-99, not 1.*all -100",
+    ),
+    "NaN among probabilities": (Categorical(), NOT_A_NUMBER, "no probabilities"),
+    "-1 of Bernoulli": (Bernoulli(), torch.tensor([[0.0, -1.0, 1.0]]), r"target holds -1.0; a label.*ignore_value=..."),
+    "NaN of Bernoulli": (Bernoulli(), NOT_A_NUMBER, "The target holds nan; a label of Bernoulli"),
+    "2 beside an unknown label": (Bernoulli(ignore_value=-1), torch.tensor([[-1.0, 2.0, 1.0]]), "target holds 2.0"),
+    "NaN of Gaussian": (
+        Gaussian(),
+        NOT_A_NUMBER,
+        r"The target holds nan; Gaussian takes finite.*ignore_value=float\('nan'\)",
+    ),
+    "infinity beside an unknown number": (
+        Gaussian(ignore_value=NAN),
+        torch.tensor([[NAN, inf, 1.0]]),
+        "target holds inf",
+    ),
+    "NaN of Cosine": (Cosine(), NOT_A_NUMBER, "The target holds nan; Cosine takes vectors of finite numbers"),
+    "a vector known in part": (Cosine(ignore_value=NAN), NOT_A_NUMBER, "The target holds nan; Cosine"),
+    "a negative count": (
+        FromDistribution(lambda x: distributions.Poisson(x.exp())),
+        torch.tensor([[1.0, -2.0, 3.0]]),
+        r"The target holds -2.0, outside the support of Poisson.*ignore_value",
+    ),
+    "no point of a simplex": (
+        FromDistribution(lambda x: distributions.Dirichlet(x.exp(), validate_args=False)),
+        torch.tensor([[0.5, 0.7, 0.1]]),
+        r"The target holds \[0.5.*outside the support of Dirichlet",
+    ),
+}
+
+
+@pytest.mark.parametrize(("distance", "target", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_target_that_cannot_be_is_named(distance, target, message):
+    prediction = torch.zeros(len(target), 3, requires_grad=True)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        distance.check(prediction, target)
+    flag = distance.invalid(prediction, target)
+    assert flag.shape == ()
+    assert flag.dtype == torch.bool
+    assert flag
+
+
+@pytest.mark.parametrize(
+    ("distance", "target"),
+    [
+        (Categorical(), torch.tensor([0, 2, -100])),
+        (Categorical(ignore_index=255), torch.tensor([0, 2, 255], dtype=torch.uint8)),
+        (Categorical(), torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 0.0], [-100.0, -100.0, -100.0]])),
+        (Categorical(), torch.full((3, 3), 1 / 3).bfloat16()),
+        (JensenShannon(ignore_index=1), torch.tensor([[0.1, 0.2, 0.7], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])),
+        (Bernoulli(), torch.tensor([[0, 1, 1]])),
+        (Bernoulli(), torch.tensor([[True, False, True]])),
+        (Bernoulli(ignore_value=NAN), torch.tensor([[0.0, NAN, 0.3]])),
+        (Gaussian(), torch.tensor([[-1.0, 1e9, 0.3]])),
+        (Gaussian(ignore_value=NAN), torch.tensor([[NAN, NAN, 0.3]])),
+        (Cosine(ignore_value=NAN), torch.tensor([[NAN, NAN, NAN], [0.0, 1.0, 2.0]])),
+        (
+            FromDistribution(lambda x: distributions.Poisson(x.exp()), ignore_value=-1),
+            torch.tensor([[-1.0, -1, -1], [0, 1, 2]]),
+        ),
+        (FromDistribution(lambda x: distributions.StudentT(2.0, x)), torch.tensor([[-1.0, 0, 1]])),
+    ],
+)
+def test_a_target_that_can_be_is_left_in_peace(distance, target):
+    prediction = torch.ones(len(target), 3)
+    distance.check(prediction, target)
+    assert not distance.invalid(prediction, target)
+
+
+def test_images_are_looked_at_along_their_classes():
+    distance, prediction = Categorical(class_dim=1), torch.zeros(2, 3, 4, 5)
+    soft = torch.rand(2, 3, 4, 5).softmax(1)
+    assert not distance.invalid(prediction, soft)
+    soft[1, :, 2, 3] = 0
+    distance.check(prediction, soft)
+    soft[1, 0, 2, 3] = 3
+    with pytest.raises(ValueError, match=r"holds the numbers \[3.0, 0.0, 0.0\].*sum to 3, not 1"):
+        distance.check(prediction, soft)
+
+
+def test_a_distance_of_ones_own_takes_any_target():
+    distance, prediction = Distance(), torch.zeros(2, 3)
+    assert distance.counted(prediction, prediction) is None
+    assert distance.invalid(prediction, prediction) is None
+    assert distance.suspicious(prediction) is None
+    assert distance.check(prediction, prediction) is None
+
+
+def test_a_prediction_that_is_a_softmax_already_is_told_from_logits():
+    logits = torch.randn(2, 4, 3)
+    for distance in (Categorical(), JensenShannon()):
+        name = type(distance).__name__
+        assert f"a softmax already: its rows sum to 1. {name} takes logits" in distance.suspicious(logits.softmax(-1))
+        assert "a softmax already" in distance.suspicious(logits.bfloat16().softmax(-1))
+        for right in (logits, logits.log_softmax(-1), torch.zeros(4, 3), logits.sigmoid(), logits.abs() / 5):
+            assert distance.suspicious(right) is None
+    images = Categorical(class_dim=1)
+    assert images.suspicious(torch.randn(2, 3, 4).softmax(1))
+    assert images.suspicious(torch.randn(2, 3, 4).softmax(2)) is None
+    sums_to_one = torch.tensor([[2.0, -1.5, 0.5]])
+    assert Categorical().suspicious(sums_to_one) is None
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        lambda rows: rows,
+        lambda rows: rows.view(2, 4, 3)[1],
+        lambda rows: rows.unflatten(0, (2, 4)).unbind(0)[0],
+        lambda rows: torch.stack([rows, rows])[0].bfloat16(),
+        lambda rows: rows.reshape(2, 4, 3)[0, :, 1:].squeeze().transpose(0, 1),
+    ],
+)
+def test_a_prediction_that_comes_out_of_a_sigmoid_is_told_from_logits(reach):
+    layer = torch.nn.Linear(5, 3)
+    logits = layer(torch.randn(8, 5))
+    assert "comes out of a sigmoid, and Bernoulli takes logits" in Bernoulli().suspicious(reach(logits.sigmoid()))
+    for right in (logits, logits.sigmoid() * 5, logits.sigmoid().logit(), layer(logits.sigmoid()[:, [0, 1, 2, 0, 1]])):
+        assert Bernoulli().suspicious(reach(right)) is None
+    assert Bernoulli().suspicious(torch.rand(4, 3)) is None  # nothing tells where it comes from

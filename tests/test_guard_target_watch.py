@@ -1,0 +1,57 @@
+"""Values of a target that cannot be, in whatever batch they come, and predictions that are no logits."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rdrop import Bernoulli, Categorical, Gaussian
+from tests.conftest import Net
+
+
+def network(*more):
+    return nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3), *more)
+
+
+def spoiled(target, value):
+    """Eight batches of four, with the value in that of number 5."""
+    target[22, 1] = value
+    return DataLoader(TensorDataset(torch.randn(32, 8), target), 4)
+
+
+LATER = {
+    "NaN for Gaussian": (Gaussian(), lambda: torch.randn(32, 3), math.nan),
+    "-1 for Bernoulli": (Bernoulli(), lambda: torch.randint(2, (32, 3)).float(), -1.0),
+    "a second hot class": (Categorical(), lambda: F.one_hot(torch.arange(32) % 3, 3).float(), 7.0),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_a_later_batch_is_named_where_a_log_is_due(fit, case):
+    distance, target, value = LATER[case]
+    with pytest.raises(ValueError, match=r"target of batch 5 holds a value that is impossible.*ignore_value"):
+        fit(Net(network(), rdrop_distance=distance), spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
+
+
+def test_what_does_not_count_is_no_fault(fit):
+    for distance in (Gaussian(ignore_value=math.nan), Bernoulli(ignore_value=math.nan)):
+        fit(Net(network(), rdrop_distance=distance), spoiled(torch.rand(32, 3), math.nan), max_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("distance", "last", "target"),
+    [
+        (Categorical(), nn.Softmax(-1), torch.arange(6) % 3),
+        (Categorical(), nn.LogSoftmax(-1), None),
+        (Bernoulli(), nn.Sigmoid(), torch.randint(2, (6, 3)).float()),
+    ],
+    ids=["softmax", "log-softmax", "sigmoid"],
+)
+def test_a_prediction_that_is_no_logits_is_a_warning(recwarn, distance, last, target):
+    module = Net(network(last), rdrop_distance=distance)
+    module.rdrop_step((torch.randn(6, 8), torch.arange(6) % 3 if target is None else target))
+    said = [str(one.message) for one in recwarn if "logits" in str(one.message)]
+    assert len(said) == (0 if target is None else 1)  # log-probabilities are logits, too

@@ -427,3 +427,28 @@ def test_a_language_model_is_sharded_with_its_logits_only(pair, tmp_path):
         pair.run(language_model, tmp_path, True, ModelParallelStrategy, seconds=30)
     with pytest.raises(TypeError, match=r"the whole output layer, and that of .*GPT2LMHeadModel is sharded"):
         pair.run(language_model, tmp_path, True, OnCPU, seconds=30)
+
+
+def by_fabric():
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy as FabricDDP
+
+    fabric = Fabric(accelerator="cpu", devices=2, num_nodes=1, strategy=FabricDDP(process_group_backend="gloo"))
+    fabric.launch()
+    module = Network(rdrop_alpha=2.0)
+    wrapped, optimizer = fabric.setup(module, module.configure_optimizers())
+    wrapped.mark_forward_method("rdrop_step")
+    losses = []
+    for batch in examples(8)[fabric.global_rank :: 2]:
+        terms = wrapped.rdrop_step(tuple(part.unsqueeze(0) for part in batch))
+        fabric.backward(terms.loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((float(terms.loss), float(terms.ce + 2.0 * terms.kl)))
+    return losses, [parameter.detach().flatten().tolist() for parameter in module.parameters()]
+
+
+def test_fabrics_ddp(pair):
+    (losses, weights), (_, others) = pair.run(by_fabric)
+    assert all(loss == pytest.approx(by_hand, rel=1e-6) for loss, by_hand in losses)
+    assert weights == others

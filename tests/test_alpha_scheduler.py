@@ -91,8 +91,9 @@ TWO_EPOCHS = [0] * 4 + [2 / 3] * 4 + [4 / 3] * 2 + [2] * 10  # 4, 4 and 2 batche
         ({0: 1, 1: 2}, 1.0, [2 * s / 15 for s in range(10)] + [2 * s / 15 for s in range(10, 15) for _ in "ab"], {}),
         ({0: 4}, 0.5, [0] * 4 + [1] * 4 + [2] * 2 + [2] * 4, {"max_steps": 4}),
         ({1: 5}, 0.5, [2 * s / 6 for s in range(7)] + [2] * 13, {}),  # 10 + 2 steps
+        ({0: 4}, 1.0, [0] * 4 + [2 / 3] * 4 + [4 / 3] * 2, {"max_epochs": 1}),
     ],
-    ids=["4", "1 then 2", "max_steps", "from the second epoch"],
+    ids=["4", "1 then 2", "max_steps", "from the second epoch", "one epoch"],
 )
 def test_shares_under_a_schedule_of_accumulation(fit, small, accumulate, ramp, expected, first, trainer):
     x = torch.randn(40, 8)
@@ -101,7 +102,7 @@ def test_shares_under_a_schedule_of_accumulation(fit, small, accumulate, ramp, e
         Watch(),
         [AlphaScheduler("linear", ramp=ramp, peak=2.0), GradientAccumulationScheduler(accumulate)],
     )
-    fit(small(), loader, [*(callbacks if first else callbacks[::-1]), watch], max_epochs=2, **trainer)
+    fit(small(), loader, [*(callbacks if first else callbacks[::-1]), watch], **{"max_epochs": 2} | trainer)
     assert watch.alphas == pytest.approx(expected)
 
 

@@ -91,8 +91,9 @@ TWO_EPOCHS = [0] * 4 + [2 / 3] * 4 + [4 / 3] * 2 + [2] * 10  # 4, 4 and 2 batche
         ({0: 1, 1: 2}, 1.0, [2 * s / 15 for s in range(10)] + [2 * s / 15 for s in range(10, 15) for _ in "ab"], {}),
         ({0: 4}, 0.5, [0] * 4 + [1] * 4 + [2] * 2 + [2] * 4, {"max_steps": 4}),
         ({1: 5}, 0.5, [2 * s / 6 for s in range(7)] + [2] * 13, {}),  # 10 + 2 steps
+        ({0: 4}, 1.0, [0] * 4 + [2 / 3] * 4 + [4 / 3] * 2, {"max_epochs": 1}),
     ],
-    ids=["4", "1 then 2", "max_steps", "from the second epoch"],
+    ids=["4", "1 then 2", "max_steps", "from the second epoch", "one epoch"],
 )
 def test_shares_under_a_schedule_of_accumulation(fit, small, accumulate, ramp, expected, first, trainer):
     x = torch.randn(40, 8)
@@ -101,7 +102,7 @@ def test_shares_under_a_schedule_of_accumulation(fit, small, accumulate, ramp, e
         Watch(),
         [AlphaScheduler("linear", ramp=ramp, peak=2.0), GradientAccumulationScheduler(accumulate)],
     )
-    fit(small(), loader, [*(callbacks if first else callbacks[::-1]), watch], max_epochs=2, **trainer)
+    fit(small(), loader, [*(callbacks if first else callbacks[::-1]), watch], **{"max_epochs": 2} | trainer)
     assert watch.alphas == pytest.approx(expected)
 
 
@@ -134,6 +135,13 @@ def test_resumed_training_takes_the_same_alphas(fit, small, rows, tmp_path):
     assert resumed.alphas == whole.alphas[11:]
 
 
+def test_a_peak_out_of_reach_is_not_said_again_when_resumed(fit, small, rows, tmp_path, recwarn):
+    save = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+    fit(small(), rows, [AlphaScheduler(ramp=100), save], enable_checkpointing=True)
+    fit(small(), rows, [AlphaScheduler(ramp=100)], resume=tmp_path / "step=5.ckpt")
+    assert len([warning for warning in recwarn if "never reaches its peak" in str(warning.message)]) == 1
+
+
 def test_alpha_is_put_back_when_training_fails(fit, small, rows):
     class Failing(Watch):
         def on_train_batch_end(self, *args, **kwargs):
@@ -157,13 +165,29 @@ def test_after_the_training_alpha_is_the_users(fit, small, rows):
         def validation_step(self, batch, batch_idx):
             self(batch[0])
 
-    module, scheduler = Evaluated(rdrop_alpha=1.5), AlphaScheduler("linear", ramp=4)
+    module, scheduler = Evaluated(rdrop_alpha=1.5), AlphaScheduler("linear", ramp=0.5)
     trainer = fit(module, rows, [scheduler])
     module.rdrop_alpha = 7.0
     trainer.validate(module, rows, verbose=False)  # whose teardown is the scheduler's as well
     assert module.rdrop_alpha == 7.0
     with pytest.raises(ValueError, match="no module is being trained"):
         scheduler.value_at(0)
+    assert scheduler.state_dict() == {"training_steps": 8}  # a checkpoint may still be saved
+
+
+def test_before_a_training_alpha_is_the_users(small, rows):
+    class Evaluated(small):
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    module, scheduler = Evaluated(rdrop_alpha=1.5), AlphaScheduler("linear", ramp=4)
+    with pytest.raises(ValueError, match="no module is being trained"):
+        scheduler.value_at(1)
+    with pytest.raises(ValueError, match="whose length is unknown here"):
+        AlphaScheduler("linear", ramp=0.5, peak=1.0).value_at(1)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[scheduler])
+    trainer.validate(module, rows, verbose=False)
+    assert module.rdrop_alpha == 1.5
 
 
 def test_a_share_of_an_unknown_length_is_refused(fit, small):
@@ -219,6 +243,10 @@ def test_a_cycle_of_one_step_is_refused(fit, small, rows, ramp, steps):
     message = f"ramp={ramp} is {steps} optimizer steps.* rdrop_alpha would stay 0.* two steps"
     with pytest.raises(ValueError, match=message):
         fit(small(), rows, [AlphaScheduler("cyclical", ramp=ramp)])
+
+
+def test_a_cycle_of_no_steps_is_a_jump():
+    assert [AlphaScheduler("cyclical", ramp=0, delay=1, peak=1.0).value_at(step) for step in range(3)] == [0, 1, 1]
 
 
 def test_a_cycle_of_two_steps_reaches_its_peak():

@@ -1,6 +1,7 @@
 import pytest
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_rdrop.callbacks import AlphaScheduler, Curves, curves
 
@@ -16,8 +17,11 @@ def test_the_callback_draws_at_the_end(fit, small, rows, tmp_path, capsys):
 
 
 def test_the_callback_needs_a_csv_logger_but_in_a_dry_run(fit, small, rows, tmp_path):
+    module = small()
+    before = module.network[0].weight.detach().clone()
     with pytest.raises(ValueError, match="add one, Trainer"):
-        fit(small(), rows, [Curves()])
+        fit(module, rows, [Curves()], log_every_n_steps=1)
+    assert torch.equal(module.network[0].weight, before)
     fit(small(), rows, [Curves()], fast_dev_run=True, logger=CSVLogger(tmp_path))
 
 
@@ -28,6 +32,18 @@ def test_without_matplotlib_nothing_is_trained(fit, small, rows, tmp_path, monke
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         fit(module, rows, [Curves()], logger=CSVLogger(tmp_path))
     assert torch.equal(module.network[0].weight, before)
+
+
+def test_what_is_logged_last_is_drawn(fit, small, rows, tmp_path, recwarn):
+    class Last(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            for logger in trainer.loggers:
+                logger.log_metrics({"last": 1.0}, step=8)
+
+    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path, name="run")]
+    fit(small(), rows, [Curves(panels={"means": ["train/ce_epoch", "last"]}), Last()], logger=loggers)
+    assert (tmp_path / "run" / "version_0" / "curves.png").exists()
+    assert not [warning for warning in recwarn if "Curves" in str(warning.message)]
 
 
 @pytest.mark.parametrize("every", [50, 9, 0])
@@ -48,7 +64,10 @@ def test_a_training_that_ends_before_the_first_log_is_said_before(fit, small, ro
 
 
 def test_a_training_that_logs_is_no_warning(fit, small, rows, tmp_path, recwarn):
-    fit(small(), rows, [Curves()], logger=CSVLogger(tmp_path), log_every_n_steps=8)
+    for every in (1, 8):
+        logger = CSVLogger(tmp_path, name=f"{every}")
+        fit(small(), rows, [Curves()], logger=logger, log_every_n_steps=every)
+        assert (tmp_path / f"{every}" / "version_0" / "curves.png").exists()
     fit(small(), rows, [Curves()], logger=CSVLogger(tmp_path), fast_dev_run=True)
     assert not [warning for warning in recwarn if "Curves" in str(warning.message)]
 

@@ -107,11 +107,10 @@ class AlphaScheduler(Callback):
         self._own_value = getattr(require_rdrop(self, pl_module), self.attribute)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training, of which shares are taken, and check the schedule before the first step."""
+        """Measure the training, of which shares are taken, where no checkpoint gave its length."""
         steps = planned_steps(trainer)
-        if self._training_steps is None and (isinstance(self.ramp, float) or isinstance(self.delay, float)):
+        if self._training_steps is None:
             self._training_steps = steps
-        self.value_at(0)
         begins = trainer.global_step == 0 and trainer.is_global_zero
         if begins and steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # its connector sets it
             self._warn_of_a_peak_out_of_reach(steps)

@@ -6,8 +6,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_rdrop import Bernoulli, Gaussian, RDropMixin
+from lightning_rdrop import AlphaScheduler, Bernoulli, Gaussian, RDropMixin
 from lightning_rdrop.guard import NanWatch
 
 
@@ -213,14 +214,175 @@ class _Idle(nn.Module):
         return self.head(x)
 
 
+MEET = r'rows of a doubled batch depend on each other.*rdrop_passes="separate"'
+
+
+class Function(nn.Module):
+    """Dropout, a layer, and whatever is done with its result."""
+
+    def __init__(self, function, features=3, p=0.3):
+        super().__init__()
+        self.network = nn.Sequential(nn.Dropout(p), nn.Linear(8, features))
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(self.network, *args, **kwargs)
+
+
+def across(x):
+    """Attention between the examples of a batch."""
+    return (x @ x.T).softmax(-1) @ x
+
+
+class Recurrent(nn.Module):
+    """A sequence (T, B, 8) unless the batch comes first, and three classes for each step."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.recurrent, self.head = kind(8, 8, 2, dropout=0.3, **options), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0])
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder, with a class for each position."""
+
+    def __init__(self, **options):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, **options)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x, padding=None):
+        return self.head(self.encoder(x, src_key_padding_mask=padding))
+
+
+def steps(steps=5, examples=4):
+    return torch.randn(steps, examples, 8), torch.randint(3, (steps, examples))
+
+
+def pairs(examples=6):
+    """Each example's own place in the batch is its target."""
+    return torch.randn(examples, 8), torch.arange(examples)
+
+
+def pointers():
+    return ({"x": torch.randn(6, 8), "index": torch.tensor([1, 0, 3, 2, 5, 4])}, rows()[1])
+
+
+def graph():
+    """As many edges as nodes."""
+    edges = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 0]])
+    return ({"x": torch.randn(6, 8), "edges": edges}, rows()[1])
+
+
+def propagate(network, x, edges):
+    hidden = network(x)
+    return hidden.index_add(0, edges[:, 1], hidden[edges[:, 0]])
+
+
+def zero_head(function):
+    module = Module(Function(function, 8), nn.Linear(8, 3))
+    nn.init.zeros_(module.network[1].weight)
+    return module
+
+
+ROWS_MEET = {
+    "logits against the candidates of the batch": (
+        lambda **k: Module(Function(lambda f, x: f(x) @ f(x).T), **k),
+        pairs,
+    ),
+    "LSTM, sequence first": (lambda **k: Module(Recurrent(nn.LSTM), **k), steps),
+    "GRU, sequence first": (lambda **k: Module(Recurrent(nn.GRU), **k), steps),
+    "RNN, sequence first": (lambda **k: Module(Recurrent(nn.RNN), **k), steps),
+    "LSTM in both directions": (lambda **k: Module(_Both(), **k), steps),
+    "TransformerEncoder, sequence first": (lambda **k: Module(Encoder(), **k), steps),
+    "attention between the examples": (lambda **k: Module(Function(lambda f, x: across(f(x))), **k), rows),
+    "attention between two examples": (lambda **k: Module(Function(lambda f, x: across(f(x))), **k), lambda: rows(2)),
+    "attention between the examples, bfloat16": (
+        lambda **k: Module(Function(lambda f, x: across(f(x))), **k).bfloat16(),
+        lambda: (rows()[0].bfloat16(), rows()[1]),
+    ),
+    "an index into the batch": (lambda **k: Module(Function(lambda f, x, index: f(x)[index]), **k), pointers),
+    "a graph with as many edges as nodes": (lambda **k: Module(Function(propagate), **k), graph),
+    "statistics of the batch by hand": (lambda **k: Module(Function(lambda f, x: f(x) - f(x).mean(0)), **k), rows),
+    "the neighbour in the batch": (lambda **k: Module(Function(lambda f, x: f(x) + f(x).roll(1, 0)), **k), rows),
+    "a sum over the batch": (lambda **k: Module(Function(lambda f, x: f(x).cumsum(0)), **k), rows),
+}
+
+
+class _Both(Recurrent):
+    def __init__(self):
+        super().__init__(nn.LSTM, bidirectional=True)
+        self.head = nn.Linear(16, 3)
+
+
+@pytest.mark.parametrize("kind", ROWS_MEET)
+def test_rows_that_meet(kind):
+    make, batch = ROWS_MEET[kind]
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=f"(?s){MEET}"):
+        make().rdrop_step(batch())
+    terms = make(rdrop_passes="separate").rdrop_step(batch())  # the remedy
+    assert terms.loss.isfinite()
+
+
+def test_rows_that_meet_behind_a_head_that_starts_at_zero():
+    with pytest.raises(ValueError, match=MEET):
+        zero_head(lambda f, x: across(f(x))).rdrop_step(rows())
+
+
+def test_rows_that_meet_in_the_unlabelled_part_only():
+    module = Module(Function(lambda f, x: f(x) if len(x) % 5 else across(f(x))))
+    with pytest.raises(ValueError, match=MEET):
+        module.rdrop_step({"labeled": rows(6), "unlabeled": torch.randn(10, 8)})
+
+
+def test_rows_that_meet_are_a_warning_where_that_is_asked_for():
+    module = Module(Function(lambda f, x: across(f(x))), rdrop_guard="warn")
+    with pytest.warns(UserWarning, match=MEET):
+        module.rdrop_step(rows())
+
+
+@pytest.mark.parametrize("stage", ["validation", "test", "predict"])
+def test_views_are_not_drawn_in_evaluation(fit, small, rows, stage):
+    wrong = type("Wrong", (small,), {f"{stage}_step": lambda self, batch, batch_idx: self.rdrop_step(batch).loss})
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    run = {"validation": trainer.validate, "test": trainer.test, "predict": trainer.predict}[stage]
+    with pytest.raises(
+        ValueError, match=r"views of a batch are drawn while the Trainer is .*self\.rdrop_predict\(inputs\)"
+    ):
+        run(wrong(), rows)
+
+
+class Change(pl.Callback):
+    """Does something to the module in the middle of a fit."""
+
+    def __init__(self, action, batch=20):
+        self.action, self.batch = action, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.batch:
+            self.action(pl_module)
+
+
+@pytest.mark.parametrize("change", ["p = 0", "another network"])
+def test_views_that_become_equal_in_the_middle_of_a_fit(fit, small, rows, change):
+    action, message = SECOND_FITS[change]
+    with pytest.raises(ValueError, match=f"(?s)The views are identical.*{message}"):
+        fit(small(), rows, [Change(action)], max_epochs=10, log_every_n_steps=4)
+
+
 @pytest.mark.parametrize(("make", "batch", "message"), WRONG.values(), ids=WRONG)
 def test_wrong(make, batch, message):
     with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
         make().rdrop_step(batch())
 
 
-def test_there_are_at_least_25_of_them():
-    assert len(WRONG) >= 25
+def test_there_are_at_least_45_wrong_and_25_right_set_ups():
+    evaluations, later = 3, 2
+    assert len(WRONG) + len(ROWS_MEET) + len(SECOND_FITS) + evaluations + later >= 45
+    assert len(RIGHT) + len(ROWS_MEET) >= 25  # those that meet are right in separate passes
 
 
 RIGHT = {
@@ -258,7 +420,130 @@ RIGHT = {
         ),
         rows,
     ),
+    "BatchNorm in training mode": (
+        lambda: Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)),
+        rows,
+    ),
+    "BatchNorm without running statistics": (
+        lambda: Module(nn.BatchNorm1d(8, track_running_stats=False), nn.Dropout(0.3), nn.Linear(8, 3)),
+        rows,
+    ),
+    "images, BatchNorm2d and Dropout2d": (
+        lambda: Module(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Dropout2d(0.3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        ),
+        lambda: (torch.randn(6, 1, 6, 6), rows()[1]),
+    ),
+    "GroupNorm and LayerNorm": (
+        lambda: Module(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.LayerNorm(8), nn.Dropout(0.3), nn.Linear(8, 3)),
+        rows,
+    ),
+    "LSTM, batch first": (
+        lambda: Module(Recurrent(nn.LSTM, batch_first=True)),
+        lambda: (torch.randn(4, 5, 8), torch.randint(3, (4, 5))),
+    ),
+    "a padded TransformerEncoder": (lambda: Module(Encoder(batch_first=True)), lambda: padded_rows()),
+    "a batch that is cut to its longest row": (lambda: Module(_Cut()), lambda: padded_rows()),
+    "experts with a capacity": (lambda: Module(_Experts()), rows),
+    "tokens as rows": (
+        lambda: Module(Function(lambda f, x: f(x).flatten(0, 1))),
+        lambda: (torch.randn(4, 5, 8), torch.randint(3, (20,))),
+    ),
+    "dropout that is never off": (lambda: Module(_Always()), rows),
+    "LayerScale of 1e-6, from scratch": (lambda: Module(_Scaled(), nn.Linear(8, 3)), rows),
+    "LoRA whose B is zero": (lambda: Module(_LoRA()), rows),
+    "bfloat16": (lambda: mlp().bfloat16(), lambda: (rows()[0].bfloat16(), rows()[1])),
+    "an eval mode that is not made for it": (lambda: Module(_TrainsOnly()), rows),
+    "nested inputs, names and constants": (
+        lambda: Module(Function(lambda f, x, names, scale: f(x) * scale)),
+        lambda: ({"x": torch.randn(6, 8), "names": list("abcdef"), "scale": torch.tensor(2.0)}, rows()[1]),
+    ),
 }
+
+
+def padded_rows():
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [2], [4]])
+    target = torch.randint(3, (4, 5)).masked_fill(padding, -100)
+    return {"x": torch.randn(4, 5, 8), "padding": padding}, target
+
+
+class _Cut(Encoder):
+    """Leaves out the positions behind the longest row."""
+
+    def __init__(self):
+        super().__init__(batch_first=True)
+
+    def forward(self, x, padding):
+        length = int((~padding).sum(1).max())
+        logits = super().forward(x[:, :length], padding[:, :length])
+        return nn.functional.pad(logits, (0, 0, 0, 5 - length))
+
+
+class _Experts(nn.Module):
+    """Two experts, of which each takes so many rows and leaves out those that come later."""
+
+    def __init__(self):
+        super().__init__()
+        self.capacity_factor = 1.0
+        self.gate, self.experts = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))
+
+    def forward(self, x):
+        chosen = self.gate(x).argmax(-1)
+        capacity = int(self.capacity_factor * len(x) / 2)
+        out = x
+        for number, expert in enumerate(self.experts):
+            taken = (chosen == number).nonzero().flatten()[:capacity]
+            out = out.index_add(0, taken, expert(x[taken]))
+        return self.head(out)
+
+
+class _Always(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(nn.functional.dropout(x, 0.3))
+
+
+class _Scaled(nn.Module):
+    """A block as that of ConvNeXt, whose branch is nothing in the beginning."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3))
+        self.scale = nn.Parameter(1e-6 * torch.ones(8))
+
+    def forward(self, x):
+        return x + self.scale * self.branch(x)
+
+
+class _LoRA(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(8, 3).requires_grad_(False)
+        self.lora = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 2), nn.Linear(2, 3))
+        nn.init.zeros_(self.lora[2].weight)
+
+    def forward(self, x):
+        return self.frozen(x) + self.lora(x)
+
+
+class _TrainsOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))
+
+    def forward(self, x):
+        if not self.training:
+            raise RuntimeError("boxes are made another way in evaluation")
+        return self.network(x)
 
 
 class _Masked(nn.Module):
@@ -421,3 +706,18 @@ def test_a_second_fit_finds_its_split_anew(fit, small, rows):
     module.network[2].p = 0.0
     trainer = fit(module, rows)
     assert trainer.callback_metrics["train/kl"] > 0
+
+
+def test_a_schedule_that_begins_at_0_is_no_alpha_0_on_purpose(fit, small, rows):
+    """The module's own alpha tells, not that of the first batch."""
+    with pytest.raises(ValueError, match=r"p = 0: network\.2"):
+        fit(small(p=0.0), rows, [AlphaScheduler("linear", ramp=8)])
+    fit(small(p=0.0, rdrop_alpha=0.0), rows)
+
+
+def test_what_is_equal_by_chance_for_some_batches_is_left_in_peace(fit, rows):
+    """With p = 0.02 every fourth batch of 32 numbers has equal views, and each is looked at."""
+    module = Module(nn.Dropout(0.02), nn.Linear(8, 3))
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    batches = [(torch.randn(4, 8), torch.arange(4) % 3) for _ in range(60)]
+    fit(module, DataLoader(batches, batch_size=None), log_every_n_steps=1)

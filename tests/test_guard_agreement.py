@@ -153,3 +153,11 @@ def test_a_difference_in_the_last_piece_is_seen():
     other = one.clone()
     other[-1] = 1.0
     assert not same(one, other)
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float64, 100), (torch.float32, 100), (torch.bfloat16, 2)])
+def test_the_tolerance(dtype, steps):
+    one = torch.full((64,), 1.0, dtype=torch.float64)
+    eps = torch.finfo(dtype).eps
+    assert same(one.to(dtype), (one + 0.9 * steps * eps).to(dtype))
+    assert not same(one.to(dtype), (one + 2.6 * steps * eps).to(dtype))

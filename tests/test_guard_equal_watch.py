@@ -1,0 +1,40 @@
+"""Views that were alive and died are seen, once; what never lived, or is equal now and then, is not."""
+
+import torch
+
+from lightning_rdrop.guard.equal_watch import EqualWatch
+
+
+def noted(*kls):
+    watch = EqualWatch()
+    for kl in kls:
+        watch.note(torch.tensor(kl))
+    return watch
+
+
+def test_sixteen_equal_steps_after_a_living_one():
+    assert noted(1e-3, *[0.0] * 16).died()
+    assert not noted(1e-3, *[0.0] * 15).died()
+    assert not noted(*[0.0] * 40).died()
+    assert not noted(*[1e-3, *[0.0] * 10] * 5).died()
+
+
+def test_steps_add_up_over_several_looks():
+    watch = noted(1e-3, *[0.0] * 10)
+    assert not watch.died()
+    for _ in range(6):
+        watch.note(torch.tensor(0.0))
+    assert watch.died()
+    assert not watch.died()  # it is said once
+    watch.note(torch.tensor(1e-3))
+    for _ in range(16):
+        watch.note(torch.tensor(1e-12))
+    assert watch.died()
+
+
+def test_nan_is_not_equal():
+    assert not noted(1e-3, *[float("nan")] * 20).died()
+
+
+def test_nothing_noted():
+    assert not EqualWatch().died()

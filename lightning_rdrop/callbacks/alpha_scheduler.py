@@ -125,7 +125,7 @@ class AlphaScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The length of the training, so that a resumed one takes the same shares."""
-        return {} if self._training_steps is None else {"training_steps": self._training_steps}
+        return {"training_steps": self._training_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the length of the training that is resumed."""

@@ -2,6 +2,7 @@
 
 from lightning_rdrop.callbacks import AlphaScheduler
 from lightning_rdrop.cross_entropy import Head, linear_rdrop_cross_entropy, rdrop_cross_entropy
+from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import (
     Bernoulli,
     Categorical,
@@ -15,6 +16,7 @@ from lightning_rdrop.distance import (
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.loss import RDropLoss
 from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.own_losses import WithLosses
 from lightning_rdrop.regularizers import FGM, VAT, GradientPenalty, Regularizer
 from lightning_rdrop.scales import convert_alpha
 from lightning_rdrop.simcse import SimCSEMixin
@@ -40,6 +42,8 @@ __all__ = [
     "SimCSEMixin",
     "Terms",
     "Together",
+    "Views",
+    "WithLosses",
     "convert_alpha",
     "jensen_shannon",
     "linear_rdrop_cross_entropy",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_rdrop import views
+from lightning_rdrop import data_views, views
 from lightning_rdrop.duplicate_at import Split
 
 
@@ -26,7 +26,7 @@ def draw(
     Args:
         network: the module in which ``split`` names submodules.
         predict: the prediction (N, ...) for some inputs.
-        inputs: those of B examples.
+        inputs: those of B examples; or :class:`~lightning_rdrop.Views`, of which each view has its own.
         count: K.
         examples: B.
         passes: ``"joint"`` is one pass over K * B rows, ``"separate"`` is K passes over B.
@@ -42,9 +42,9 @@ def draw(
         torch.Size([2, 4, 8])
     """
     if passes == "separate":
-        return views.stack([predict(inputs) for _ in range(count)])
+        return views.stack([predict(one) for one in data_views.each_view(inputs, count)])
     if split is None:
-        prediction = predict(views.duplicate(inputs, count, examples))
+        prediction = predict(data_views.joined(inputs, count, examples))
     else:
         prediction = split.predict(network, predict, inputs, count)
     return views.split(prediction, count, examples)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_rdrop import submodules
 from lightning_rdrop._compat import is_compiled
+from lightning_rdrop.data_views import Views
 from lightning_rdrop.duplicate_at import KeyPath, Predict, Split
 from lightning_rdrop.first_random import first_random
 from lightning_rdrop.nesting import tensors_of
@@ -25,9 +26,16 @@ class LateDuplication:
         at: a submodule, by its dotted name or the end of it; several; or a glob. ``"auto"`` is the latest place before
             which nothing is random.
         views: K.
+
+    Raises:
+        ValueError: no name at all.
     """
 
     def __init__(self, at: str | Sequence[str], views: int) -> None:
+        if not at or not all(isinstance(name, str) for name in at):
+            raise ValueError(
+                f"rdrop_duplicate_at must be the name of a submodule, several, 'auto' or None, got {at!r}."
+            )
         self.at = at
         self.views = views
         self._splits: dict[tuple[KeyPath, ...], Split | None] = {}
@@ -53,7 +61,15 @@ class LateDuplication:
 
         Returns:
             the split, or None where the batch is doubled at the entrance; and whether it is new.
+
+        Raises:
+            ValueError: the views come with the data, so that no submodule can run once for all.
         """
+        if isinstance(inputs, Views):
+            raise ValueError(
+                f"rdrop_duplicate_at={self.at!r} runs what lies before it once for all views, and the Views of this "
+                "batch differ from the first layer on. Train without it."
+            )
         if modes != self._modes:  # a part that was frozen or switched off may be random now
             self.forget()
             self._modes = modes

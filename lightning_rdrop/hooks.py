@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_rdrop import views
 from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.cross_entropy import Head
+from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import Distance
 from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, unshifted
 
@@ -32,7 +33,8 @@ class Hooks(MixinBase):
         """Hook: the inputs of the network and the target, out of a batch.
 
         Reads a pair ``(inputs, target)``, and mappings with ``labels``, ``label`` or ``target``, whose other entries
-        are the inputs.
+        are the inputs. Where the data has K inputs for each example, such as two crops of an image, return
+        :class:`~lightning_rdrop.Views` of them.
 
         Raises:
             ValueError: the batch is neither.
@@ -57,14 +59,15 @@ class Hooks(MixinBase):
     def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[Any, Any]:
         """Hook: the inputs of the network out of a batch without labels, and None or what tells which rows count.
 
-        A tensor, a mapping without ``labels``, ``label`` or ``target``, or the one element of a tuple or list, is the
-        inputs. All else goes to :meth:`rdrop_unpack`. Labels that are found there are not learned from; where they
-        are -100 (the distance's ``ignore_index``), a row does not count. Without labels, nor does a token whose
-        ``attention_mask`` is 0.
+        A tensor, :class:`~lightning_rdrop.Views`, a mapping without ``labels``, ``label`` or ``target``, or the one
+        element of a tuple or list, is the inputs. All else goes to :meth:`rdrop_unpack`. Labels that are found there
+        are not learned from; where they are -100 (the distance's ``ignore_index``), a row does not count. Without
+        labels, nor does a token whose ``attention_mask`` is 0.
         """
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch[0], None
-        if isinstance(batch, Tensor) or (isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)):
+        targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
+        if targetless or isinstance(batch, (Tensor, Views)):
             return batch, None
         return self.rdrop_unpack(batch)
 
@@ -83,6 +86,21 @@ class Hooks(MixinBase):
         if isinstance(output, Mapping) and "logits" in output:
             return output["logits"]
         return getattr(output, "logits", output)
+
+    def rdrop_predict_with_losses(self, inputs: Any) -> Any:
+        """Hook: the prediction of a training pass, and the losses that the model makes itself, if it makes any.
+
+        Calls :meth:`rdrop_predict`, or :meth:`rdrop_hidden` where a head makes the prediction. A model with a loss of
+        its own, such as the load balancing of a mixture of experts, returns :class:`~lightning_rdrop.WithLosses`::
+
+            def rdrop_predict_with_losses(self, inputs):
+                output = self(**inputs)
+                return WithLosses(output.logits, {"balance": 0.01 * output.aux_loss})
+
+        which is added to the loss and logged as ``train/balance``. No other pass, in validation or of a regularizer,
+        comes here.
+        """
+        return self.rdrop_predict(inputs) if self.rdrop_head() is None else self.rdrop_hidden(inputs)
 
     def rdrop_head(self) -> Head | dict[str, Head] | None:
         """Hook: the linear output layer whose logits training never holds; then :meth:`rdrop_hidden` gives its inputs.
@@ -108,7 +126,7 @@ class Hooks(MixinBase):
 
         Args:
             predictions: the K views (K, N, ...), or the hidden states of which a head makes them.
-            inputs: those of B examples.
+            inputs: those of B examples, of the first view.
             target: theirs, or None.
             part: ``"labeled"`` or ``"unlabeled"``.
 

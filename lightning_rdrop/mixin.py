@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop import unlabeled, views
+from lightning_rdrop import own_losses, unlabeled, views
 from lightning_rdrop._compat import forget_hyperparameters
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of
+from lightning_rdrop.data_views import first_view
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
@@ -26,7 +27,7 @@ from lightning_rdrop.guard import Guard, Redraw
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.inheritance import notice_replaced_step, require_first
 from lightning_rdrop.nesting import map_tensors
-from lightning_rdrop.regularizers import Regularizer
+from lightning_rdrop.regularizers import Regularizer, distinct
 from lightning_rdrop.terms import Terms
 
 
@@ -49,7 +50,8 @@ class RDropMixin(Hooks):
 
     Args:
         rdrop_alpha: the weight of the consistency, >= 0; a plain attribute, which callbacks set.
-        rdrop_views: K, the predictions of an example; 1 is ordinary training.
+        rdrop_views: K, the predictions of an example; 1 is ordinary training. They are of the same inputs, or each of
+            its own where :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
         rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. Several by name are
             :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these names. A
             checkpoint has its description: where none is given, loading makes it again, or says that it cannot.
@@ -119,17 +121,22 @@ class RDropMixin(Hooks):
             raise TypeError(f"rdrop_distance must be a Distance, several by name, or None, got {rdrop_distance!r}.")
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))
-        self.rdrop_duplicate_at = _check_duplicate_at(rdrop_duplicate_at, rdrop_passes)
+        if rdrop_duplicate_at is not None and rdrop_passes == "separate":
+            raise ValueError(
+                f"rdrop_duplicate_at={rdrop_duplicate_at!r} doubles the batch of one pass, and rdrop_passes='separate' "
+                "doubles none. Give one of them."
+            )
+        self.rdrop_duplicate_at = rdrop_duplicate_at
         self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
         self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
-        self.rdrop_regularizers = nn.ModuleList(_check_regularizers(rdrop_regularizers, self.rdrop_distance))
+        self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers, self._rdrop_logged()))
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value]
         self._rdrop_own_alpha = self.rdrop_alpha
-        self._rdrop_late = LateDuplication(rdrop_duplicate_at, rdrop_views) if rdrop_duplicate_at else None
+        self._rdrop_late = None if rdrop_duplicate_at is None else LateDuplication(rdrop_duplicate_at, rdrop_views)
         self._rdrop_guard = Guard()
         self._rdrop_modules: list[nn.Module] = []
 
@@ -165,21 +172,26 @@ class RDropMixin(Hooks):
         labeled, others = unlabeled.parts(batch)
         return self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
 
-    def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled") -> Any:
+    def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled", count: int | None = None) -> Any:
         """K predictions (K, N, ...) of some inputs, each under dropout masks of its own, watched by the guard.
 
         Args:
-            inputs: those of B examples.
+            inputs: those of B examples, or :class:`~lightning_rdrop.Views` of them.
             target: theirs, which the guard looks at on the first batch; None where there is none.
             part: which part of a batch this is; the guard knows each by itself.
+            count: K, where it is not ``rdrop_views``.
+
+        Returns:
+            the predictions, in :class:`~lightning_rdrop.WithLosses` where :meth:`rdrop_predict_with_losses` gives such.
         """
-        return self._rdrop_guarded(inputs, target, self._rdrop_examples(inputs, target), self.rdrop_views, part)
+        examples = self._rdrop_examples(inputs, target)
+        return self._rdrop_guarded(inputs, target, examples, count or self.rdrop_views, part)
 
     def rdrop_loss(self, predictions: Any, target: Any, inputs: Any = None) -> Terms:
         """The terms of K predictions.
 
         Args:
-            predictions: shape (K, N, ...), from :meth:`rdrop_draw`.
+            predictions: shape (K, N, ...), with or without losses, from :meth:`rdrop_draw`.
             target: shape (N, ...).
             inputs: those of the B examples, of which regularizers make their passes; without them there are none.
         """
@@ -249,7 +261,7 @@ class RDropMixin(Hooks):
                     self.rdrop_distance = rebuild(saved, Distance).to(self.device)
                 else:
                     made = [rebuild(one, Regularizer).to(self.device) for one in saved]
-                    self.rdrop_regularizers = nn.ModuleList(_check_regularizers(made, self.rdrop_distance))
+                    self.rdrop_regularizers = nn.ModuleList(distinct(made, self._rdrop_logged()))
             except ValueError as error:
                 warnings.warn(
                     f"The checkpoint was trained with {name}={spell(saved)}, which {type(self).__name__} has not now: "
@@ -274,10 +286,10 @@ class RDropMixin(Hooks):
         self, predictions: Any, target: Any, inputs: Any, examples: int | None, weight: float = 1.0
     ) -> Terms:
         alpha = weight * self._rdrop_checked_alpha()
+        predictions, losses = own_losses.parted(predictions)
         terms = self.rdrop_distance.terms(predictions, target, alpha, self.rdrop_head())
         terms.examples = examples
-        if inputs is not None:
-            self._rdrop_regularize(terms, inputs, target, self.rdrop_regularizers)
+        self._rdrop_extend(terms, inputs, target, () if inputs is None else self.rdrop_regularizers, losses)
         return terms
 
     def _rdrop_semi_supervised(self, labeled: Any, others: Any) -> Terms:
@@ -306,23 +318,24 @@ class RDropMixin(Hooks):
         zero = torch.zeros_like(labeled.ce)
         if unlabeled.is_empty(inputs):
             return Terms(loss=zero, ce=zero, kl=zero, extra={str(one.name): zero for one in regularizers})
-        ignore_index = getattr(self.rdrop_distance, "ignore_index", None)
-        if ignore_index is not None and isinstance(labeled.prediction, Tensor):
-            target = unlabeled.counted(inputs, target, labeled.prediction.dim() - 1, ignore_index)
+        target = unlabeled.counted(inputs, target, labeled, self.rdrop_distance)
+        terms, losses = Terms(loss=zero, ce=zero, kl=zero), dict[str, Tensor]()
         if self.rdrop_views > 1:
-            predictions = self.rdrop_draw(inputs, target, part="unlabeled")
+            predictions, losses = own_losses.parted(self.rdrop_draw(inputs, target, part="unlabeled"))
             terms = self.rdrop_distance.consistency(predictions, self._rdrop_checked_alpha(), target)
-        else:
-            terms = Terms(loss=zero, ce=zero, kl=zero)
-        self._rdrop_regularize(terms, inputs, target, regularizers)
+        self._rdrop_extend(terms, inputs, target, regularizers, losses)
         return terms
 
-    def _rdrop_regularize(self, terms: Terms, inputs: Any, target: Any, regularizers: Iterable[Any]) -> None:
-        """Add the weighted terms of regularizers to the loss."""
+    def _rdrop_extend(
+        self, terms: Terms, inputs: Any, target: Any, regularizers: Iterable[Any], losses: dict[str, Tensor]
+    ) -> None:
+        """Add the weighted terms of regularizers, and the losses of the model's own, to the loss."""
         for regularizer in regularizers:
-            term = self._rdrop_term(regularizer, inputs, target)
+            term = self._rdrop_term(regularizer, first_view(inputs), target)
             terms.loss = terms.loss + regularizer.weight * term
             terms.extra[regularizer.name] = term.detach()
+        if losses:
+            own_losses.add_losses(terms, losses, self._rdrop_logged())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it differentiates inside the step
     def _rdrop_term(self, regularizer: Regularizer, inputs: Any, target: Any) -> Tensor:
@@ -331,7 +344,7 @@ class RDropMixin(Hooks):
 
     def _rdrop_guarded(self, inputs: Any, target: Any, examples: int, count: int, part: str) -> Any:
         """K predictions (K, N, ...), or the hidden states of which a head makes them, under the eyes of the guard."""
-        predict = self.rdrop_predict if self.rdrop_head() is None else self.rdrop_hidden
+        predict = self.rdrop_predict_with_losses
         if count > 1 and self.rdrop_passes == "joint":
             self._rdrop_part_rows(predict, inputs, examples, part)
         split = self._rdrop_split(predict, inputs) if count > 1 else None
@@ -341,11 +354,15 @@ class RDropMixin(Hooks):
         return predictions
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values, and at what changes between steps
-    def _rdrop_watch(self, predictions: Any, redraw: Redraw, inputs: Any, target: Any, part: str) -> None:
+    def _rdrop_watch(self, drawn: Any, redraw: Redraw, inputs: Any, target: Any, part: str) -> None:
+        def again() -> Any:
+            return own_losses.parted(redraw())[0]
+
+        predictions, _ = own_losses.parted(drawn)
         # with alpha = 0 on purpose, equal views cost nothing but time
         must_differ = views.count(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
         modes = self._rdrop_modes()
-        self._rdrop_guard.watch(self, predictions, redraw, inputs, target, part, modes, must_differ=must_differ)
+        self._rdrop_guard.watch(self, predictions, again, inputs, target, part, modes, must_differ=must_differ)
         if self.rdrop_guard != "off" and part == "labeled" and target is not None:
             self._rdrop_guard.note_target(self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
 
@@ -379,6 +396,9 @@ class RDropMixin(Hooks):
         self._rdrop_modules = self._rdrop_modules or list(self.modules())
         return [module.training for module in self._rdrop_modules]
 
+    def _rdrop_logged(self) -> set[str]:
+        return {"loss", "alpha", *self.rdrop_distance.term_names}
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph that read it would be made anew for each alpha
     def _rdrop_checked_alpha(self) -> float:
         return non_negative("rdrop_alpha", self.rdrop_alpha)
@@ -389,33 +409,6 @@ def _outputs(terms: Terms) -> dict[str, Any]:
     """What a training_step hands to callbacks: nothing but the loss keeps the graph."""
     others = {"ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
     return {"loss": terms.loss} | {name: map_tensors(value, Tensor.detach) for name, value in others.items()}
-
-
-def _check_duplicate_at(at: str | Sequence[str] | None, passes: str) -> str | Sequence[str] | None:
-    if at is None:
-        return None
-    if not at or not all(isinstance(name, str) for name in at):
-        raise ValueError(f"rdrop_duplicate_at must be the name of a submodule, several, 'auto' or None, got {at!r}.")
-    if passes == "separate":
-        raise ValueError(
-            f"rdrop_duplicate_at={at!r} doubles the batch of one pass, and rdrop_passes='separate' doubles none. "
-            "Give one of them."
-        )
-    return at
-
-
-def _check_regularizers(regularizers: Sequence[Regularizer], distance: Distance) -> Sequence[Regularizer]:
-    if isinstance(regularizers, Regularizer) or not all(isinstance(part, Regularizer) for part in regularizers):
-        raise TypeError(f"rdrop_regularizers must be a list of regularizers, such as [VAT()], got {regularizers!r}.")
-    taken = {"loss", "alpha", *distance.term_names}
-    for regularizer in regularizers:
-        if regularizer.name in taken:
-            raise ValueError(
-                f"rdrop_regularizers: train/{regularizer.name} would be logged twice. Each needs a name of its own: "
-                f"class Another({type(regularizer).__name__}): name = 'another'"
-            )
-        taken.add(regularizer.name)
-    return regularizers
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

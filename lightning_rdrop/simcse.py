@@ -1,4 +1,4 @@
-"""SimCSE: the two views of a sentence are told from all other sentences of the batch."""
+"""SimCSE: a sentence is told from all others of the batch by its second view, or by a positive that the data gives."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch.nn import functional as F
 
 from lightning_rdrop._lightning import trainer_of
 from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.data_views import Views
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.guard.first_batch import fed_its_source
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.nesting import tensors_of
+from lightning_rdrop.own_losses import add_losses, parted
 from lightning_rdrop.terms import Terms
 
 Pooling = Literal["cls", "mean", "first-last-average"]
 
 
 class SimCSEMixin(RDropMixin):
-    r"""Makes a LightningModule learn embeddings by unsupervised SimCSE, from the two views that R-Drop compares.
+    r"""Makes a LightningModule learn embeddings by SimCSE, from the two views that R-Drop compares.
 
     .. math:: \text{loss} = \operatorname*{mean}_i -\log
         \frac{e^{\cos(f_i, f'_i) / \tau}}{\sum_j e^{\cos(f_i, f'_j) / \tau}}
@@ -31,6 +33,11 @@ class SimCSEMixin(RDropMixin):
     :meth:`~lightning_rdrop.RDropMixin.rdrop_unpack_unlabeled` reads, so labels may be there and are ignored. Hooks,
     guard and passes are those of R-Drop, ``forward`` returns embeddings; there is no alpha, no distance, and no
     regularizer.
+
+    Supervised SimCSE has positives, and hard negatives if there are any, of its own. They come with the batch: return
+    :class:`~lightning_rdrop.Views` ``(anchor, positive)`` or ``(anchor, positive, negative)`` from
+    ``rdrop_unpack_unlabeled``. The sum is then over both, :math:`\sum_j (e^{\cos(f_i, f^+_j) / \tau} +
+    e^{\cos(f_i, f^-_j) / \tau})`, and over every further negative.
 
     Args:
         simcse_temperature: :math:`\tau`, > 0.
@@ -43,7 +50,8 @@ class SimCSEMixin(RDropMixin):
     Raises:
         ValueError: an argument out of its range, embeddings of another shape, or no second example to be told from.
 
-    Source: Gao et al. 2021, arXiv 2104.08821, equation 4. Without their additional layer, which only training has.
+    Source: Gao et al. 2021, arXiv 2104.08821, equations 4 and 5. Without their additional layer, which only training
+    has.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -77,15 +85,16 @@ class SimCSEMixin(RDropMixin):
     def rdrop_step(self, batch: Any) -> Terms:
         """The whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` 0."""
         inputs, others = self.rdrop_unpack_unlabeled(batch)
-        embeddings = self.rdrop_draw(inputs, others, part="unlabeled")
+        count = max(2, len(inputs.inputs)) if isinstance(inputs, Views) else 2
+        embeddings, losses = parted(self.rdrop_draw(inputs, others, part="unlabeled", count=count))
         if embeddings.dim() != 3:
             shape = tuple(embeddings.shape[1:])
             raise ValueError(f"SimCSE compares embeddings (B, D), and forward returned the shape {shape}.")
-        first, second = embeddings
-        candidates, rank = self._gathered(second)
+        first = embeddings[0]
+        candidates, rank = self._gathered(embeddings[1:])
         loss = info_nce(first, candidates, self.simcse_temperature, offset=rank * len(first))
-        first, second = first.detach(), second.detach()
-        return Terms(
+        first, second = first.detach(), embeddings[1].detach()
+        terms = Terms(
             loss=loss,
             ce=loss.detach(),
             kl=torch.zeros_like(loss.detach()),
@@ -93,6 +102,8 @@ class SimCSEMixin(RDropMixin):
             examples=len(first),
             extra={"alignment": alignment(first, second), "uniformity": uniformity(first)},
         )
+        add_losses(terms, losses, taken={"loss"})
+        return terms
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """A first batch of one example has no other to be told from (a last one may be so), and a pair no label."""
@@ -101,7 +112,9 @@ class SimCSEMixin(RDropMixin):
         if _alike(inputs, target):
             return (
                 "The batch is a pair whose second part is like the first, an anchor and its positive, and "
-                "unsupervised SimCSE would ignore the second. Give the anchors alone, or both as examples of one batch."
+                "unsupervised SimCSE would ignore the second. Return Views(anchor, positive) from "
+                "rdrop_unpack_unlabeled for supervised SimCSE. Give the anchors alone, or both as examples of one "
+                "batch, for the unsupervised."
             )
         return fed_its_source(self, inputs)
 
@@ -111,15 +124,15 @@ class SimCSEMixin(RDropMixin):
         for name, value in ({"loss": terms.loss} | terms.extra).items():
             self.log(f"train/{name}", value, prog_bar=name != "loss", batch_size=terms.examples)
 
-    def _gathered(self, embeddings: Tensor) -> tuple[Tensor, int]:
-        """Those of all ranks, (W * B, D), with their gradients, and the number of this rank."""
+    def _gathered(self, others: Tensor) -> tuple[Tensor, int]:
+        """The other views (K - 1, B, D) of all ranks, view after view, with their gradients, and this rank's number."""
         trainer = trainer_of(self)
         if trainer is None or trainer.world_size == 1:
-            return embeddings, 0
+            return others.flatten(0, 1), 0
         # On the way back the gradients of all ranks are summed, and DDP divides them by W, as it does the loss of
         # each rank: the result is the gradient of the mean over the joined batch, with no factor to be added.
-        gathered: Any = self.all_gather(embeddings, sync_grads=True)
-        return gathered.flatten(0, 1), trainer.global_rank
+        gathered: Any = self.all_gather(others, sync_grads=True)
+        return gathered.transpose(0, 1).flatten(0, 2), trainer.global_rank
 
 
 def _alike(inputs: Any, others: Any) -> bool:
@@ -129,7 +142,7 @@ def _alike(inputs: Any, others: Any) -> bool:
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset: int = 0) -> Tensor:
-    r"""How well each embedding is told by its counterpart from all others.
+    r"""How well each embedding is told by its counterpart from all others, hard negatives among them.
 
     .. math:: \operatorname*{mean}_i -\log \frac{e^{\cos(f_i, f'_i) / \tau}}{\sum_j e^{\cos(f_i, f'_j) / \tau}}
 

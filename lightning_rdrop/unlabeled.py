@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rdrop.data_views import Views
+from lightning_rdrop.distance import Distance
 from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.terms import Terms
 
@@ -44,26 +46,37 @@ def is_empty(inputs: Any) -> bool:
     return any(tensor.dim() > 0 and len(tensor) == 0 for _, tensor in tensors_of(inputs))
 
 
-def counted(inputs: Any, target: Any, rows: int, ignore_index: int) -> Tensor | None:
+def counted(inputs: Any, target: Any, labeled: Terms, distance: Distance) -> Any:
     """A target that tells which rows of unlabelled inputs count, and nothing else; None where all do.
 
     Args:
         inputs: those of the network. Where they have an ``attention_mask`` (B, T), and the prediction a row for each
-            token, its zeros do not count.
+            token, its zeros do not count; a token counts if it does in all of the :class:`~lightning_rdrop.Views`.
         target: what the batch carries as labels, which goes before the mask: their ``ignore_index`` does not count.
-        rows: the number of dimensions of a prediction without that of the classes, 2 for tokens.
-        ignore_index: that of the distance.
+        labeled: the terms of the labelled part, whose prediction has a row for each token, or has not; several
+            predictions by name have a target each.
+        distance: that has an ``ignore_index``.
 
     Example:
-        >>> counted({"attention_mask": torch.tensor([[1, 1, 0]])}, None, 2, -100)
+        >>> from lightning_rdrop.distance import Categorical
+        >>> zero = torch.zeros(())
+        >>> tokens = Terms(zero, zero, zero, prediction=torch.zeros(5, 7, 3))
+        >>> counted({"attention_mask": torch.tensor([[1, 1, 0]])}, None, tokens, Categorical())
         tensor([[   0,    0, -100]])
     """
-    if isinstance(target, Tensor):
+    if labeled.parts:
+        given = target if isinstance(target, Mapping) else {}
+        parts = labeled.parts.items()
+        return {name: counted(inputs, given.get(name), part, distance.part(name)) for name, part in parts}
+    ignore_index, prediction = getattr(distance, "ignore_index", None), labeled.prediction
+    if isinstance(target, Tensor) or ignore_index is None or not isinstance(prediction, Tensor):
         return target
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.dim() != rows:
+    each = inputs.inputs if isinstance(inputs, Views) else (inputs,)
+    masks = [mask for one in each if isinstance(one, Mapping) and isinstance(mask := one.get("attention_mask"), Tensor)]
+    if len(masks) < len(each) or any(mask.dim() < 2 or mask.dim() != prediction.dim() - 1 for mask in masks):
         return None
-    return torch.zeros_like(mask, dtype=torch.long).masked_fill(mask == 0, ignore_index)
+    absent = torch.stack([mask == 0 for mask in masks]).any(0)
+    return torch.zeros_like(masks[0], dtype=torch.long).masked_fill(absent, ignore_index)
 
 
 def join(labeled: Terms, unlabeled: Terms | None, *, labeled_weight: float, weight: float, consistency: str) -> Terms:
@@ -73,7 +86,7 @@ def join(labeled: Terms, unlabeled: Terms | None, *, labeled_weight: float, weig
         \text{kl} = w_\text{labeled}\,\text{kl}_\text{labeled} + w\,\text{kl}_\text{unlabeled}, \qquad
         \text{term}_i = \text{term}_{i,\text{labeled}} + w\,\text{term}_{i,\text{unlabeled}}
 
-    for the regularizers that need no target, each a mean over its own rows.
+    for the regularizers that need no target and for losses of the model's own, each a mean over its own rows.
 
     Args:
         labeled: its loss is :math:`\text{ce} + \alpha\,w_\text{labeled}\,\text{kl}_\text{labeled}`, with regularizers.
@@ -99,5 +112,6 @@ def join(labeled: Terms, unlabeled: Terms | None, *, labeled_weight: float, weig
         loss, kl = loss + weight * unlabeled.loss, kl + weight * unlabeled.kl
         extra[f"{consistency}_unlabeled"] = unlabeled.kl
         for name, term in unlabeled.extra.items():
-            extra |= {f"{name}_labeled": extra[name], f"{name}_unlabeled": term, name: extra[name] + weight * term}
+            own = extra.get(name, torch.zeros_like(loss))  # a loss of the model's own may come with one part only
+            extra |= {f"{name}_labeled": own, f"{name}_unlabeled": term, name: own + weight * term}
     return dataclasses.replace(labeled, loss=loss, kl=kl, extra=extra)

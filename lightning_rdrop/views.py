@@ -103,6 +103,38 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
     return _map_rows(batch, examples, lambda tensor: torch.cat([tensor] * views), lambda items: [*items] * views)
 
 
+def concatenate(batches: Sequence[Any], examples: int) -> Any:
+    """Several batches of B examples as one of K * B rows, batch after batch, in the containers of the first.
+
+    What :func:`duplicate` repeats is concatenated here; constants are those of the first.
+
+    Args:
+        batches: K of them, as for :func:`duplicate`.
+        examples: B.
+
+    Raises:
+        ValueError: they do not hold the same tensors, in the same shapes.
+
+    Example:
+        >>> concatenate([{"x": torch.tensor([1, 2])}, {"x": torch.tensor([10, 20])}], 2)
+        {'x': tensor([ 1,  2, 10, 20])}
+    """
+    columns = [dict(_columns(batch, examples)) for batch in batches]
+    shapes = [{path: getattr(rows, "shape", None) for path, rows in column.items()} for column in columns]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            path = next(path for path in (*shapes[0], *other) if shapes[0].get(path) != other.get(path))
+            found = [tuple(each[path] or ()) if path in each else "nothing" for each in (shapes[0], other)]
+            raise ValueError(
+                f"View 0 has {path} of shape {found[0]}, and view {number} has {found[1]} there: one pass takes views "
+                f"of one structure and shape. Pad them to one length. {_SEPARATE}"
+            )
+    rows = zip(*(column.values() for column in columns), strict=True)
+    return _map_rows(
+        batches[0], examples, lambda _: torch.cat(next(rows)), lambda _: [item for each in next(rows) for item in each]
+    )
+
+
 def repeat(target: Any, views: int) -> Any:
     """Every tensor of a target (N, ...) as (K * N, ...), view after view; those without dimensions are constants.
 
@@ -234,6 +266,14 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     yield path, value
     for key, part in (_structure(value) or {}).items():
         yield from _walk(part, f"{path}.{key}" if has_attributes(value) else f"{path}[{key!r}]")
+
+
+def _columns(batch: Any, examples: int) -> Iterator[tuple[str, Any]]:
+    """What has a row, or an item, for each example."""
+    for path, value in _walk(batch, "inputs"):
+        leaf = isinstance(value, Tensor) or _structure(value) is None
+        if leaf and (value.dim() if isinstance(value, Tensor) else _is_list(value) and len(value) == examples):
+            yield path, value
 
 
 def _count(target: Any) -> int | None:

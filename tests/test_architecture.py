@@ -11,7 +11,7 @@ import lightning_rdrop
 PACKAGE = Path(lightning_rdrop.__file__).parent
 FLOORS = [
     "_compat _lightning arguments description divergence labels nesting plots probe schedule submodules terms",
-    "transforms views",
+    "data_views own_losses transforms views",
     "_fused cross_entropy dropout",
     "distance",
     "loss scales",

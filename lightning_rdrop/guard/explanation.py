@@ -9,6 +9,12 @@ from torch import nn
 from lightning_rdrop.dropout import StochasticLayer, dead_layers, stochastic_layers
 from lightning_rdrop.submodules import few
 
+ALIKE_IN_DATA = (
+    "The Views that the batch was unpacked into hold the same inputs, and nothing random makes them differ: give each "
+    "view an augmentation of its own, or dropout. "
+)
+"""Comes before the reason where the views come with the data."""
+
 
 def explain_dead(network: nn.Module) -> str | None:
     """Names the dead layers (see :func:`dead_layers`) and the line that wakes them; ``None`` if there are none.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop._lightning import on_all_ranks, trainer_of
+from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.guard.agreement import agree, diagnose
 from lightning_rdrop.guard.equal_watch import EqualWatch
-from lightning_rdrop.guard.explanation import explain, explain_dead
+from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.rows import rows_meet
@@ -78,7 +79,7 @@ class Guard:
         self._parted.add(part)
         network = cast(nn.Module, module)
         decide = partial(on_all_ranks, network)
-        self.complain(module, rows_meet(network, predict, inputs, examples, module.device, decide))
+        self.complain(module, rows_meet(network, predict, first_view(inputs), examples, module.device, decide))
 
     def watch(
         self,
@@ -98,7 +99,7 @@ class Guard:
             module: the LightningModule that is trained.
             predictions: its K views, (K, N, ...).
             redraw: predicts the same inputs again.
-            inputs: those of the batch.
+            inputs: those of the batch, or :class:`~lightning_rdrop.Views` of them.
             target: theirs, or None.
             part: the part of the batch that this is; each has a first batch of its own.
             modes: whether each submodule is in training mode.
@@ -126,11 +127,12 @@ class Guard:
         if reason := in_evaluation(trainer_of(module)):
             self.complain(module, reason)
             return
-        self.complain(module, module.rdrop_check(predictions, inputs, target, part))
+        self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
         if must_differ:
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
-            self.complain(module, reason)
-            if reason is None and (dead := explain_dead(network)):
+            given = isinstance(inputs, Views)  # which differ with dropout or without it
+            self.complain(module, reason and (ALIKE_IN_DATA if given else "") + reason)
+            if reason is None and not given and (dead := explain_dead(network)):
                 warnings.warn(dead, stacklevel=4)  # a live head hides a dead backbone
 
     def note(self, kl: Tensor) -> None:

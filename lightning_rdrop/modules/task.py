@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_rdrop.data_views import first_view
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
 
@@ -64,7 +65,7 @@ class Task(RDropMixin, pl.LightningModule):
         """The prediction for a batch, with targets or without."""
         targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
         bare = isinstance(batch, Tensor) or targetless
-        return self.rdrop_predict(batch if bare else self.rdrop_unpack(batch)[0])
+        return self.rdrop_predict(batch if bare else first_view(self.rdrop_unpack(batch)[0]))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(
@@ -80,7 +81,7 @@ class Task(RDropMixin, pl.LightningModule):
     def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanMetric) -> None:
         """Log the task loss and the metrics of a batch in validation or test."""
         inputs, target = self.rdrop_unpack(batch)
-        prediction: Tensor = self.rdrop_predict(inputs)
+        prediction: Tensor = self.rdrop_predict(first_view(inputs))
         average = self.rdrop_distance.to_target(prediction, target)
         loss.update(average.mean, average.weight)
         self.measure(metrics, batch, prediction, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from lightning_rdrop.arguments import non_negative
@@ -51,3 +52,27 @@ class Regularizer(Described):
             terms, the loss stays exact under :class:`~lightning_rdrop.callbacks.ExactAccumulation`.
         """
         raise NotImplementedError
+
+
+def distinct(regularizers: Sequence[Regularizer], taken: Collection[str]) -> Sequence[Regularizer]:
+    """The regularizers, if each has a name of its own.
+
+    Args:
+        regularizers: a list.
+        taken: the names under which other values are logged.
+
+    Raises:
+        TypeError: it is no list of regularizers.
+        ValueError: a name that is taken.
+    """
+    if isinstance(regularizers, Regularizer) or not all(isinstance(part, Regularizer) for part in regularizers):
+        raise TypeError(f"rdrop_regularizers must be a list of regularizers, such as [VAT()], got {regularizers!r}.")
+    names = set(taken)
+    for regularizer in regularizers:
+        if regularizer.name in names:
+            raise ValueError(
+                f"rdrop_regularizers: train/{regularizer.name} would be logged twice. Each needs a name of its own: "
+                f"class Another({type(regularizer).__name__}): name = 'another'"
+            )
+        names.add(regularizer.name)
+    return regularizers

@@ -1,0 +1,92 @@
+"""Views that come with the data, such as two crops of an image: they take the place of copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_rdrop import views
+
+
+@dataclass(init=False)
+class Views:
+    """K inputs for the same B examples, such as two augmentations: what ``rdrop_unpack`` returns in the place of one.
+
+    View k of R-Drop is then the prediction for the k-th input, under dropout masks of its own if there are any. All
+    share the target. A pass alone, such as those of a regularizer, of validation, or with ``rdrop_views=1``, has the
+    first, so let that be the least changed one.
+
+    Args:
+        inputs: those of each view, as ``rdrop_predict`` takes them; as many as ``rdrop_views``.
+
+    Raises:
+        ValueError: no inputs.
+
+    Example:
+        >>> import torch
+        >>> both = Views({"x": torch.tensor([1, 2])}, {"x": torch.tensor([10, 20])})
+        >>> joined(both, 2, examples=2)
+        {'x': tensor([ 1,  2, 10, 20])}
+
+        A data set whose items are ``((first, second), label)`` is read by
+
+        >>> def rdrop_unpack(self, batch):
+        ...     (first, second), target = batch
+        ...     return Views(first, second), target
+    """
+
+    inputs: tuple[Any, ...]
+
+    def __init__(self, *inputs: Any) -> None:
+        if not inputs:
+            raise ValueError("Views needs the inputs of each view, as in Views(first, second), and got none.")
+        self.inputs = inputs
+
+
+def first_view(inputs: Any) -> Any:
+    """The inputs of a pass alone: those of the first view, where the data gives several.
+
+    Example:
+        >>> first_view(Views("weak", "strong")), first_view("one")
+        ('weak', 'one')
+    """
+    return inputs.inputs[0] if isinstance(inputs, Views) else inputs
+
+
+def each_view(inputs: Any, count: int) -> Sequence[Any]:
+    """The inputs of each of K views: those that the data gives, or the same ones K times.
+
+    Raises:
+        ValueError: the data gives another number of views.
+
+    Example:
+        >>> each_view("x", 3), each_view(Views("x", "y"), 2)
+        (['x', 'x', 'x'], ('x', 'y'))
+    """
+    if not isinstance(inputs, Views):
+        return [inputs] * count
+    if count == 1:
+        return inputs.inputs[:1]
+    if len(inputs.inputs) != count:
+        raise ValueError(
+            f"The batch was unpacked into {len(inputs.inputs)} Views, and rdrop_views={count}. Return as many as that, "
+            f"or train with rdrop_views={len(inputs.inputs)}."
+        )
+    return inputs.inputs
+
+
+def joined(inputs: Any, count: int, examples: int) -> Any:
+    """The inputs of K views as one batch of K * B rows, view after view.
+
+    Args:
+        inputs: those of B examples, as for :func:`~lightning_rdrop.views.duplicate`, or :class:`Views` of them.
+        count: K.
+        examples: B.
+
+    Raises:
+        ValueError: the data gives another number of views, or their tensors differ in more than their values.
+    """
+    if isinstance(inputs, Views) and count > 1:
+        return views.concatenate(each_view(inputs, count), examples)
+    return views.duplicate(first_view(inputs), count, examples)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_rdrop import SimCSEMixin
+from lightning_rdrop import SimCSEMixin, Views
 from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.simcse import alignment, info_nce, pool, uniformity
 from tests.networks import training_outputs
@@ -53,6 +53,55 @@ def test_the_loss_is_the_formula_on_the_captured_views(passes, temperature):
     torch.testing.assert_close(torch.autograd.grad(terms.loss, parameters), wanted)
     torch.testing.assert_close(terms.prediction, first)
     assert terms.examples == 6
+
+
+class Supervised(Encoder):
+    """A batch is a list of anchors, positives and perhaps hard negatives."""
+
+    def rdrop_unpack_unlabeled(self, batch):
+        return Views(*batch), None
+
+
+def supervised_by_hand(anchors, positives, negatives, temperature):
+    """Equation 5 of the paper, term by term; every further batch of negatives has a further sum."""
+    losses = []
+    for i, anchor in enumerate(anchors):
+        terms = [
+            (F.cosine_similarity(anchor, other, dim=0) / temperature).exp()
+            for other in torch.cat([positives, *negatives])
+        ]
+        losses.append(-(terms[i] / sum(terms)).log())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+@pytest.mark.parametrize("p", [0.3, 0.0])
+def test_positives_and_hard_negatives_that_come_with_the_batch(passes, negatives, p):
+    module = Supervised(p, rdrop_passes=passes, simcse_temperature=0.5).double()
+    batch, seen = [torch.randn(6, 8).double() for _ in range(2 + negatives)], training_outputs(module)
+    terms = module.rdrop_step(batch)
+    anchors, positives, *others = torch.cat(seen).unflatten(0, (2 + negatives, 6))
+    expected = supervised_by_hand(anchors, positives, others, 0.5)
+    torch.testing.assert_close(terms.loss, expected)
+    parameters = list(module.parameters())
+    wanted = torch.autograd.grad(expected, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(terms.loss, parameters), wanted)
+    torch.testing.assert_close(terms.extra["alignment"], alignment(anchors, positives))
+    torch.testing.assert_close(terms.extra["uniformity"], uniformity(anchors))
+    assert torch.equal(terms.prediction, anchors)
+    if p == 0.0:  # anchor, positive and negative stand in their places
+        for found, x in zip((anchors, positives, *others), batch, strict=True):
+            torch.testing.assert_close(found, module(x))
+
+
+def test_positives_that_are_learned(fit):
+    """Pairs that share their first half; what tells them apart is in the second."""
+    x = torch.randn(64, 8)
+    rows = [(row, torch.cat([row[:4], torch.randn(4)])) for row in x]
+    first = fit(Supervised(p=0.0), DataLoader(rows, 16)).callback_metrics
+    last = fit(Supervised(p=0.0), DataLoader(rows, 16), max_epochs=30).callback_metrics
+    assert last["train/loss"] < 0.8 * first["train/loss"]
 
 
 def test_alignment_and_uniformity_are_the_published_ones():
@@ -245,6 +294,6 @@ def test_a_pooling_that_is_none(folder):
 
 def test_a_positive_is_not_taken_for_a_label():
     x = torch.randn(6, 8)
-    with pytest.raises(ValueError, match=r"an anchor and its positive.*Give the anchors alone"):
+    with pytest.raises(ValueError, match=r"an anchor and its positive.*Return Views\(anchor, positive\)"):
         Encoder().rdrop_step((x, torch.randn(6, 8)))
     Encoder().rdrop_step((x, torch.arange(6)))

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_rdrop import Head, RDropMixin
+from lightning_rdrop import Head, RDropMixin, SimCSEMixin, Views, WithLosses
 from lightning_rdrop.modules import CausalLM
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -140,7 +140,7 @@ class Steps(pl.Callback):
         self.steps = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append([float(outputs["ce"]), float(outputs["kl"]), float(pl_module.rdrop_rows)])
+        self.steps.append([float(outputs["ce"]), float(outputs["kl"]), float(pl_module.rdrop_rows or 0)])
 
 
 def train(module, rows, batch_size, strategy="auto", callbacks=(), **trainer):
@@ -199,6 +199,50 @@ def test_ddp_of_two_batches_is_one_batch_of_both(pair, arguments, options):
     one = train(Network(**arguments), examples(), 8)
     two = pair.run(ddp, arguments, examples(), 4, options)
     assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-9)
+
+
+class GivenViews(Network):
+    """Two crops of each example, and a loss of the network's own."""
+
+    def rdrop_unpack(self, batch):
+        x, target = batch
+        return Views(x, x.flip(1)), target
+
+    def rdrop_predict_with_losses(self, inputs):
+        output = self(inputs)
+        return WithLosses(output, {"size": output.square().mean()})
+
+
+class Supervised(SimCSEMixin, pl.LightningModule):
+    """Embeddings of anchors, positives and hard negatives."""
+
+    def __init__(self, passes):
+        super().__init__(rdrop_passes=passes)
+        torch.manual_seed(7)
+        self.network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def forward(self, x):
+        return self.network(x)
+
+    def rdrop_unpack_unlabeled(self, batch):
+        x, _ = batch
+        return Views(x, x + 0.1 * x.cos(), x.flip(1)), None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def ddp_of(kind, passes):
+    return train(kind(passes), examples(), 4, "ddp")
+
+
+@pytest.mark.parametrize("kind", [GivenViews, Supervised])
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+def test_views_of_the_data_on_two_ranks_are_those_of_one_batch(pair, kind, passes):
+    one, two = train(kind(passes), examples(), 8), pair.run(ddp_of, kind, passes)
+    assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-9)
+    losses = [[step[0] for step in run["steps"]] for run in (one, *two)]
+    assert losses[0] == pytest.approx([sum(both) / 2 for both in zip(*losses[1:], strict=True)])
 
 
 def test_uneven_last_batches(pair):

@@ -3,14 +3,18 @@
 from lightning_rdrop.callbacks import AlphaScheduler
 from lightning_rdrop.cross_entropy import Head, linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.distance import (
+    CTC,
     Bernoulli,
     Categorical,
     Cosine,
     Distance,
+    Focal,
     FromDistribution,
     Gaussian,
     JensenShannon,
+    MaskedConsistency,
     Together,
+    Weighted,
 )
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.loss import RDropLoss
@@ -21,6 +25,7 @@ from lightning_rdrop.simcse import SimCSEMixin
 from lightning_rdrop.terms import Average, Terms
 
 __all__ = [
+    "CTC",
     "FGM",
     "VAT",
     "AlphaScheduler",
@@ -29,17 +34,20 @@ __all__ = [
     "Categorical",
     "Cosine",
     "Distance",
+    "Focal",
     "FromDistribution",
     "Gaussian",
     "GradientPenalty",
     "Head",
     "JensenShannon",
+    "MaskedConsistency",
     "RDropLoss",
     "RDropMixin",
     "Regularizer",
     "SimCSEMixin",
     "Terms",
     "Together",
+    "Weighted",
     "convert_alpha",
     "jensen_shannon",
     "linear_rdrop_cross_entropy",

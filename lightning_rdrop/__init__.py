@@ -4,14 +4,18 @@ from lightning_rdrop.callbacks import AlphaScheduler
 from lightning_rdrop.cross_entropy import Head, linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import (
+    CTC,
     Bernoulli,
     Categorical,
     Cosine,
     Distance,
+    Focal,
     FromDistribution,
     Gaussian,
     JensenShannon,
+    MaskedConsistency,
     Together,
+    Weighted,
 )
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.loss import RDropLoss
@@ -23,6 +27,7 @@ from lightning_rdrop.simcse import SimCSEMixin
 from lightning_rdrop.terms import Average, Terms
 
 __all__ = [
+    "CTC",
     "FGM",
     "VAT",
     "AlphaScheduler",
@@ -31,11 +36,13 @@ __all__ = [
     "Categorical",
     "Cosine",
     "Distance",
+    "Focal",
     "FromDistribution",
     "Gaussian",
     "GradientPenalty",
     "Head",
     "JensenShannon",
+    "MaskedConsistency",
     "RDropLoss",
     "RDropMixin",
     "Regularizer",
@@ -43,6 +50,7 @@ __all__ = [
     "Terms",
     "Together",
     "Views",
+    "Weighted",
     "WithLosses",
     "convert_alpha",
     "jensen_shannon",

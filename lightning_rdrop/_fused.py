@@ -49,7 +49,8 @@ def fused(inputs: tuple[Any, ...], target: Tensor, alpha: float | Tensor, labels
     problem = _Problem(target, alpha, labels, chunk)
     sweep = problem.sweep(inputs, 1.0, alpha)
     loss, ce, kl = _Fused.apply(problem, sweep, alpha, *inputs)  # type: ignore[no-untyped-call]
-    return Terms(loss, ce, kl, rows=sweep.total_weight)
+    kl_rows = None if labels.weight is None else sweep.n_counted
+    return Terms(loss, ce, kl, rows=sweep.total_weight, kl_rows=kl_rows)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

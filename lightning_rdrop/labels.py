@@ -73,13 +73,11 @@ class Labels:
             weight=weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
-            reduction="none" if probabilities else "sum",
+            reduction="none",
         )
-        if probabilities:  # F.cross_entropy divides by the plain number of rows, whatever their class weights are
+        if probabilities or weight is None:  # it divides those of probabilities by their number, whatever the weights
             return Average.of(values, counted)
-        if weight is None:
-            return Average(values, counted.sum().to(values))
-        return Average(values, weight[target.where(counted, 0)].where(counted, 0).sum())
+        return Average.over(values, weight[target.where(counted, 0)].where(counted, 0))
 
 
 def blank(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
@@ -119,4 +117,5 @@ def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Lab
     ce = labels.average(logits.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)), counted.repeat(views))
     zero = torch.zeros_like(ce.total)
     pairs = (Average.of(symmetric_kl(logits[j], logits[k]), counted) for j, k in combinations(range(views), 2))
-    return Terms.of(ce, sum(pairs, start=Average(zero, zero)), alpha, rows=ce.weight / views)
+    kl_rows = None if labels.weight is None else counted.sum().to(zero)
+    return Terms.of(ce, sum(pairs, start=Average(zero, zero)), alpha, rows=ce.weight / views, kl_rows=kl_rows)

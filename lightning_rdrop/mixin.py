@@ -133,6 +133,8 @@ class RDropMixin(Hooks):
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
+        self.rdrop_kl_rows: Tensor | None = None
+        """That of its kl, where it may be another one."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value]
         self._rdrop_own_alpha = self.rdrop_alpha
@@ -205,7 +207,7 @@ class RDropMixin(Hooks):
         The values of a step are those of one rank, which takes no collective. Those of an epoch, ``train/ce_epoch``
         and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks.
         """
-        self.rdrop_rows = terms.rows
+        self.rdrop_rows, self.rdrop_kl_rows = terms.rows, terms.kl_rows
         self._rdrop_guard.note(terms.kl)
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():
@@ -214,8 +216,10 @@ class RDropMixin(Hooks):
 
     def _rdrop_log_means(self, terms: Terms, distance: Distance, prefix: str, examples: int | None) -> None:
         """ce and kl, of the step and of the epoch, and those of the parts."""
-        rows: Any = examples if terms.rows is None else terms.rows  # a tensor, which is not waited for
-        for name, value in zip(distance.term_names, (terms.ce, terms.kl), strict=True):
+        ce_rows: Any = examples if terms.rows is None else terms.rows  # a tensor, which is not waited for
+        kl_rows: Any = ce_rows if terms.kl_rows is None else terms.kl_rows
+        both = ((terms.ce, ce_rows), (terms.kl, kl_rows))
+        for name, (value, rows) in zip(distance.term_names, both, strict=True):
             self.log(f"{prefix}{name}", value, prog_bar=True, batch_size=examples)
             self.log(f"{prefix}{name}_epoch", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
         for name, part in terms.parts.items():

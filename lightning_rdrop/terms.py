@@ -21,6 +21,7 @@ class Average:
     Args:
         total: the weighted sum, a scalar tensor; it carries the gradient.
         weight: the sum of the weights, a scalar tensor.
+        rows: the summands of both, (N, ...) each, which :meth:`weighted` weighs; None where they are not kept.
 
     Example:
         >>> from torch import tensor
@@ -34,6 +35,7 @@ class Average:
 
     total: Tensor
     weight: Tensor
+    rows: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, values: Tensor, counted: Tensor | None = None) -> Average:
@@ -46,8 +48,47 @@ class Average:
             Average(total=tensor(7.), weight=tensor(2.))
         """
         if counted is None:
-            return cls(values.sum(), values.new_tensor(values.numel()))
-        return cls(values.where(counted, 0).sum(), counted.sum().to(values))
+            return cls(values.sum(), values.new_tensor(values.numel()), (values, values.new_ones(()).expand_as(values)))
+        return cls.over(values.where(counted, 0), counted.to(values))
+
+    @classmethod
+    def over(cls, totals: Tensor, weights: Tensor) -> Average:
+        """The mean over rows which are weighted already, as a cross-entropy is that has class weights.
+
+        Example:
+            >>> Average.over(torch.tensor([1.0, 8.0]), torch.tensor([1.0, 2.0])).mean  # of 1 and 4, which counts twice
+            tensor(3.)
+        """
+        return cls(totals.sum(), weights.sum(), (totals, weights))
+
+    def weighted(self, weight: Tensor) -> Average:
+        """The same rows, of which each counts as often as its weight says; one with weight 0 is not looked at.
+
+        Args:
+            weight: shape (N,), or further dimensions of the rows, such as a weight for each token.
+
+        Raises:
+            TypeError: this average has not kept its rows.
+            ValueError: a weight of another shape.
+
+        Example:
+            >>> average = Average.of(torch.tensor([1.0, 2.0, 6.0]))
+            >>> average.weighted(torch.tensor([3.0, 0.0, 1.0]))
+            Average(total=tensor(9.), weight=tensor(4.))
+        """
+        if self.rows is None:
+            raise TypeError(
+                "This average has kept nothing but its sums, so its rows cannot be weighted. Make it by Average.of or "
+                "Average.over; of Together's parts each has a weight of its own: {'name': Weighted(...)}."
+            )
+        totals, weights = self.rows
+        if not 1 <= weight.dim() <= totals.dim() or weight.shape != totals.shape[: weight.dim()]:
+            raise ValueError(
+                f"A weight of shape {tuple(weight.shape)} does not fit rows of shape {tuple(totals.shape)}: give one "
+                f"for each example, ({len(totals) if totals.dim() else 1},), or for each row."
+            )
+        weight = weight.to(totals)[(..., *[None] * (totals.dim() - weight.dim()))]
+        return Average.over((totals * weight).where(weight != 0, 0), weights * weight)
 
     @property
     def mean(self) -> Tensor:
@@ -74,6 +115,7 @@ class Terms:
         prediction: the first view's prediction, so that a training metric needs no further forward.
         rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor. None where
             the loss is no mean over rows.
+        kl_rows: that of kl, where it may be another one than that of ce, which ``rows`` is then.
         examples: B, the number of examples of the batch (not of its views): the batch size to log with.
         extra: what else is logged, by name: the terms of regularizers, without their weights, and the parts of a
             semi-supervised kl; detached.
@@ -86,6 +128,7 @@ class Terms:
     kl: Tensor
     prediction: Any = None
     rows: Tensor | None = None
+    kl_rows: Tensor | None = None
     examples: int | None = None
     extra: dict[str, Tensor | float] = field(default_factory=dict)
     parts: dict[str, Terms] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.callbacks._module import require_rdrop
-from lightning_rdrop.distance import Categorical
+from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.unlabeled import parts
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ class ExactAccumulation(Callback):
     and the optimizer's step; that takes one all-reduce of one number a step.
 
     Raises:
-        ValueError: class weights or unlabelled examples, with which ce and kl have different denominators; manual
-            optimization; a loss that is not a mean over rows; a strategy that hides the gradients (DeepSpeed).
+        ValueError: class weights, unlabelled examples, or a distance whose ce and kl are means over different rows, as
+            is seen on the first batch; manual optimization; a loss that is not a mean over rows; a strategy that hides
+            the gradients (DeepSpeed).
         TypeError: a module without ``RDropMixin``.
 
     Example:
@@ -41,11 +42,13 @@ class ExactAccumulation(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._rows: Tensor | float = 0.0
+        self._compared = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be exact, and forget the rows of an earlier training that broke off."""
         module = require_rdrop(self, pl_module)
-        if isinstance(module.rdrop_distance, Categorical) and module.rdrop_distance.weight is not None:
+        distances = (part for part in module.rdrop_distance.modules() if isinstance(part, Categorical))
+        if any(distance.weight is not None for distance in distances):
             raise ValueError(
                 "ExactAccumulation needs one denominator, but with class weights ce is a weighted mean and kl a mean "
                 "over rows. Train without Categorical(weight=...), or without this callback."
@@ -56,6 +59,7 @@ class ExactAccumulation(Callback):
                 "terms.rows, and divide the gradients by the sum of these before the step."
             )
         self._rows = 0.0
+        self._compared = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuse unlabelled examples, which show in a batch only."""
@@ -68,13 +72,16 @@ class ExactAccumulation(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Multiply the gradient of this micro-batch by its rows."""
-        rows = require_rdrop(self, pl_module).rdrop_rows
+        module = require_rdrop(self, pl_module)
+        rows = module.rdrop_rows
         if rows is None:
             raise ValueError(
                 "ExactAccumulation needs a loss that is a mean over rows, and a step that counts them, as rdrop_step "
                 "does. SimCSE's is not: its negatives are the other examples of the micro-batch. "
                 "Nor is that of several predictions by name, each a mean over rows of its own."
             )
+        if not self._compared:
+            self._require_one_denominator(module.rdrop_distance, rows, module.rdrop_kl_rows)
         loss.register_hook(lambda gradient: gradient * rows)  # type: ignore[no-untyped-call]
         self._rows = self._rows + rows
 
@@ -82,7 +89,8 @@ class ExactAccumulation(Callback):
         """Divide the accumulated gradients by all rows, before Lightning clips them."""
         # Lightning has divided by the number of micro-batches, DDP by that of ranks
         means = trainer.accumulate_grad_batches * trainer.world_size
-        factor = means / trainer.strategy.reduce(self._rows, reduce_op="sum")
+        rows = torch.as_tensor(trainer.strategy.reduce(self._rows, reduce_op="sum"))
+        factor = means / rows.where(rows != 0, 1)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             raise ValueError(
@@ -91,3 +99,14 @@ class ExactAccumulation(Callback):
             )
         torch._foreach_mul_(gradients, factor)
         self._rows = 0.0
+
+    def _require_one_denominator(self, distance: Distance, rows: Tensor, kl_rows: Tensor | None) -> None:
+        """On the first batch, since it waits for the device."""
+        self._compared = True
+        if kl_rows is not None and not torch.isclose(rows, kl_rows.to(rows), rtol=1e-4):
+            ce, kl = distance.term_names
+            raise ValueError(
+                f"ExactAccumulation needs one denominator, but with {type(distance).__name__} there are two: in this "
+                f"batch {ce} is a mean over {float(rows):g} rows, and {kl} over {float(kl_rows):g}. Train without this "
+                "callback; in batches of sequences of similar lengths micro-batches differ little."
+            )

@@ -11,13 +11,10 @@ from torch import Tensor
 from lightning_rdrop import arguments, views
 from lightning_rdrop.cross_entropy import Head, checked_terms
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import one_tensor
-from lightning_rdrop.divergence import at_least_float32, kl, symmetric_kl
+from lightning_rdrop.distance.shapes import ROUNDING, one_tensor, softmaxed
+from lightning_rdrop.divergence import kl, symmetric_kl
 from lightning_rdrop.labels import Labels, blank
 from lightning_rdrop.terms import Average, Terms
-
-_ROUNDING = 0.01
-"""How far from 1 probabilities may sum: thousands of them in half precision are 0.002 away."""
 
 
 class Categorical(Distance):
@@ -92,7 +89,7 @@ class Categorical(Distance):
         target = self._classes_first(self.checked(prediction, target))
         if target.is_floating_point():
             sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
-            right = (target >= 0).all(1) & ((sums - 1).abs() <= _ROUNDING)
+            right = (target >= 0).all(1) & ((sums - 1).abs() <= ROUNDING)
         else:
             right = (target >= 0) & (target < prediction.shape[self.class_dim])
         return ~right & self.labels.counted(target)
@@ -116,13 +113,7 @@ class Categorical(Distance):
         )
 
     def suspicious(self, prediction: Tensor) -> str | None:
-        sums = at_least_float32(prediction).sum(self.class_dim)
-        if (prediction < 0).any() or ((sums - 1).abs() > _ROUNDING).any():
-            return None
-        return (
-            f"The prediction is a softmax already: its rows sum to 1. {type(self).__name__} takes logits, to which it "
-            "applies one itself. Return what goes into it from forward, or override rdrop_predict."
-        )
+        return softmaxed(self, prediction, self.class_dim)
 
     def divergence(self, first: Tensor, second: Tensor) -> Tensor:
         """The divergence of each row, (N, ...), which :meth:`between` sums."""

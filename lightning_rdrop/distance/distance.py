@@ -144,7 +144,9 @@ class Distance(Described):
         count = views.count(predictions)
         task = self.to_target(views.merge(predictions), views.repeat(target, count))
         between = self._over_pairs(predictions, target)
-        return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=task.weight / count)
+        rows = task.weight / count
+        kl_rows = between.weight / math.comb(count, 2) if count > 1 else None
+        return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=rows, kl_rows=kl_rows)
 
     def consistency(self, predictions: Any, alpha: float | Tensor, target: Any = None) -> Terms:
         """The terms of unlabelled rows, which have no ce: loss = alpha kl.

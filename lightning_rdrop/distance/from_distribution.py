@@ -44,15 +44,16 @@ class FromDistribution(Distance):
         self.ignore_value = ignore_value
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        distribution, target = self._known(prediction, target)
-        return Average.of(-distribution.log_prob(target))
+        distribution, target, counted = self._known(prediction, target)
+        return _over(-distribution.log_prob(target), counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        p, q = self._both(first, second, target)
-        return Average.of((self._kl(p, q) + self._kl(q, p)) / 2)
+        p, q, counted = self._both(first, second, target)
+        return _over((self._kl(p, q) + self._kl(q, p)) / 2, counted)
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        return Average.of(self._kl(*self._both(first, second, target)))
+        p, q, counted = self._both(first, second, target)
+        return _over(self._kl(p, q), counted)
 
     def counted(self, prediction: Tensor, target: Tensor) -> Tensor | None:
         known = super().counted(prediction, target)
@@ -60,7 +61,7 @@ class FromDistribution(Distance):
 
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Those outside the support of the distribution, among the examples that count."""
-        distribution, target = self._known(prediction.detach(), target)
+        distribution, target, _ = self._known(prediction.detach(), target)
         try:
             constraint: Any = distribution.support
         except NotImplementedError:
@@ -71,21 +72,25 @@ class FromDistribution(Distance):
     def check(self, prediction: Tensor, target: Tensor) -> None:
         wrong = self.impossible(prediction, target)
         if wrong.any():
-            distribution, target = self._known(prediction, target)
+            distribution, target, _ = self._known(prediction, target)
             raise ValueError(
                 f"The target holds {target[wrong][0].tolist()}, outside the support of {distribution}. Leave such "
                 "examples out, or let those that are not known count in neither term: "
                 "FromDistribution(make, ignore_value=float('nan'))."
             )
 
-    def _both(self, first: Tensor, second: Tensor, target: Tensor | None) -> tuple[Distribution, Distribution]:
+    def _both(
+        self, first: Tensor, second: Tensor, target: Tensor | None
+    ) -> tuple[Distribution, Distribution, Tensor | None]:
+        """The distributions of the examples that count, and which do."""
         first, second = alike(self, first, second)
-        if target is not None and (counted := self.counted(first, target)) is not None:
+        counted = None if target is None else self.counted(first, target)
+        if counted is not None:
             first, second = first[counted], second[counted]
-        return self._made(first), self._made(second)
+        return self._made(first), self._made(second), counted
 
-    def _known(self, prediction: Tensor, target: Tensor) -> tuple[Distribution, Tensor]:
-        """The distribution of the examples that count, and their target."""
+    def _known(self, prediction: Tensor, target: Tensor) -> tuple[Distribution, Tensor, Tensor | None]:
+        """The distribution of the examples that count, their target, and which do."""
         counted = self.counted(prediction, arguments.tensor("target", target))
         if counted is not None and len(counted) == len(prediction):
             prediction, target = prediction[counted], target[counted]
@@ -96,7 +101,7 @@ class FromDistribution(Distance):
                 f"FromDistribution made {distribution} of the prediction {tuple(prediction.shape)}, whose values have "
                 f"the shape {tuple(expected)}, and got a target {tuple(target.shape)}; nothing broadcasts here."
             )
-        return distribution, target
+        return distribution, target, counted
 
     def _kl(self, p: Distribution, q: Distribution) -> Tensor:
         try:
@@ -112,3 +117,11 @@ class FromDistribution(Distance):
         if not isinstance(distribution, Distribution):
             raise TypeError(f"make must return a torch.distributions.Distribution, got {distribution!r}.")
         return distribution
+
+
+def _over(values: Tensor, counted: Tensor | None) -> Average:
+    """The average of the examples that count, with a row for each of the others too, as weights of rows need it."""
+    if counted is None or values.dim() == 0:
+        return Average.of(values)
+    rows = values.new_zeros(len(counted), *values.shape[1:]).index_put((counted,), values)
+    return Average.of(rows, counted.view(-1, *[1] * (rows.dim() - 1)).expand_as(rows))

@@ -1,4 +1,4 @@
-"""What a distance makes sure of before it computes: one shape, and nothing in the rows that do not count."""
+"""What a distance makes sure of before it computes: one shape, logits, and nothing in the rows that do not count."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.divergence import at_least_float32
+
+ROUNDING = 0.01
+"""How far from 1 probabilities may sum: thousands of them in half precision are 0.002 away."""
 
 
 def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,3 +50,14 @@ def one_tensor(distance: Distance, prediction: Any) -> None:
             "return logits, or an object with .logits, from forward; override rdrop_predict(self, inputs) to choose "
             "one; or give a distance for each by name, rdrop_distance={'name': ...}."
         )
+
+
+def softmaxed(distance: Distance, prediction: Tensor, dim: int) -> str | None:
+    """What to say of a prediction that is a softmax already; ``None`` if it may be logits."""
+    sums = at_least_float32(prediction).sum(dim)
+    if (prediction < 0).any() or ((sums - 1).abs() > ROUNDING).any():
+        return None
+    return (
+        f"The prediction is a softmax already: its rows sum to 1. {type(distance).__name__} takes logits, to which it "
+        "applies one itself. Return what goes into it from forward, or override rdrop_predict."
+    )

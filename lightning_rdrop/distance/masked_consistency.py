@@ -1,0 +1,56 @@
+"""Consistency of other rows than those that have a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_rdrop.distance.wrapped import Wrapped
+from lightning_rdrop.terms import Average
+
+
+class MaskedConsistency(Wrapped):
+    r"""Any distance with a mask of its own for the consistency: kl is over its rows, ce over those that have a target.
+
+    .. math::
+        \text{ce} = \operatorname*{mean}_{n:\,y_n \text{ counts}} D(y_n, f_n), \qquad
+        \text{kl} = \tfrac12 \operatorname*{mean}_{n:\,m_n = 1} \tfrac12 [D(f'_n, f_n) + D(f_n, f'_n)]
+
+    For masked language modelling, where few tokens have a label and all that are no padding have two predictions: the
+    target is ``(labels, attention_mask)``. The mask alone says which rows count in kl, whatever their target is.
+
+    Args:
+        distance: what measures.
+
+    Shapes:
+        prediction as for ``distance``; target a pair (target, mask): what ``distance`` takes, and a mask (N,) of
+        examples, or of more of the dimensions of its rows, as (N, T) of tokens; bool, or 0 and 1.
+
+    Raises:
+        TypeError: a target that is no such pair, or a distance that keeps no rows, such as
+            :class:`~lightning_rdrop.Together`, each part of which can have a mask.
+        ValueError: a mask of another shape; on the first batch one that holds anything but 0 and 1.
+
+    Example:
+        >>> from torch import tensor
+        >>> from lightning_rdrop import Categorical
+        >>> views = tensor([[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.75, 0.25]]]).log()
+        >>> labels, mask = tensor([0, -100]), tensor([1, 1])
+        >>> terms = MaskedConsistency(Categorical()).terms(views, (labels, mask), alpha=4.0)
+        >>> terms.ce, terms.kl  # ln 2 of the first, and (0 + 0.25 ln 3 / 2) / 2 / 2 of both
+        (tensor(0.6931), tensor(0.0343))
+    """
+
+    number = "mask"
+    allowed = "a mask is bool, or 0 and 1. Rows that count more than others have a weight: Weighted(...)."
+
+    def to_target(self, prediction: Any, target: Any) -> Average:
+        return self.distance.to_target(prediction, self.pair(target)[0])
+
+    def over_rows(self, measure: Callable[[Any], Average], target: Any, numbers: Tensor) -> Average:
+        return measure(None).weighted(numbers)
+
+    def wrong(self, numbers: Tensor) -> Tensor:
+        return (numbers != 0) & (numbers != 1)

@@ -1,0 +1,307 @@
+"""Rows that count more than others, and a consistency over rows of its own."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from test_distance import EVERY, target_of
+from torch import distributions
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_rdrop import (
+    CTC,
+    Average,
+    Bernoulli,
+    Categorical,
+    Distance,
+    Focal,
+    FromDistribution,
+    Gaussian,
+    MaskedConsistency,
+    RDropLoss,
+    RDropMixin,
+    Together,
+    Weighted,
+    symmetric_kl,
+)
+from lightning_rdrop.callbacks import ExactAccumulation
+from lightning_rdrop.description import describe, rebuild, spell
+
+NAN = float("nan")
+WHOLE = torch.tensor([2.0, 0.0, 1.0, 3.0])
+"""With whole weights a row is there as often as its weight says."""
+ALL = EVERY | {"Focal": (Focal(), (5,)), "Categorical, weighted": (Categorical(weight=torch.rand(5)), (5,))}
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize(("distance", "shape"), ALL.values(), ids=ALL)
+def test_a_row_is_there_as_often_as_its_weight_says(distance, shape, views):
+    predictions = torch.randn(views, 4, *shape, dtype=torch.float64, requires_grad=True)
+    target, repeats = target_of(distance, predictions[0]), WHOLE.long()
+    terms = RDropLoss(Weighted(distance))(predictions, (target, WHOLE), 3.0)
+    wanted = RDropLoss(distance)(predictions.repeat_interleave(repeats, 1), target.repeat_interleave(repeats, 0), 3.0)
+    for found, expected in ((terms.loss, wanted.loss), (terms.ce, wanted.ce), (terms.kl, wanted.kl)):
+        torch.testing.assert_close(found, expected)
+        if expected.requires_grad and (views > 1 or expected is not wanted.kl):
+            ours, theirs = (torch.autograd.grad(term, predictions, retain_graph=True)[0] for term in (found, expected))
+            torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(terms.rows, wanted.rows)
+    if views > 1:
+        torch.testing.assert_close(terms.kl_rows, wanted.rows if wanted.kl_rows is None else wanted.kl_rows)
+        first, second = predictions[:2]
+        directed = Weighted(distance).directed(first, second, (target, WHOLE)).mean
+        again = distance.directed(*predictions[:2].repeat_interleave(repeats, 1)).mean
+        torch.testing.assert_close(directed, again)
+    alone = RDropLoss(Weighted(distance)).consistency(predictions, 3.0)  # unlabelled rows have no weight
+    torch.testing.assert_close(alone.kl, RDropLoss(distance).consistency(predictions, 3.0).kl)
+
+
+def test_the_weighted_mean_written_out():
+    views, target = (
+        torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True),
+        torch.tensor([0, 1, -100, 2, -100, 3]),
+    )
+    weight = torch.rand(6, dtype=torch.float64)
+    terms = RDropLoss(Weighted(Categorical()))(views, (target, weight), 2.0)
+    w = weight[target >= 0]
+    ce = (w * -views.log_softmax(-1)[:, target >= 0, target[target >= 0]]).sum() / (2 * w.sum())
+    kl = (w * symmetric_kl(*views)[target >= 0]).sum() / w.sum() / 2
+    torch.testing.assert_close((terms.ce, terms.kl, terms.loss), (ce, kl, ce + 2.0 * kl))
+    assert torch.autograd.gradcheck(lambda x: RDropLoss(Weighted(Categorical()))(x, (target, weight), 2.0).loss, views)
+
+
+@pytest.mark.parametrize("distance", [Categorical(), Categorical(class_dim=1), Bernoulli(), Gaussian()])
+def test_a_weight_for_each_token_or_label(distance):
+    prediction = torch.randn(4, 3, 3, dtype=torch.float64)
+    target = torch.randint(3, (4, 3)) if isinstance(distance, Categorical) else torch.rand(4, 3, 3)
+    weight = torch.rand(target.shape, dtype=torch.float64)
+    if isinstance(distance, Categorical):
+        logits = prediction if distance.class_dim == -1 else prediction.mT
+        rows = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(4, 3)
+    elif isinstance(distance, Bernoulli):
+        rows = F.binary_cross_entropy_with_logits(prediction, target.double(), reduction="none")
+    else:
+        rows = (prediction - target).square()
+    first = weight[(slice(None), *[0] * (rows.dim() - 1))]
+    for given in (weight, first):  # for each row, and for all rows of an example
+        wide = given.view(4, *[1] * (rows.dim() - 1)).expand_as(rows) if given.dim() == 1 else given
+        found = Weighted(distance).to_target(prediction, (target, given))
+        torch.testing.assert_close(found.mean, (wide * rows).sum() / wide.sum())
+
+
+def poisson(x):
+    return distributions.Poisson(x.exp())
+
+
+@pytest.mark.parametrize(
+    ("distance", "plain"),
+    [
+        (Gaussian(ignore_value=NAN), Gaussian()),
+        (FromDistribution(poisson, ignore_value=NAN), FromDistribution(poisson)),
+    ],
+)
+def test_what_is_not_known_has_no_weight(distance, plain):
+    first, second = torch.randn(2, 4, dtype=torch.float64)
+    target, weight = torch.tensor([1.0, NAN, 2.0, 3.0]), torch.tensor([1.0, 5.0, 2.0, 0.5])
+    known = [0, 2, 3]
+    fewer = (target[known], weight[known])
+    found = Weighted(distance).to_target(first, (target, weight))
+    torch.testing.assert_close(found.mean, Weighted(plain).to_target(first[known], fewer).mean)
+    assert found.weight == 3.5
+    found = Weighted(distance).between(first, second, (target, weight))
+    torch.testing.assert_close(found.mean, Weighted(plain).between(first[known], second[known], fewer).mean)
+
+
+class Tokens(RDropMixin, pl.LightningModule):
+    """Five classes for each token, under a noise that depends on the input and the view alone, not on the batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"rdrop_passes": "separate", "rdrop_alpha": 2.0} | kwargs)
+        torch.manual_seed(7)
+        self.network = torch.nn.Linear(4, 5)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.network(x * (1 + 0.5 * torch.sin((10 + self.passes % 2) * x)))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def rows_of(second):
+    """Eight examples of three tokens; what is second in their targets."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 3, 4, generator=generator), torch.randint(5, (8, 3), generator=generator)
+    return [(x[i], (y[i], second[i])) for i in range(8)]
+
+
+def test_exact_accumulation_of_weighted_rows(fit):
+    data = rows_of(torch.tensor([0.1, 2.0, 3.0, 0.0, 1.0, 1.0, 0.5, 4.0]))
+    weights = []
+    for batch_size, callbacks in ((8, []), (2, [ExactAccumulation()]), (2, [])):
+        module = Tokens(rdrop_distance=Weighted(Categorical()))
+        fit(module, DataLoader(data, batch_size), callbacks, accumulate_grad_batches=8 // batch_size)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0])
+    assert (weights[2] - weights[0]).abs().max() > 1e-3
+
+
+def test_rows_without_weight_change_nothing(fit):
+    module = Tokens(rdrop_distance=Weighted(Categorical()))
+    before = module.network.weight.detach().clone()
+    fit(module, DataLoader(rows_of(torch.zeros(8)), 4), [ExactAccumulation()])
+    assert torch.equal(module.network.weight, before)
+
+
+@pytest.mark.parametrize("inner", [Categorical(weight=torch.ones(5)), Focal(weight=torch.ones(5))])
+def test_class_weights_within_are_refused_by_exact_accumulation(fit, inner):
+    with pytest.raises(ValueError, match="with class weights ce is a weighted mean"):
+        fit(Tokens(rdrop_distance=Weighted(inner)), DataLoader(rows_of(torch.ones(8)), 4), [ExactAccumulation()])
+
+
+def test_epoch_means_are_over_the_rows_of_each_term(fit):
+    """ce and kl have denominators of their own: 3 labels and 24 tokens here."""
+    mask = torch.ones(8, 3, dtype=torch.long)
+    mask[:, 2] = torch.tensor([0, 1, 1, 0, 0, 0, 1, 1])
+    data = rows_of(mask)
+    for i, (_, (labels, _)) in enumerate(data):
+        labels[torch.arange(3) != i % 3] = -100
+    data[0][1][0][:] = -100
+    seen = []
+
+    class Steps(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append((outputs["ce"], module.rdrop_rows, outputs["kl"], module.rdrop_kl_rows))
+
+    module = Tokens(rdrop_distance=MaskedConsistency(Categorical()))
+    trainer = fit(module, DataLoader(data, 3), [Steps()])
+    ce, ce_rows, kl, kl_rows = torch.tensor(seen).T
+    assert ce_rows.tolist() == [2, 3, 2]
+    assert kl_rows.tolist() == [8, 6, 6]
+    metrics = trainer.callback_metrics
+    torch.testing.assert_close(metrics["train/ce_epoch"], (ce * ce_rows).sum() / ce_rows.sum())
+    torch.testing.assert_close(metrics["train/kl_epoch"], (kl * kl_rows).sum() / kl_rows.sum())
+    with pytest.raises(ValueError, match=r"MaskedConsistency.*ce is a mean over 2 rows, and kl over 8"):
+        fit(Tokens(rdrop_distance=MaskedConsistency(Categorical())), DataLoader(data, 3), [ExactAccumulation()])
+
+
+@pytest.mark.parametrize("class_dim", [-1, 1])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_masked_consistency_written_out(class_dim, dtype):
+    logits = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    labels, mask = torch.randint(5, (4, 6)), torch.rand(4, 6) < 0.7
+    labels[torch.rand(4, 6) < 0.6] = -100
+    views = (logits if class_dim == -1 else logits.mT).requires_grad_()
+    distance = MaskedConsistency(Categorical(class_dim=class_dim))
+    terms = RDropLoss(distance)(views, (labels, mask.to(dtype)), 3.0)
+    logits = views if class_dim == -1 else views.mT
+    ce = F.cross_entropy(logits.flatten(0, 2), labels.repeat(2, 1).flatten())
+    kl = symmetric_kl(*logits)[mask].mean() / 2
+    torch.testing.assert_close((terms.ce, terms.kl, terms.loss), (ce, kl, ce + 3.0 * kl))
+    assert (terms.rows, terms.kl_rows) == ((labels >= 0).sum(), mask.sum())
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, views, retain_graph=True)[0] for x in (terms.loss, ce + 3 * kl))
+    )
+    first, second = views
+    directed = distance.directed(first, second, (labels, mask)).mean
+    torch.testing.assert_close(
+        directed, distance.distance.directed(first, second, labels.where(~mask, 0).where(mask, -100)).mean
+    )
+
+
+def test_both_in_one():
+    views, labels = torch.randn(2, 3, 5, dtype=torch.float64), torch.tensor([1, -100, 2])
+    mask, weight = torch.tensor([True, True, False]), torch.tensor([2.0, 3.0, 1.0])
+    terms = RDropLoss(Weighted(MaskedConsistency(Categorical())))(views, ((labels, mask), weight), 1.0)
+    rows = symmetric_kl(*views)
+    torch.testing.assert_close(terms.kl, ((2 * rows[0] + 3 * rows[1]) / 5 / 2).float().double(), rtol=1e-6, atol=0)
+    nll = -views.log_softmax(-1)
+    torch.testing.assert_close(terms.ce, ((2 * nll[:, 0, 1] + nll[:, 2, 2]) / 3).mean())
+
+
+@pytest.mark.parametrize("value", [-0.5, NAN, float("inf")])
+def test_impossible_weights(value):
+    weight = torch.tensor([1.0, 0.0, value])
+    prediction, target = torch.zeros(3, 2), torch.tensor([0, 1, 0])
+    with pytest.raises(ValueError, match=f"The weight holds {value}; a weight is a finite number >= 0"):
+        Weighted(Categorical()).check(prediction, (target, weight))
+    assert Weighted(Categorical()).invalid(prediction, (target, weight))
+    assert not Weighted(Categorical()).invalid(prediction, (target, weight.clamp(0, 1).nan_to_num()))
+    assert Weighted(Categorical()).invalid(prediction, (target + 1, torch.ones(3)))
+    with pytest.raises(ValueError, match="The target holds the class 2"):
+        Weighted(Categorical()).check(prediction, (target + 1, torch.ones(3)))
+
+
+def test_a_later_negative_weight_is_found(fit):
+    data = rows_of(torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"target of batch 1 holds a value that is impossible.*a negative weight"):
+        fit(Tokens(rdrop_distance=Weighted(Categorical())), DataLoader(data, 4), log_every_n_steps=1, max_epochs=2)
+    with pytest.raises(ValueError, match=r"The weight holds -1.0; a weight is"):
+        fit(Tokens(rdrop_distance=Weighted(Categorical())), DataLoader(data[::-1], 4))
+
+
+def test_an_impossible_mask():
+    with pytest.raises(ValueError, match=r"The mask holds 0.5; a mask is bool, or 0 and 1.*Weighted"):
+        MaskedConsistency(Gaussian()).check(torch.zeros(2), (torch.zeros(2), torch.tensor([1, 0.5])))
+    assert MaskedConsistency(Gaussian()).invalid(torch.zeros(2), (torch.zeros(2), torch.tensor([1, 0.5])))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4, 5), (5,), (4, 6, 1), (6, 4)])
+def test_weights_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"does not fit rows of shape \(4, 6\): give one for each example, \(4,\)"):
+        Weighted(Categorical()).to_target(
+            torch.zeros(4, 6, 3), (torch.zeros(4, 6, dtype=torch.long), torch.ones(shape))
+        )
+
+
+@pytest.mark.parametrize("target", [torch.zeros(3), (torch.zeros(3),), (torch.zeros(3), [1, 1, 1])])
+def test_what_is_no_pair_is_refused(target):
+    with pytest.raises(TypeError, match=r"Weighted takes the target \(target, weight\), the latter a tensor, got a"):
+        Weighted(Gaussian()).to_target(torch.zeros(3), target)
+    with pytest.raises(TypeError, match="distance must be a Distance"):
+        Weighted(Categorical)
+
+
+def test_one_of_several_predictions_is_weighted():
+    distance = Together({"a": Weighted(Gaussian()), "b": Gaussian()})
+    one = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[0.0, 0.0]])}
+    target = {"a": (torch.zeros(2), torch.tensor([3.0, 1.0])), "b": torch.tensor([1.0, 1.0])}
+    terms = distance.terms(one, target, 1.0)
+    assert terms.ce == (3 * 1 + 4) / 4 + 1
+    assert terms.parts["a"].rows == 4
+    assert not distance.invalid({name: part[0] for name, part in one.items()}, target)
+    with pytest.raises(TypeError, match=r"its rows cannot be weighted.*of Together's parts each has a weight"):
+        Weighted(Together({"b": Gaussian()})).to_target({"b": torch.zeros(2)}, ({"b": torch.zeros(2)}, torch.ones(2)))
+
+
+def test_a_distance_of_ones_own():
+    class Absolute(Distance):
+        def to_target(self, prediction, target):
+            return Average.of((prediction - target).abs())
+
+        def between(self, first, second, target=None):
+            return Average.of((first - second).abs())
+
+    views, weight = torch.tensor([[1.0, 2.0], [1.0, 4.0]]), torch.tensor([1.0, 3.0])
+    terms = RDropLoss(Weighted(Absolute()))(views, (torch.zeros(2), weight), 1.0)
+    assert (terms.ce, terms.kl) == ((2 * 1 + 3 * 2 + 3 * 4) / 8, 3 * 2 / 4 / 2)
+
+
+def test_names_and_a_description():
+    distance = Weighted(Focal(gamma=1.5))
+    assert distance.term_names == ("focal", "kl")
+    assert distance.ignore_index == -100
+    assert getattr(Weighted(Gaussian()), "ignore_index", None) is None
+    assert spell(describe(distance)) == "Weighted(distance=Focal(gamma=1.5))"
+    assert rebuild(describe(distance), Distance).distance.gamma == 1.5
+    assert "softmax already" in distance.suspicious(torch.full((2, 2), 0.5))
+
+
+def test_ctc_is_weighted_by_example():
+    logits, lengths = torch.randn(2, 3, 6, 4, dtype=torch.float64), torch.tensor([[6, 5, 4]] * 2)
+    tokens, weight = torch.tensor([[1, 2], [3, 3], [2, -100]]), torch.tensor([1.0, 0.0, 2.0])
+    terms = RDropLoss(Weighted(CTC()))((logits, lengths), (tokens, weight), 1.0)
+    twice = [0, 2, 2]
+    wanted = RDropLoss(CTC())((logits[:, twice], lengths[:, twice]), tokens[twice], 1.0)
+    torch.testing.assert_close((terms.ce, terms.kl), (wanted.ce, wanted.kl))

@@ -133,8 +133,8 @@ class RDropMixin(Hooks):
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
-        self.rdrop_kl_rows: Tensor | None = None
-        """That of its kl, where it may be another one."""
+        self.rdrop_denominators: dict[str, Tensor] = {}
+        """That of each of its terms, by name: they may be different ones, and several with several predictions."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value]
         self._rdrop_own_alpha = self.rdrop_alpha
@@ -205,9 +205,10 @@ class RDropMixin(Hooks):
         """Log the terms of a step, detached, with the number of examples (never of views) as the batch size.
 
         The values of a step are those of one rank, which takes no collective. Those of an epoch, ``train/ce_epoch``
-        and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks.
+        and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks; with several
+        predictions those of each part are, and their sums weigh batches by their examples.
         """
-        self.rdrop_rows, self.rdrop_kl_rows = terms.rows, terms.kl_rows
+        self.rdrop_rows, self.rdrop_denominators = terms.rows, terms.denominators()
         self._rdrop_guard.note(terms.kl)
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():

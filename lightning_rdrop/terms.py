@@ -151,6 +151,24 @@ class Terms:
         ce, kl = task.mean, between.mean / 2
         return cls(combined(ce, kl, alpha), ce, kl, **others)
 
+    def denominators(self) -> dict[str, Tensor]:
+        """The number of rows over which each term is a mean, by its name; none where one is no mean over rows.
+
+        Example:
+            >>> from torch import tensor
+            >>> one = tensor(1.0)
+            >>> intent, slots = (Terms(one, one, one, rows=tensor(rows)) for rows in (2.0, 9.0))
+            >>> Terms(one, one, one, parts={"intent": intent, "slots": slots}).denominators()
+            {'intent_ce': tensor(2.), 'intent_kl': tensor(2.), 'slots_ce': tensor(9.), 'slots_kl': tensor(9.)}
+        """
+        if self.parts:
+            parts = {name: part.denominators() for name, part in self.parts.items()}
+            known = all(parts.values())
+            return {f"{name}_{term}": part[term] for name, part in parts.items() for term in part if known}
+        if self.rows is None:
+            return {}
+        return {"ce": self.rows, "kl": self.rows if self.kl_rows is None else self.kl_rows}
+
 
 def combined(ce: Tensor, kl: Tensor, alpha: float | Tensor) -> Tensor:
     """``ce + alpha * kl``, and ce alone where kl is switched off, however far apart the views are.

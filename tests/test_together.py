@@ -3,15 +3,29 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import ragged
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
 
-from lightning_rdrop import VAT, Bernoulli, Categorical, Gaussian, Head, RDropMixin, Together, symmetric_kl
+from lightning_rdrop import (
+    FGM,
+    VAT,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    GradientPenalty,
+    Head,
+    RDropMixin,
+    Together,
+    symmetric_kl,
+)  # fmt: skip
 from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.description import describe, rebuild, spell
 from lightning_rdrop.distance import Distance
+from lightning_rdrop.modules.task import Task
 from tests.networks import training_outputs
 
 
@@ -135,9 +149,111 @@ def test_late_duplication():
     torch.testing.assert_close(terms.loss, loss)
 
 
-def test_exact_accumulation_is_refused(fit):
-    with pytest.raises(ValueError, match=r"a loss that is a mean over rows.*several predictions"):
+def test_exact_accumulation_is_refused_where_there_are_several_denominators(fit):
+    with pytest.raises(ValueError, match=r"with Together .* intent_ce is a mean over 4 rows, and slots_ce over 16"):
         fit(Assistant(), DataLoader([batch_of()], batch_size=None), [ExactAccumulation()])
+    later = [batch_of(), batch_of(), batch_of()]
+    for _, target in later:
+        target["slots"] = target["slots"][:, 0]
+    later[1][1]["slots"][0] = -100
+
+    class First(Assistant):
+        def forward(self, x):
+            both = super().forward(x)
+            return both | {"slots": both["slots"][:, 0]}
+
+    with pytest.raises(ValueError, match="in a batch of this epoch the terms of the loss were means over different"):
+        fit(First(), DataLoader(later, batch_size=None), [ExactAccumulation()])
+
+
+class TwoTaggers(RDropMixin, pl.LightningModule):
+    """Two tags for each token, under a noise that depends on the input and the view alone, not on the batch."""
+
+    def __init__(self, **kwargs):
+        distance = Together({"tag": Categorical(), "other": Categorical()}, weights={"other": 0.5}, alphas={"tag": 2.0})
+        super().__init__(rdrop_passes="separate", rdrop_alpha=2.0, rdrop_distance=distance)
+        torch.manual_seed(7)
+        self.tag, self.other = nn.Linear(4, 5), nn.Linear(4, 5)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        x = x * (1 + 0.5 * torch.sin((10 + self.passes % 2) * x))
+        return {"tag": self.tag(x), "other": self.other(x)}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_exact_accumulation_where_the_parts_have_the_same_rows(fit):
+    rows = [(x, {"tag": y, "other": torch.where(y < 0, y, 4 - y)}) for x, y in ragged(5, 4)]
+    trained = {}
+    for name, batch_size, callbacks in (("big", 8, []), ("exact", 2, [ExactAccumulation()]), ("plain", 2, [])):
+        module = TwoTaggers()
+        fit(module, DataLoader(rows, batch_size), callbacks, accumulate_grad_batches=8 // batch_size, max_epochs=2,
+            precision="64-true")  # fmt: skip
+        trained[name] = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    torch.testing.assert_close(trained["exact"], trained["big"])
+    assert (trained["plain"] - trained["big"]).abs().max() > 1e-3
+
+
+class Evaluated(Task):
+    """Measures nothing but the loss."""
+
+    def measure(self, metrics, batch, prediction, target):
+        pass
+
+
+def test_an_evaluation_is_the_mean_over_the_rows_of_each_part(fit):
+    source = Assistant(p=0.3).double()
+    distance = Together({"intent": Categorical(), "slots": Categorical()}, weights={"slots": 0.5})
+    module = Evaluated(source, MetricCollection({}), rdrop_distance=distance)
+    batches = [batch_of(4), batch_of(1, seed=1)]
+    batches[0][1]["slots"][1:] = -100  # four intents and four slots, then one and four
+    trainer = fit(module, DataLoader(batches, batch_size=None), precision="64-true")
+    (tested,) = trainer.test(module, DataLoader(batches, batch_size=None), verbose=False)
+    tokens = torch.cat([tokens for tokens, _ in batches])
+    intent, slots = (torch.cat([target[name] for _, target in batches]) for name in ("intent", "slots"))
+    prediction = source.eval()(tokens)
+    intent_ce = F.cross_entropy(prediction["intent"], intent).item()
+    slots_ce = F.cross_entropy(prediction["slots"].flatten(0, 1), slots.flatten()).item()
+    expected = {"intent_ce": intent_ce, "slots_ce": slots_ce, "ce": intent_ce + 0.5 * slots_ce}
+    assert tested == pytest.approx({f"test/{name}": value for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("regularizer", [GradientPenalty, FGM, VAT])
+def test_a_regularizer_of_one_part_is_that_of_its_distance(regularizer):
+    class Intents(Assistant):
+        def forward(self, x):
+            return super().forward(x)["intent"]
+
+    (tokens, target), terms = batch_of(), []
+    for kind, distance in ((Assistant, None), (Intents, Categorical())):
+        torch.manual_seed(0)
+        if distance is None:
+            distance = Together({"intent": Categorical(), "slots": Categorical()}, weights={"slots": 0.0})
+        module = kind(p=0.0, rdrop_distance=distance, rdrop_views=1, rdrop_regularizers=[regularizer(at="network.0")])
+        labels = target if kind is Assistant else target["intent"]
+        terms.append(next(iter(module.double().rdrop_step((tokens, labels)).extra.values())))
+    torch.testing.assert_close(*terms)
+    assert terms[0] > 1e-6
+
+
+def test_padding_of_unlabelled_texts_counts_in_no_part():
+    class Padded(Assistant):
+        def forward(self, tokens, attention_mask):
+            return super().forward(tokens)
+
+    module = Padded(rdrop_alpha=2.0, rdrop_labeled_weight=0.0).double()
+    tokens, target = batch_of()
+    mask = (torch.arange(6) < torch.tensor([[6], [3], [1], [4]])).long()
+    labeled = {"tokens": tokens, "attention_mask": torch.ones_like(mask), "labels": target}
+    seen = training_outputs(module)
+    terms = module.rdrop_step({"labeled": labeled, "unlabeled": {"tokens": tokens, "attention_mask": mask}})
+    hidden = seen[-1].unflatten(0, (2, 4))
+    expected = symmetric_kl(*module.slots(hidden)[:, mask.bool()]).mean() / 2
+    expected = expected + symmetric_kl(*module.intent(hidden.mean(2))).mean() / 2
+    torch.testing.assert_close(terms.extra["kl_unlabeled"], expected)
 
 
 @pytest.mark.parametrize(

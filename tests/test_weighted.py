@@ -172,7 +172,7 @@ def test_epoch_means_are_over_the_rows_of_each_term(fit):
 
     class Steps(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            seen.append((outputs["ce"], module.rdrop_rows, outputs["kl"], module.rdrop_kl_rows))
+            seen.append((outputs["ce"], module.rdrop_rows, outputs["kl"], module.rdrop_denominators["kl"]))
 
     module = Tokens(rdrop_distance=MaskedConsistency(Categorical()))
     trainer = fit(module, DataLoader(data, 3), [Steps()])

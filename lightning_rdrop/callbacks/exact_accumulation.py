@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.callbacks._module import require_rdrop
-from lightning_rdrop.distance import Categorical, Distance
+from lightning_rdrop.distance import Categorical
+from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.unlabeled import parts
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ class ExactAccumulation(Callback):
     with :math:`g_i` the gradient of the mean over the :math:`n_i` rows that count in micro-batch i. Lightning takes the
     unweighted mean of the :math:`g_i`, which gives a token in a short micro-batch more weight than one in a long one.
     Here each gradient is multiplied by :math:`n_i` in the backward pass, and the sum is divided once, before clipping
-    and the optimizer's step; that takes one all-reduce of one number a step.
+    and the optimizer's step; that takes one all-reduce of one number a step. A loss of the model's own, as
+    :class:`~lightning_rdrop.WithLosses` adds it, becomes the mean of those of the micro-batches, weighted alike.
 
     Raises:
-        ValueError: class weights, unlabelled examples, or a distance whose ce and kl are means over different rows, as
-            is seen on the first batch; manual optimization; a loss that is not a mean over rows; a strategy that hides
-            the gradients (DeepSpeed).
+        ValueError: class weights, unlabelled examples, or a distance whose terms are means over different numbers of
+            rows, such as those of two predictions of which one has a row for each token: their gradients would have to
+            be kept apart until all rows are counted. The last is seen on the first batch, or at the end of an epoch.
+            Manual optimization; a loss that is no mean over rows; a strategy that hides the gradients (DeepSpeed).
         TypeError: a module without ``RDropMixin``.
 
     Example:
@@ -43,6 +46,7 @@ class ExactAccumulation(Callback):
         super().__init__()
         self._rows: Tensor | float = 0.0
         self._compared = False
+        self._apart: Tensor | bool = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be exact, and forget the rows of an earlier training that broke off."""
@@ -59,11 +63,11 @@ class ExactAccumulation(Callback):
                 "terms.rows, and divide the gradients by the sum of these before the step."
             )
         self._rows = 0.0
-        self._compared = False
+        self._compared = self._apart = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuse unlabelled examples, which show in a batch only."""
-        require_rdrop(self, pl_module).rdrop_rows = None  # those of an earlier step are not those of this one
+        require_rdrop(self, pl_module).rdrop_denominators = {}  # those of an earlier step are not those of this one
         if parts(batch)[1] is not None:
             raise ValueError(
                 "ExactAccumulation needs one denominator, but labelled and unlabelled examples are two means, each "
@@ -73,15 +77,14 @@ class ExactAccumulation(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Multiply the gradient of this micro-batch by its rows."""
         module = require_rdrop(self, pl_module)
-        rows = module.rdrop_rows
-        if rows is None:
+        if not module.rdrop_denominators:
             raise ValueError(
                 "ExactAccumulation needs a loss that is a mean over rows, and a step that counts them, as rdrop_step "
-                "does. SimCSE's is not: its negatives are the other examples of the micro-batch. "
-                "Nor is that of several predictions by name, each a mean over rows of its own."
+                "does. SimCSE's is not: its negatives are the other examples of the micro-batch."
             )
-        if not self._compared:
-            self._require_one_denominator(module.rdrop_distance, rows, module.rdrop_kl_rows)
+        rows, *others = module.rdrop_denominators.values()
+        if any(other is not rows for other in others):
+            self._compare(module)
         loss.register_hook(lambda gradient: gradient * rows)  # type: ignore[no-untyped-call]
         self._rows = self._rows + rows
 
@@ -100,13 +103,27 @@ class ExactAccumulation(Callback):
         torch._foreach_mul_(gradients, factor)
         self._rows = 0.0
 
-    def _require_one_denominator(self, distance: Distance, rows: Tensor, kl_rows: Tensor | None) -> None:
-        """On the first batch, since it waits for the device."""
-        self._compared = True
-        if kl_rows is not None and not torch.isclose(rows, kl_rows.to(rows), rtol=1e-4):
-            ce, kl = distance.term_names
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the denominators became different ones after the first batch, where they are not waited for."""
+        if bool(self._apart):
             raise ValueError(
-                f"ExactAccumulation needs one denominator, but with {type(distance).__name__} there are two: in this "
-                f"batch {ce} is a mean over {float(rows):g} rows, and {kl} over {float(kl_rows):g}. Train without this "
-                "callback; in batches of sequences of similar lengths micro-batches differ little."
+                "ExactAccumulation needs one denominator, but in a batch of this epoch the terms of the loss were "
+                "means over different numbers of rows. Train without this callback."
             )
+
+    def _compare(self, module: RDropMixin) -> None:
+        """Whether all terms are means over as many rows: found on the first batch, noted on every other one."""
+        (name, rows), *others = module.rdrop_denominators.items()
+        differ = {other: ~torch.isclose(rows, its.to(rows), rtol=1e-4) for other, its in others}
+        self._apart = torch.stack([torch.as_tensor(self._apart, device=rows.device), *differ.values()]).any()
+        if self._compared:
+            return
+        self._compared = True
+        for other, found in differ.items():
+            if found:
+                raise ValueError(
+                    f"ExactAccumulation needs one denominator, but with {type(module.rdrop_distance).__name__} there "
+                    f"are several: in this batch {name} is a mean over {float(rows):g} rows, and {other} over "
+                    f"{float(module.rdrop_denominators[other]):g}. Train without this callback; in batches of "
+                    "sequences of similar lengths micro-batches differ little."
+                )

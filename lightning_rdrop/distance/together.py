@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop import views
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.distance.distance import Distance
@@ -67,25 +68,30 @@ class Together(Distance):
         self.alphas = self._factors("alphas", alphas or {})
 
     def to_target(self, prediction: Any, target: Any) -> Average:
-        return self._sum(self.weights, lambda name, part: part.to_target(prediction[name], target[name]))
+        self.check_names(prediction, target)
+        return self._sum(self.weights, lambda name, part: part.to_target(prediction[name], target[name]), prediction)
 
     def between(self, first: Any, second: Any, target: Any = None) -> Average:
-        return self._sum(self._both(), lambda name, part: part.between(first[name], second[name], _of(target, name)))
+        return self._sum(
+            self._both(), lambda name, part: part.between(first[name], second[name], _of(target, name)), first
+        )
 
     def directed(self, first: Any, second: Any, target: Any = None) -> Average:
-        return self._sum(self._both(), lambda name, part: part.directed(first[name], second[name], _of(target, name)))
+        return self._sum(
+            self._both(), lambda name, part: part.directed(first[name], second[name], _of(target, name)), first
+        )
 
     def part(self, name: str) -> Distance:
         part: Any = self.distances[name]
         return part  # type: ignore[no-any-return]
 
     def check(self, prediction: Any, target: Any) -> None:
-        self._same_names(prediction, target)
+        self.check_names(prediction, target)
         for name, distance in self._parts():
             distance.check(prediction[name], target[name])
 
     def invalid(self, prediction: Any, target: Any) -> Tensor | None:
-        self._same_names(prediction, target)
+        self.check_names(prediction, target)
         found = [part.invalid(prediction[name], target[name]) for name, part in self._parts()]
         flags = [flag for flag in found if flag is not None]
         return torch.stack(flags).any() if flags else None
@@ -98,7 +104,7 @@ class Together(Distance):
         self, predictions: Any, target: Any, alpha: float | Tensor, head: Mapping[str, Head] | None = None
     ) -> Terms:
         """The sum of the parts, each made by its distance in the fastest way that it knows."""
-        self._same_names(predictions, target)
+        self.check_names(predictions, target)
         return self._joined(
             {
                 name: part.terms(predictions[name], target[name], alpha * self.alphas[name], (head or {}).get(name))
@@ -124,10 +130,13 @@ class Together(Distance):
             parts=parts,
         )
 
-    def _sum(self, factors: Mapping[str, float], measure: Callable[[str, Distance], Average]) -> Average:
-        """The weighted sum of means, as an average over one row: the parts have rows of their own."""
-        total = torch.stack([factors[name] * measure(name, part).mean for name, part in self._parts()]).sum()
-        return Average(total, torch.ones_like(total))
+    def _sum(
+        self, factors: Mapping[str, float], measure: Callable[[str, Distance], Average], prediction: Any
+    ) -> Average:
+        """The weighted sum of means, as an average over the examples: the parts have rows of their own."""
+        mean = torch.stack([factors[name] * measure(name, part).mean for name, part in self._parts()]).sum()
+        examples = len(views.first_tensor(prediction))
+        return Average(examples * mean, torch.full_like(mean, examples))
 
     def _both(self) -> dict[str, float]:
         return {name: self.weights[name] * self.alphas[name] for name in self.weights}
@@ -140,7 +149,12 @@ class Together(Distance):
             raise ValueError(f"{argument} has {unknown[0]!r}; there are distances for {', '.join(self.distances)}.")
         return {name: non_negative(f"{argument}[{name!r}]", given.get(name, 1.0)) for name in self.distances}
 
-    def _same_names(self, prediction: Any, target: Any) -> None:
+    def check_names(self, prediction: Any, target: Any) -> None:
+        """Refuse a prediction or a target that is no mapping with the names of the distances.
+
+        Raises:
+            ValueError: it is not.
+        """
         for what, value in (("prediction", prediction), ("target", target)):
             names = list(value) if isinstance(value, Mapping) else None
             if names is None or set(names) != set(self.distances):

@@ -6,9 +6,10 @@ from typing import Any, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection, SpearmanCorrCoef
+from torchmetrics import MetricCollection, SpearmanCorrCoef
 
 from lightning_rdrop.arguments import one_of
+from lightning_rdrop.modules._mean_loss import MeanLoss
 from lightning_rdrop.modules._pretrained import load
 from lightning_rdrop.modules.task import Task
 from lightning_rdrop.simcse import Pooling, SimCSEMixin, pool
@@ -45,7 +46,7 @@ class SentenceEncoder(SimCSEMixin, Task):
             output.hidden_states if both else [output.last_hidden_state], inputs.get("attention_mask"), self.pooling
         )
 
-    def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanMetric) -> None:
+    def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanLoss) -> None:
         first, second = (self.rdrop_predict(batch[side]) for side in ("first", "second"))
         metrics.update(F.cosine_similarity(first.float(), second.float()), batch["labels"])
         self.log_dict(metrics, batch_size=len(first), prog_bar=metrics is self.val_metrics)

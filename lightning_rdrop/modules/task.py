@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 
+from lightning_rdrop import views
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.modules._mean_loss import MeanLoss
 
 
 class Task(RDropMixin, pl.LightningModule):
@@ -48,9 +49,8 @@ class Task(RDropMixin, pl.LightningModule):
         self.weight_decay = weight_decay
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
-        # weighted by tokens, hence exact for batches of any size; MeanMetric would skip NaN by default
-        self.val_loss = MeanMetric(nan_strategy=math.nan)
-        self.test_loss = MeanMetric(nan_strategy=math.nan)
+        self.val_loss = MeanLoss(self.rdrop_distance, prefix="val/")
+        self.test_loss = MeanLoss(self.rdrop_distance, prefix="test/")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
@@ -74,16 +74,16 @@ class Task(RDropMixin, pl.LightningModule):
             weight_decay=self.weight_decay,
         )
 
-    def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
+    def measure(self, metrics: MetricCollection, batch: Any, prediction: Any, target: Any) -> None:
         """Hook: update the metrics with the prediction for a batch."""
         metrics.update(prediction, target)
 
-    def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanMetric) -> None:
+    def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanLoss) -> None:
         """Log the task loss and the metrics of a batch in validation or test."""
         inputs, target = self.rdrop_unpack(batch)
-        prediction: Tensor = self.rdrop_predict(first_view(inputs))
-        average = self.rdrop_distance.to_target(prediction, target)
-        loss.update(average.mean, average.weight)
+        prediction = self.rdrop_predict(first_view(inputs))
+        loss.add_batch(self.rdrop_distance, prediction, target)
         self.measure(metrics, batch, prediction, target)
-        self.log(f"{metrics.prefix}{self.rdrop_distance.term_names[0]}", loss, batch_size=len(target))
-        self.log_dict(metrics, batch_size=len(target), prog_bar=metrics is self.val_metrics)
+        examples = len(views.first_tensor(target))
+        self.log_dict(loss, batch_size=examples)
+        self.log_dict(metrics, batch_size=examples, prog_bar=metrics is self.val_metrics)

@@ -171,3 +171,75 @@ def test_a_test_table_that_is_missing_is_found_before_training(tmp_path, monkeyp
     data = ["--data=TextDataModule", "--data.tokenizer=none", "--data.train=train.json", *given]
     with pytest.raises(error, match=message):
         RDropCLI(args=["fit", "--test_after_fit=true", "--trainer.accelerator=cpu", *model, *data])
+
+
+class TwoHeads(RDropMixin, pl.LightningModule):
+    def __init__(self, width: int = 16, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+        self.network = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Dropout(0.3))
+        self.kind, self.size = torch.nn.Linear(width, 3), torch.nn.Linear(width, 1)
+
+    def forward(self, x):
+        hidden = self.network(x)
+        return {"kind": self.kind(hidden), "size": self.size(hidden)}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class KindsAndSizes(pl.LightningDataModule):
+    def train_dataloader(self):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+        rows = [(row, {"kind": row[:3].argmax(), "size": row[:1]}) for row in x]
+        return torch.utils.data.DataLoader(rows, batch_size=4)
+
+
+KIND = {"class_path": "Categorical", "init_args": {"label_smoothing": 0.1}}
+BY_NAME = {"kind": KIND, "size": {"class_path": "Gaussian"}}
+
+
+@pytest.mark.parametrize(
+    ("distance", "arguments", "weights", "alphas"),
+    [
+        (BY_NAME, [], (1.0, 1.0), (1.0, 1.0)),
+        (
+            None,
+            ["kind=Categorical", "kind.init_args.label_smoothing=0.1", "size=Gaussian"],
+            (1.0, 1.0),
+            (1.0, 1.0),
+        ),
+        (
+            {
+                "class_path": "Together",
+                "init_args": {"distances": BY_NAME, "weights": {"size": 0.5}, "alphas": {"kind": 2.0}},
+            },
+            ["init_args.weights.size=0.25"],
+            (1.0, 0.25),
+            (2.0, 1.0),
+        ),
+    ],
+    ids=["yaml", "command line", "weights"],
+)
+def test_several_distances_by_name(tmp_path, monkeypatch, distance, arguments, weights, alphas):
+    monkeypatch.chdir(tmp_path)
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    model = {"rdrop_alpha": 2.0} | ({} if distance is None else {"rdrop_distance": distance})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": model, "trainer": trainer}))
+    arguments = [f"--model.rdrop_distance.{argument}" for argument in arguments]
+    cli = RDropCLI(TwoHeads, KindsAndSizes, args=["fit", "--config=mine.yaml", *arguments])
+    together = cli.model.rdrop_distance
+    assert together.part("kind").label_smoothing == 0.1
+    assert tuple(together.weights.values()) == weights
+    assert tuple(together.alphas.values()) == alphas
+    value = {name.removeprefix("train/"): float(one) for name, one in cli.trainer.callback_metrics.items()}
+    assert value["ce"] == pytest.approx(weights[0] * value["kind_ce"] + weights[1] * value["size_mse"])
+    assert value["kl"] == pytest.approx(
+        weights[0] * alphas[0] * value["kind_kl"] + weights[1] * alphas[1] * value["size_kl"]
+    )
+    assert value["loss"] == pytest.approx(value["ce"] + 2.0 * value["kl"])
+
+    (checkpoint,) = tmp_path.glob("checkpoints/*.ckpt")
+    loaded = TwoHeads.load_from_checkpoint(checkpoint).rdrop_distance
+    assert loaded.part("kind").label_smoothing == 0.1
+    assert loaded.weights == together.weights

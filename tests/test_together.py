@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
+from examples.recipes.distillation import Student
 from lightning_rdrop import (
     FGM,
     VAT,
@@ -300,6 +301,29 @@ def test_a_checkpoint_describes_it():
     written = "Together(distances={'kind': Bernoulli(), 'size': Gaussian(log_variance=True)}, weights={'size': 0.5})"
     assert spell(describe(distance)) == written
     assert rebuild(describe(distance), Distance).part("size").log_variance
+
+
+def test_distillation_has_the_gradient_of_the_published_loss():
+    """Hinton et al. 2015: (1 - a) CE + a T^2 KL(teacher || student), both at temperature T; and kl of the logits."""
+    temperature, share, alpha = 3.0, 0.25, 2.0
+    student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
+    teacher = nn.Sequential(nn.Linear(8, 3), nn.Dropout(0.5))
+    module = Student(student, teacher, temperature, share, rdrop_alpha=alpha).double()
+    x, labels = torch.randn(6, 8).double(), torch.arange(6) % 3
+    seen = training_outputs(module)
+    terms = module.rdrop_step((x, labels))
+    logits = seen[-1]
+    soft = (teacher[0](x) / temperature).softmax(-1).repeat(2, 1).detach()
+    loss = (1 - share) * F.cross_entropy(logits, labels.repeat(2))
+    student_soft = (logits / temperature).log_softmax(-1)
+    loss = loss + share * temperature**2 * F.kl_div(student_soft, soft, reduction="batchmean")
+    kl = symmetric_kl(*logits.unflatten(0, (2, 6))).mean() / 2
+    torch.testing.assert_close(terms.kl, kl)
+    entropy = -(soft * soft.log()).sum(-1).mean()
+    torch.testing.assert_close(terms.loss, loss + alpha * kl + share * temperature**2 * entropy)
+    parameters = list(student.parameters())
+    wanted = torch.autograd.grad(loss + alpha * kl, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(terms.loss, parameters), wanted)
 
 
 def test_measures_of_a_mapping_are_the_weighted_sums():

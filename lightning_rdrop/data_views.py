@@ -87,6 +87,6 @@ def joined(inputs: Any, count: int, examples: int) -> Any:
     Raises:
         ValueError: the data gives another number of views, or their tensors differ in more than their values.
     """
-    if isinstance(inputs, Views) and count > 1:
+    if isinstance(inputs, Views):
         return views.concatenate(each_view(inputs, count), examples)
-    return views.duplicate(first_view(inputs), count, examples)
+    return views.duplicate(inputs, count, examples)

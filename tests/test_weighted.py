@@ -1,8 +1,11 @@
 """Rows that count more than others, and a consistency over rows of its own."""
 
+import json
+
 import pytest
 import pytorch_lightning as pl
 import torch
+from jsonargparse import ArgumentParser
 from test_distance import EVERY, target_of
 from torch import distributions
 from torch.nn import functional as F
@@ -286,6 +289,36 @@ def test_a_distance_of_ones_own():
     views, weight = torch.tensor([[1.0, 2.0], [1.0, 4.0]]), torch.tensor([1.0, 3.0])
     terms = RDropLoss(Weighted(Absolute()))(views, (torch.zeros(2), weight), 1.0)
     assert (terms.ce, terms.kl) == ((2 * 1 + 3 * 2 + 3 * 4) / 8, 3 * 2 / 4 / 2)
+
+
+def test_unlabelled_examples_have_no_weight():
+    """Of their padding, the attention mask tells."""
+
+    class Masked(Tokens):
+        def rdrop_predict(self, inputs):
+            return self(inputs["x"])
+
+        def rdrop_unpack(self, batch):
+            return {"x": batch["x"]}, (batch["y"], batch["w"])
+
+    x, mask = torch.randn(4, 3, 4), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    y, w = torch.randint(5, (4, 3)), torch.rand(4)
+    module = Masked(rdrop_distance=Weighted(Categorical()))
+    terms = module.rdrop_step({"labeled": {"x": x, "y": y, "w": w}, "unlabeled": {"x": x, "attention_mask": mask}})
+    predictions = module.rdrop_draw({"x": x})
+    rows = symmetric_kl(*predictions)
+    torch.testing.assert_close(terms.extra["kl_unlabeled"], rows[mask > 0].mean() / 2)
+    torch.testing.assert_close(terms.extra["kl_labeled"], (w[:, None] * rows).sum() / w.sum() / 3 / 2)
+
+
+@pytest.mark.parametrize("kind", ["Weighted", "MaskedConsistency"])
+def test_from_the_command_line(kind):
+    within = {"class_path": "lightning_rdrop.Focal", "init_args": {"gamma": 1.5}}
+    config = {"class_path": f"lightning_rdrop.{kind}", "init_args": {"distance": within}}
+    parser = ArgumentParser()
+    parser.add_argument("--distance", type=Distance)
+    made = parser.instantiate_classes(parser.parse_args([f"--distance={json.dumps(config)}"])).distance
+    assert (type(made).__name__, made.distance.gamma) == (kind, 1.5)
 
 
 def test_names_and_a_description():

@@ -23,13 +23,13 @@ class CTC(Distance):
         D(y, f) = -\frac{1}{|y|} \log \sum_{\pi \to y} \prod_{t \le T} p_f(\pi_t \mid t), \qquad
         D(f', f) = \operatorname*{mean}_{t \le T} KL(p_{f'}(\cdot \mid t) \| p_f(\cdot \mid t))
 
-    over the alignments :math:`\pi` of the tokens y with the T frames of an example. ce is the mean of the first over the
-    examples, ``F.ctc_loss(..., reduction="mean")``, in nats per token; kl the mean over the frames of all examples,
-    padding left out.
+    over the alignments :math:`\pi` of the tokens y with the T frames of an example. ce is the mean of the first over
+    the examples, ``F.ctc_loss(..., reduction="mean")``, in nats per token; kl the mean over the frames of all
+    examples, padding left out.
 
     The consistency is that of CR-CTC, frame by frame, with the blank as a class like any other. Two of its choices are
-    not kept, for the conventions of this package. It is a mean over frames, not a sum over those of an utterance: with u
-    frames a token, alpha is 2u times the paper's, 0.4u for its 0.2. And the gradient flows through both sides, not
+    not kept, for the conventions of this package. It is a mean over frames, not a sum over those of an utterance: with
+    u frames a token, alpha is 2u times the paper's, 0.4u for its 0.2. And the gradient flows through both sides, not
     only through the one that is no target, which leaves the value as it is. What makes the views differ, such as
     SpecAugment with more time masking than usual, is a matter of the data.
 

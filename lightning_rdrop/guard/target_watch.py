@@ -38,7 +38,7 @@ class TargetWatch:
             if invalid:
                 return (
                     f"The target of batch {batch} holds a value that is impossible for the distance: a class out of "
-                    "range, a label outside [0, 1], a negative weight, more tokens than frames, or NaN. Mend the data, or mark what does not count by the "
-                    "distance's ignore_index or ignore_value."
+                    "range, a label outside [0, 1], a negative weight, more tokens than frames, or NaN. Mend the data, "
+                    "or mark what does not count by the distance's ignore_index or ignore_value."
                 )
         return None

@@ -16,7 +16,7 @@ from lightning_rdrop.guard.equal_watch import EqualWatch
 from lightning_rdrop.guard.explanation import explain, explain_dead
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
-from lightning_rdrop.guard.rows import rows_meet
+from lightning_rdrop.guard.rows import rows_meet, shares_weights
 from lightning_rdrop.guard.target_watch import TargetWatch
 
 Redraw = Callable[[], Any]
@@ -42,8 +42,8 @@ class Guard:
     """Finds what would make a training silently wrong, and says it as the module's ``rdrop_guard`` says.
 
     It lives as long as a fit: :meth:`begin` forgets all that was found before. Values are looked at on the first batch,
-    and again when a submodule has changed its mode, which waits for the device. Every other batch is only noted there,
-    and read where a log is due.
+    and again when a submodule has changed its mode or alpha has risen from 0, which waits for the device. Every other
+    batch is only noted there, and read where a log is due.
     """
 
     def __init__(self) -> None:
@@ -52,8 +52,10 @@ class Guard:
     def begin(self) -> None:
         """Forget the verdicts of an earlier fit."""
         self._drawn = self._batch_ended = False
+        self._alone: set[str] = set()
         self._parted: set[str] = set()
-        self._modes: dict[str, list[bool]] = {}
+        self._checked: dict[str, list[bool]] = {}
+        self._compared: dict[str, list[bool]] = {}
         self._nan: dict[str, NanWatch] = {}
         self._equal = EqualWatch()
         self._targets = TargetWatch()
@@ -61,7 +63,10 @@ class Guard:
     def part_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str
     ) -> None:
-        """On the first batch, before a joint pass: does each row have a prediction of its own?
+        """On the first batch of several examples, before a joint pass: does each row have a prediction of its own?
+
+        It takes no decision of all ranks, each of which looks for itself. Only where they share the weights, and so
+        must make the same passes, it is the first batch that is looked at, whatever it holds.
 
         Args:
             module: the LightningModule that is trained.
@@ -73,12 +78,14 @@ class Guard:
         Raises:
             ValueError: the rows of a doubled batch depend on each other, where ``rdrop_guard="error"``.
         """
+        network = cast(nn.Module, module)
         if module.rdrop_guard == "off" or part in self._parted:
             return
+        if examples < 2 and (part in self._alone or not shares_weights(network)):
+            self._alone.add(part)
+            return
         self._parted.add(part)
-        network = cast(nn.Module, module)
-        decide = partial(on_all_ranks, network)
-        self.complain(module, rows_meet(network, predict, inputs, examples, module.device, decide))
+        self.complain(module, rows_meet(network, predict, inputs, examples, module.device))
 
     def watch(
         self,
@@ -118,16 +125,17 @@ class Guard:
         if read:
             self.complain(module, self._targets.reason())  # first: NaN in a target soon is NaN everywhere
             self.complain(module, nan.reason())
-            if self._equal.died() and must_differ and agree(predictions):
+            if must_differ and self._equal.died() and agree(predictions):
                 self.complain(module, explain(network))
-        if modes == self._modes.get(part):
-            return
-        self._modes[part] = modes
-        if reason := in_evaluation(trainer_of(module)):
-            self.complain(module, reason)
-            return
-        self.complain(module, module.rdrop_check(predictions, inputs, target, part))
-        if must_differ:
+        if modes != self._checked.get(part):
+            self._checked[part] = modes
+            if reason := in_evaluation(trainer_of(module)):
+                self._compared[part] = modes
+                self.complain(module, reason)
+                return
+            self.complain(module, module.rdrop_check(predictions, inputs, target, part))
+        if must_differ and modes != self._compared.get(part):  # an alpha may rise from 0 later
+            self._compared[part] = modes
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
             self.complain(module, reason)
             if reason is None and (dead := explain_dead(network)):

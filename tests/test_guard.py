@@ -144,7 +144,7 @@ WRONG = {
     "a column of numbers against a row": (
         lambda: Module(nn.Dropout(0.3), nn.Linear(8, 1), rdrop_distance=Gaussian()),
         lambda: (torch.randn(6, 8), torch.randn(6)),
-        r"\(12, 1\).*\(12,\); nothing broadcasts.*squeeze",
+        r"\(6, 1\).*\(6,\); nothing broadcasts.*squeeze",
     ),
     "a class out of range": (mlp, lambda: rows(classes=4), "holds the class 3, and the prediction has the 3 classes"),
     "a negative class": (mlp, lambda: (torch.randn(2, 8), torch.tensor([0, -1])), "holds the class -1.*ignore_index"),

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop._compat import is_readable
 from lightning_rdrop._lightning import on_all_ranks, trainer_of
 from lightning_rdrop.guard.agreement import agree, diagnose
 from lightning_rdrop.guard.equal_watch import EqualWatch
@@ -145,9 +146,17 @@ class Guard:
         """Keep the kl of a step, in which views that become equal are seen."""
         self._equal.note(kl)
 
-    def note_target(self, invalid: Tensor | None) -> None:
-        """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says."""
+    def note_target(self, module: Guarded, invalid: Tensor | None) -> None:
+        """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says.
+
+        On the CPU nothing needs to be waited for, and the loss would fail with a class that does not exist.
+
+        Raises:
+            ValueError: it did, on the CPU, where ``rdrop_guard="error"``.
+        """
         self._targets.note(invalid)
+        if invalid is not None and is_readable(invalid):
+            self.complain(module, self._targets.reason())
 
     def batch_ends(self, module: Guarded) -> None:
         """Say, after the first training batch, that it drew no views: a ``training_step`` hides that of the mixin."""

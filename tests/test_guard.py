@@ -731,7 +731,7 @@ def test_a_second_fit_finds_its_split_anew(fit, small, rows):
 def test_a_schedule_that_begins_at_0_is_no_alpha_0_on_purpose(fit, small, rows):
     """The module's own alpha tells, not that of the first batch."""
     with pytest.raises(ValueError, match=r"p = 0: network\.2"):
-        fit(small(p=0.0), rows, [AlphaScheduler("linear", ramp=8)])
+        fit(small(p=0.0), rows, [AlphaScheduler("linear", ramp=8)], limit_train_batches=1)
     fit(small(p=0.0, rdrop_alpha=0.0), rows)
 
 

@@ -77,6 +77,12 @@ def test_a_tie_that_rounding_decides_is_no_difference():
     assert seen(noisy(1.0, rows=4 / 40), torch.randn(40, 3))
 
 
+def test_a_row_of_many_numbers_is_compared():
+    x = torch.randn(2, 3)
+    assert seen(lambda x: x[:, :1].expand(-1, 2**20 + 1), x) is None
+    assert seen(lambda x: (x - x.mean(0))[:, :1].expand(-1, 2**20 + 1), x)
+
+
 @pytest.mark.parametrize("mask", [-torch.inf, -1e9, torch.nan])
 def test_masked_classes_do_not_hide_the_others(mask):
     def masked(function):
@@ -85,7 +91,7 @@ def test_masked_classes_do_not_hide_the_others(mask):
     x = torch.randn(6, 10)
     assert seen(masked(noisy(1e-5)), x) is None
     assert seen(masked(noisy(1e-1)), x)
-    assert seen(lambda x: x.masked_fill(torch.arange(10) > len(x), -torch.inf), x)  # another mask
+    assert seen(lambda x: x.masked_fill(torch.arange(10) > len(x), mask), x)  # another mask
 
 
 def test_integers_are_equal_or_not():
@@ -97,7 +103,7 @@ def test_integers_are_equal_or_not():
 def test_every_tensor_of_a_prediction_is_looked_at():
     x = torch.randn(6, 10)
     assert seen(lambda x: {"own": x, "scale": torch.ones(()), "none": x[:, :0]}, x) is None
-    assert seen(lambda x: {"own": x, "others": x - x.mean(0)}, x)
+    assert seen(lambda x: {"scale": torch.ones(()), "none": x[:, :0], "own": x, "others": x - x.mean(0)}, x)
     assert "another number of tensors" in seen(lambda x: [x] * (len(x) // 6), x)
     assert "the shape (6, 6), and twice as many with (12, 12)" in seen(lambda x: x @ x.T, x)
 

@@ -103,9 +103,9 @@ def _difference(single: list[Tensor], both: list[Tensor], examples: int, toleran
             )
         if len(own) % examples:
             continue  # which rows are whose cannot be told, as drawing the views says
-        rows = _by_example(own, examples)
+        rows = own.reshape(examples, -1)  # models that make rows of tokens have several for an example
         expected = torch.cat([rows[-1:].expand_as(rows), rows.flip(0)])
-        if not _same(expected, _by_example(doubled, 2 * examples), tolerance):
+        if not _same(expected, doubled.reshape(2 * examples, -1), tolerance):
             return "the prediction for a row is another one when other examples stand beside it"
     return None
 
@@ -129,11 +129,6 @@ def _apart(first: Tensor, second: Tensor, tolerance: float) -> Tensor:
     scale = torch.maximum(size.nanmedian(1).values, size.nanmedian())
     error = ((first - second).square().where(finite, 0).sum(1) / finite.sum(1)).sqrt()
     return (error > tolerance * scale) | (differs & ~finite).any(1)
-
-
-def _by_example(tensor: Tensor, examples: int) -> Tensor:
-    """One row an example; models that make rows of tokens have several. All in one, where that cannot be told."""
-    return tensor.reshape(1 if len(tensor) % examples else examples, -1)
 
 
 def _tensors(prediction: Any) -> list[Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Real
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +27,26 @@ def non_negative(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
     return value if type(value) is int else float(value)
+
+
+def positive_int(name: str, value: SupportsIndex) -> int:
+    """The value as an int, if it is a whole number >= 1 (also one of numpy's).
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> positive_int("views", 2.0)
+        Traceback (most recent call last):
+        ValueError: views must be an int >= 1, got 2.0.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    return number
 
 
 def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:

@@ -32,6 +32,13 @@ class RDropCLI(LightningCLI):
         )
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Test the best weights afterwards.")
 
+    def before_instantiate_classes(self) -> None:
+        """Find a checkpoint that is missing before anything is loaded."""
+        path = self._get(self.config, "ckpt_path")
+        elsewhere = path is None or path in ("best", "last", "hpc") or path.startswith("registry") or "://" in path
+        if not elsewhere and not os.path.exists(path):
+            self.parser.error(f"ckpt_path: there is no {path!r} in {os.getcwd()}.")
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         named = self._get(self.config_init, "callbacks", {})
         kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *filter(None, named.values())]

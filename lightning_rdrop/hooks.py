@@ -137,7 +137,8 @@ class Hooks(MixinBase):
         if part == "unlabeled":
             return none_counts(target, ignore_index) or fed_its_source(self, inputs)
         first = self.rdrop_first_view(predictions)
-        self.rdrop_distance.check(first, target)
+        if target is not None:
+            self.rdrop_distance.check(first, target)
         if self.rdrop_head() is None and (reason := self.rdrop_distance.suspicious(first)):
             warnings.warn(reason, stacklevel=2)
         return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)

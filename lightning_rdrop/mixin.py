@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_rdrop import own_losses, unlabeled, views
 from lightning_rdrop._compat import forget_hyperparameters
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
-from lightning_rdrop.arguments import non_negative, one_of
+from lightning_rdrop.arguments import non_negative, one_of, positive_int
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance, Together
@@ -112,9 +112,7 @@ class RDropMixin(Hooks):
         _refuse_unknown(kwargs)
         super().__init__(*args, **kwargs)
         self.rdrop_alpha = non_negative("rdrop_alpha", rdrop_alpha)
-        if isinstance(rdrop_views, bool) or not isinstance(rdrop_views, int) or rdrop_views < 1:
-            raise ValueError(f"rdrop_views must be an int >= 1 (1 is ordinary training), got {rdrop_views!r}.")
-        self.rdrop_views = rdrop_views
+        self.rdrop_views = positive_int("rdrop_views", rdrop_views)
         if isinstance(rdrop_distance, Mapping):
             rdrop_distance = Together(rdrop_distance)
         if not isinstance(rdrop_distance, (Distance, type(None))):
@@ -138,7 +136,7 @@ class RDropMixin(Hooks):
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value]
         self._rdrop_own_alpha = self.rdrop_alpha
-        self._rdrop_late = None if rdrop_duplicate_at is None else LateDuplication(rdrop_duplicate_at, rdrop_views)
+        self._rdrop_late = None if rdrop_duplicate_at is None else LateDuplication(rdrop_duplicate_at, self.rdrop_views)
         self._rdrop_guard = Guard()
         self._rdrop_modules: list[nn.Module] = []
 
@@ -256,6 +254,12 @@ class RDropMixin(Hooks):
 
     def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
         """Make again what was trained with and is not given here, and say what is another one or cannot be made."""
+        if "rdrop" not in checkpoint:
+            rank_zero_info(
+                "The checkpoint does not say with which rdrop_distance and rdrop_regularizers it was trained: those of "
+                f"{type(self).__name__} stay, {spell(self._rdrop_described()['rdrop_distance'])} and "
+                f"{spell(self._rdrop_described()['rdrop_regularizers'])}."
+            )
         for name, saved in checkpoint.get("rdrop", {}).items():
             if same_description(saved, self._rdrop_described()[name]):
                 continue
@@ -369,7 +373,7 @@ class RDropMixin(Hooks):
         modes = self._rdrop_modes()
         self._rdrop_guard.watch(self, predictions, again, inputs, target, part, modes, must_differ=must_differ)
         if self.rdrop_guard != "off" and part == "labeled" and target is not None:
-            self._rdrop_guard.note_target(self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
+            self._rdrop_guard.note_target(self, self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
     def _rdrop_part_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_rdrop.arguments import positive_int
 from lightning_rdrop.nesting import ATOMS, CONSTANTS, has_attributes, map_tensors, parts_of, tensors_of, with_parts
 
 _SEPARATE = 'Or predict each view in a forward pass of its own, which duplicates nothing: rdrop_passes="separate".'
@@ -96,8 +97,7 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
         >>> duplicate((torch.tensor([1, 2]), ["a", "b"]), 2)
         (tensor([1, 2, 1, 2]), ['a', 'b', 'a', 'b'])
     """
-    _check(views)
-    if views == 1:
+    if positive_int("views", views) == 1:
         return batch
     examples = batch_size(batch) if examples is None else examples
     return _map_rows(batch, examples, lambda tensor: torch.cat([tensor] * views), lambda items: [*items] * views)
@@ -178,7 +178,7 @@ def split(prediction: Any, views: int, examples: int) -> Any:
         tensor([[ 1,  2],
                 [10, 20]])
     """
-    _check(views)
+    positive_int("views", views)
     if examples < 1:
         raise ValueError(f"examples must be >= 1, got {examples}: an empty batch has no views; leave it out.")
 
@@ -254,11 +254,6 @@ def _with_tensors(prediction: Any) -> Any:
         f"The prediction, a {type(prediction).__name__}, holds no tensor: return logits, or an object with .logits, "
         "from forward, or override rdrop_predict(self, inputs) to return the prediction."
     )
-
-
-def _check(views: int) -> None:
-    if isinstance(views, bool) or not isinstance(views, int) or views < 1:
-        raise ValueError(f"views must be an int >= 1, got {views!r}.")
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -103,6 +103,20 @@ def test_errors_reach_the_user(folder):
     assert "rdrop_alhpa" in typo
 
 
+def test_a_checkpoint_that_is_missing_is_named_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "mine.py").write_text(NETWORK.replace("super().__init__()", "raise RuntimeError('loaded')"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for subcommand in ("fit", "test"):
+        with pytest.raises(SystemExit):
+            RDropCLI(args=[subcommand, "--config", "experiment.yaml", "--ckpt_path", "none.ckpt"])
+        assert f"ckpt_path: there is no 'none.ckpt' in {tmp_path}." in capsys.readouterr().err
+    for path in ("best", "last", "s3://bucket/one.ckpt"):
+        with pytest.raises(ValueError, match="loaded"):
+            RDropCLI(args=["fit", "--config", "experiment.yaml", "--ckpt_path", path])
+
+
 def test_a_pretrained_model_from_a_folder_with_nothing_but_the_command_line(tmp_path):
     transformers = pytest.importorskip("transformers")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"好坏很不吃看"]

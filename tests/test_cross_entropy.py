@@ -695,3 +695,71 @@ def test_on_a_gpu():
         torch.cuda.set_sync_debug_mode("default")
     loss.backward()
     torch.testing.assert_close(there.grad.cpu(), gradient(composite(logits, target, 4.0), logits))
+
+
+def test_the_gradient_of_alpha_alone():
+    """alpha may be learned where the network is not."""
+    z, target, alpha = torch.randn(2, 6, 5), torch.arange(6) % 5, torch.tensor(4.0, requires_grad=True)
+    terms = rdrop_cross_entropy(z, target, alpha)
+    (slope,) = torch.autograd.grad(terms.loss, alpha, retain_graph=True)
+    torch.testing.assert_close(slope, terms.kl)
+    z.requires_grad_()
+    terms = rdrop_cross_entropy(z, target, alpha)
+    assert torch.autograd.grad(terms.ce, alpha, create_graph=True, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 1.0])
+def test_a_loss_that_is_scaled(factor):
+    z, target = torch.randn(2, 6, 5, requires_grad=True), torch.arange(6) % 5
+    expected = factor * gradient(composite(z, target, 4.0), z)
+    (factor * rdrop_cross_entropy(z, target, 4.0).loss).backward()  # the graph is not kept
+    torch.testing.assert_close(z.grad, expected)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (1, 2)])
+def test_a_part_of_the_head_is_trained_alone(trained):
+    inputs = [torch.randn(2, 6, 4), torch.randn(5, 4), torch.randn(5)]
+    for number in trained:
+        inputs[number].requires_grad_()
+    hidden, weight, bias = inputs
+    target = torch.arange(6) % 5
+    expected = composite(F.linear(hidden, weight, bias), target, 4.0)
+    found = linear_rdrop_cross_entropy(hidden, weight, target, 4.0, bias=bias).loss
+    sources = [inputs[number] for number in trained]
+    torch.testing.assert_close(torch.autograd.grad(found, sources), torch.autograd.grad(expected, sources))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_where_no_row_counts_the_gradient_is_zero(dtype):
+    z = torch.randn(2, 4, 5, dtype=dtype, requires_grad=True)
+    terms = rdrop_cross_entropy(z, torch.full((4,), -100), 4.0)
+    terms.loss.backward()
+    assert terms.loss == 0
+    assert not z.grad.any()
+
+
+def test_no_rows_at_all():
+    z = torch.zeros(2, 0, 5, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.long)
+    hidden, weight = torch.zeros(2, 0, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    for terms, source in (
+        (rdrop_cross_entropy(z, target, 4.0), z),
+        (linear_rdrop_cross_entropy(hidden, weight, target, 4.0), weight),
+    ):
+        assert terms.loss == 0
+        assert not gradient(terms.loss, source).any()
+
+
+def test_two_classes_are_enough_and_one_is_not():
+    hidden, weight, target = torch.randn(2, 6, 4), torch.randn(2, 4), torch.arange(6) % 2
+    expected = composite(hidden @ weight.T, target, 4.0)
+    torch.testing.assert_close(linear_rdrop_cross_entropy(hidden, weight, target, 4.0).loss, expected)
+    torch.testing.assert_close(RDropLoss()(hidden @ weight.T, target, 4.0).loss, expected)
+    with pytest.raises(ValueError, match="at least 2 classes C"):
+        linear_rdrop_cross_entropy(hidden, weight[:1], target * 0, 4.0)
+
+
+@pytest.mark.parametrize("smoothing", [-0.5, 1.0])
+def test_a_label_smoothing_out_of_its_range(smoothing):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        rdrop_cross_entropy(torch.randn(2, 3, 5), torch.arange(3), 4.0, label_smoothing=smoothing)

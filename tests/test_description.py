@@ -79,6 +79,30 @@ def test_the_same_is_no_news(fit, small, rows, tmp_path):
         small.load_from_checkpoint(path, rdrop_distance=Categorical())
 
 
+def test_a_checkpoint_that_describes_nothing_is_said_once(fit, small, rows, tmp_path, caplog):
+    path = saved(fit, small(), rows, tmp_path / "last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["rdrop"]
+    torch.save(checkpoint, path)
+    with caplog.at_level("INFO"):
+        small.load_from_checkpoint(path, rdrop_distance=JensenShannon())
+    said = [one.message for one in caplog.records if "does not say" in one.message]
+    assert len(said) == 1
+    assert "those of Small stay, JensenShannon() and []." in said[0]
+
+
+def test_a_checkpoint_of_another_network_is_told_by_its_parameters(fit, small, rows, tmp_path):
+    path = saved(fit, small(), rows, tmp_path / "last.ckpt")
+    other = small()
+    other.network[3] = torch.nn.Linear(16, 5)
+    with pytest.raises(RuntimeError, match=r"size mismatch for network\.3\.weight"):
+        fit(other, rows, resume=path)
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
+        fit(small(), rows, resume=tmp_path / "none.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
+        small.load_from_checkpoint(tmp_path / "none.ckpt")
+
+
 def test_a_class_that_was_not_imported_is_not_looked_for():
     description = {"class": "os.system", "init_args": {"command": "false"}}
     with pytest.raises(ValueError, match=r"os\.system has not been imported"):

@@ -385,6 +385,30 @@ def test_a_weight_of_another_shape_is_refused(weight, shape):
         Bernoulli(pos_weight=torch.ones(weight)).to_target(torch.zeros(shape), torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ([1.0, 2.0], TypeError, "pos_weight must be a tensor, got a list"),
+        (torch.tensor([1.0, -2.0]), ValueError, r"pos_weight must not be negative or NaN, got \[1\.0, -2\.0\]"),
+        (torch.tensor([torch.nan]), ValueError, "pos_weight must not be negative or NaN"),
+    ],
+)
+def test_a_pos_weight_that_is_no_weight(weight, error, message):
+    with pytest.raises(error, match=message):
+        Bernoulli(pos_weight=weight)
+
+
+@pytest.mark.parametrize("distance", [Gaussian(), Bernoulli(), Cosine()], ids=["Gaussian", "Bernoulli", "Cosine"])
+def test_a_first_batch_of_other_shapes_is_named_by_its_own_size(distance):
+    with pytest.raises(ValueError, match=r"\(6, 4\).*\(6,\); nothing broadcasts"):
+        distance.check(torch.zeros(6, 4), torch.zeros(6))
+
+
+def test_a_pos_weight_of_another_length_is_named_in_a_first_batch():
+    with pytest.raises(ValueError, match=r"pos_weight must have the shape \(4,\).*prediction of shape \(6, 4\)"):
+        Bernoulli(pos_weight=torch.ones(5)).check(torch.zeros(6, 4), torch.zeros(6, 4))
+
+
 @pytest.mark.parametrize("class_dim", [0, 2, 5, -2, -3])
 def test_a_dimension_that_holds_no_classes_is_refused(class_dim):
     message = rf"class_dim={class_dim} is no dimension of classes in a prediction of shape \(3, 3\)"

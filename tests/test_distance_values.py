@@ -223,3 +223,64 @@ def test_a_prediction_that_comes_out_of_a_sigmoid_is_told_from_logits(reach):
     for right in (logits, logits.sigmoid() * 5, logits.sigmoid().logit(), layer(logits.sigmoid()[:, [0, 1, 2, 0, 1]])):
         assert Bernoulli().suspicious(reach(right)) is None
     assert Bernoulli().suspicious(torch.rand(4, 3)) is None  # nothing tells where it comes from
+
+
+@pytest.mark.parametrize("distance", [Bernoulli(ignore_value=-1), Cosine(ignore_value=NAN), Gaussian(ignore_value=NAN)])
+def test_without_a_target_all_rows_count(distance):
+    first, second = torch.randn(2, 6, 4)
+    torch.testing.assert_close(distance.between(first, second).mean, type(distance)().between(first, second).mean)
+    target = torch.rand(6, 4)
+    assert type(distance)().between(first, second, target).weight == type(distance)().between(first, second).weight
+
+
+def test_an_ignore_value_beside_the_labels():
+    for value in (-1, -0.1, 1.5, 2):
+        assert Bernoulli(ignore_value=value).ignore_value == value
+    for value in (0, 0.5, 1):
+        with pytest.raises(ValueError, match="outside"):
+            Bernoulli(ignore_value=value)
+
+
+class Unsupported(distributions.Normal):
+    """Does not tell which values it has."""
+
+    @property
+    def support(self):
+        raise NotImplementedError
+
+
+def test_a_distribution_that_tells_no_support_takes_finite_numbers():
+    distance = FromDistribution(lambda x: Unsupported(x, 1.0, validate_args=False))
+    target = torch.tensor([0.0, NAN, inf, 2.0])
+    assert distance.impossible(torch.zeros(4), target).tolist() == [False, True, True, False]
+
+
+def test_probabilities_that_sum_to_1_may_not_be_negative():
+    with pytest.raises(ValueError, match=r"\[1\.5, -0\.5\], which are no probabilities"):
+        Categorical().check(torch.randn(2, 2), torch.tensor([[0.5, 0.5], [1.5, -0.5]]))
+
+
+def test_which_class_indices_are_impossible():
+    target = torch.tensor([-100, -1, 0, 2, 3])
+    assert Categorical().impossible(torch.zeros(5, 3), target).tolist() == [False, True, False, False, True]
+
+
+def test_logits_that_sum_to_1_are_no_softmax():
+    assert Categorical().suspicious(torch.tensor([[1.5, -0.5], [0.5, 0.5]])) is None
+    assert "softmax already" in Categorical().suspicious(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("distance", [Categorical(), Bernoulli(), Gaussian(), Cosine()])
+def test_a_prediction_that_is_no_tensor(distance):
+    prediction = {"scores": torch.randn(4, 3)}
+    with pytest.raises(TypeError, match=rf"The prediction is a dict, and {type(distance).__name__} measures one"):
+        distance.to_target(prediction, torch.zeros(4, 3))
+
+
+def test_a_distance_is_its_two_measures():
+    x = torch.zeros(2)
+    for measure in (Distance().to_target, Distance().between):
+        with pytest.raises(NotImplementedError):
+            measure(x, x)
+    with pytest.raises(KeyError, match="slots"):
+        Gaussian().part("slots")

@@ -8,7 +8,7 @@ from torch import inf
 from torch.distributions import Categorical, kl_divergence
 
 from lightning_rdrop import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
-from lightning_rdrop.divergence import kl
+from lightning_rdrop.divergence import kl, log_probabilities
 
 
 def exactly(first, second):
@@ -109,3 +109,20 @@ def test_kl_has_a_direction():
     expected = kl_divergence(Categorical(logits=first), Categorical(logits=second))
     torch.testing.assert_close(kl(first, second), expected)
     torch.testing.assert_close(kl(first.mT, second.mT, dim=0), expected)
+
+
+@pytest.mark.parametrize("gap", [14.0, 16.0, 20.0])
+def test_jensen_shannon_of_a_class_that_one_view_all_but_excludes(gap):
+    """To the last digits of float64, to which the class adds exp(-gap)."""
+    first, second = torch.tensor([0.0, -gap], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    with mpmath.workdps(50):
+        p = [mpmath.mpf(1) / (1 + mpmath.exp(-gap)), mpmath.exp(-gap) / (1 + mpmath.exp(-gap))]
+        q = [mpmath.mpf(1) / 2] * 2
+        middle = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+        expected = sum(x * mpmath.log(x / m) + y * mpmath.log(y / m) for x, y, m in zip(p, q, middle, strict=True)) / 2
+    assert float(jensen_shannon(first, second)) == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_classes_are_last_unless_it_is_said():
+    logits = torch.randn(3, 4, 5)
+    torch.testing.assert_close(log_probabilities(logits), logits.log_softmax(-1))

@@ -144,7 +144,7 @@ WRONG = {
     "a column of numbers against a row": (
         lambda: Module(nn.Dropout(0.3), nn.Linear(8, 1), rdrop_distance=Gaussian()),
         lambda: (torch.randn(6, 8), torch.randn(6)),
-        r"\(12, 1\).*\(12,\); nothing broadcasts.*squeeze",
+        r"\(6, 1\).*\(6,\); nothing broadcasts.*squeeze",
     ),
     "a class out of range": (mlp, lambda: rows(classes=4), "holds the class 3, and the prediction has the 3 classes"),
     "a negative class": (mlp, lambda: (torch.randn(2, 8), torch.tensor([0, -1])), "holds the class -1.*ignore_index"),
@@ -336,6 +336,26 @@ def test_rows_that_meet_in_the_unlabelled_part_only():
     module = Module(Function(lambda f, x: f(x) if len(x) % 5 else across(f(x))))
     with pytest.raises(ValueError, match=MEET):
         module.rdrop_step({"labeled": rows(6), "unlabeled": torch.randn(10, 8)})
+
+
+def test_rows_that_meet_are_seen_in_the_first_batch_of_several(fit):
+    module = Module(Function(lambda f, x: across(f(x))))
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    seen = []
+    module.network.register_forward_hook(lambda network, inputs, output: seen.append(network.training))
+    fit(module, DataLoader([rows(1)] * 3, batch_size=None))
+    assert all(seen)  # nothing is tried with a batch of one
+    with pytest.raises(ValueError, match=MEET):
+        fit(module, DataLoader([rows(1)] * 3 + [rows(4)], batch_size=None))
+
+
+def test_rows_are_looked_at_once(fit):
+    module = mlp()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    seen = []
+    module.network.register_forward_hook(lambda network, inputs, output: seen.append(network.training))
+    fit(module, DataLoader([rows(1), *[rows(4)] * 3], batch_size=None))
+    assert seen == [True, False, False, True, True, True]
 
 
 def test_rows_that_meet_are_a_warning_where_that_is_asked_for():
@@ -711,8 +731,34 @@ def test_a_second_fit_finds_its_split_anew(fit, small, rows):
 def test_a_schedule_that_begins_at_0_is_no_alpha_0_on_purpose(fit, small, rows):
     """The module's own alpha tells, not that of the first batch."""
     with pytest.raises(ValueError, match=r"p = 0: network\.2"):
-        fit(small(p=0.0), rows, [AlphaScheduler("linear", ramp=8)])
+        fit(small(p=0.0), rows, [AlphaScheduler("linear", ramp=8)], limit_train_batches=1)
     fit(small(p=0.0, rdrop_alpha=0.0), rows)
+
+
+def test_an_alpha_that_rises_from_0_later_needs_views_that_differ(fit, small, rows):
+    with pytest.raises(ValueError, match=r"p = 0: network\.2"):
+        fit(small(p=0.0, rdrop_alpha=0.0), rows, [AlphaScheduler("linear", ramp=2, delay=5, peak=4.0)])
+    checked = []
+    right = type("Right", (small,), {"rdrop_check": lambda self, *batch: checked.append(self.rdrop_alpha)})
+    fit(right(rdrop_alpha=0.0), rows, [AlphaScheduler("linear", ramp=2, delay=5, peak=4.0)])
+    assert checked == [0.0]  # values are not looked at again
+
+
+def test_views_that_may_be_equal_for_a_time(fit, small, rows):
+    """While alpha is 0 nothing is said of a p that is, and after it is."""
+
+    def off(module):
+        module.network[2].p, module.rdrop_alpha = 0.0, 0.0
+
+    def fading(*more):
+        fit(small(rdrop_alpha=0.0), rows, [Change(on, 0), Change(off), *more], max_epochs=8, log_every_n_steps=4)
+
+    def on(module):
+        module.rdrop_alpha = 4.0
+
+    fading()
+    with pytest.raises(ValueError, match=r"p = 0: network\.2"):
+        fading(Change(on, 50))
 
 
 def test_what_is_equal_by_chance_for_some_batches_is_left_in_peace(fit, rows):

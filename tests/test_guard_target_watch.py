@@ -18,13 +18,14 @@ def network(*more):
 
 def spoiled(target, value):
     """Eight batches of four, with the value in that of number 5."""
-    target[22, 1] = value
+    target[(22, 1)[: target.dim()]] = value
     return DataLoader(TensorDataset(torch.randn(32, 8), target), 4)
 
 
 LATER = {
     "NaN for Gaussian": (Gaussian(), lambda: torch.randn(32, 3), math.nan),
     "-1 for Bernoulli": (Bernoulli(), lambda: torch.randint(2, (32, 3)).float(), -1.0),
+    "a class that is none": (Categorical(), lambda: torch.arange(32) % 3, 3),
     "a second hot class": (Categorical(), lambda: F.one_hot(torch.arange(32) % 3, 3).float(), 7.0),
 }
 
@@ -33,6 +34,14 @@ LATER = {
 def test_a_later_batch_is_named_where_a_log_is_due(fit, case):
     distance, target, value = LATER[case]
     with pytest.raises(ValueError, match=r"target of batch 5 holds a value that is impossible.*ignore_value"):
+        fit(Net(network(), rdrop_distance=distance), spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
+
+
+def test_where_values_are_waited_for_they_are_read_when_a_log_is_due(monkeypatch, fit):
+    """As on a GPU."""
+    monkeypatch.setattr("lightning_rdrop.guard.guard.is_readable", lambda tensor: False)
+    distance, target, value = LATER["-1 for Bernoulli"]
+    with pytest.raises(ValueError, match="target of batch 5 holds"):
         fit(Net(network(), rdrop_distance=distance), spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lightning_rdrop import Categorical, RDropLoss
+from lightning_rdrop import Categorical, Head, RDropLoss, symmetric_kl
 from lightning_rdrop.views import split
 from tests import reference
 
@@ -126,3 +126,23 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert terms.loss.dtype == torch.float32
     for name in ("loss", "ce", "kl"):
         torch.testing.assert_close(getattr(terms, name).double(), getattr(exact, name), rtol=1e-5, atol=0)
+
+
+def test_a_head_makes_the_predictions_of_hidden_states():
+    hidden, head = torch.randn(2, 3, 5, 4, requires_grad=True), Head(torch.randn(7, 4), torch.randn(7))
+    target = torch.arange(15).view(3, 5) % 7
+    found, expected = RDropLoss()(hidden, target, 4.0, head), RDropLoss()(F.linear(hidden, *head), target, 4.0)
+    torch.testing.assert_close((found.loss, found.ce, found.kl), (expected.loss, expected.ce, expected.kl))
+    torch.testing.assert_close(gradient(found.loss, hidden), gradient(expected.loss, hidden))
+
+
+@pytest.mark.parametrize("class_dim", [1, 2, -1, -2])
+def test_class_probabilities_wherever_the_classes_lie(class_dim):
+    """By torch's own cross-entropy and divergence, with the classes last."""
+    logits = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    target = torch.rand(3, 5, 6, dtype=torch.float64).softmax(-1)
+    dim = class_dim if class_dim < 0 else class_dim + 1
+    terms = RDropLoss(Categorical(class_dim=class_dim))(logits.movedim(-1, dim), target.movedim(-1, class_dim), 4.0)
+    ce = F.cross_entropy(logits.flatten(0, -2), target.repeat(2, 1, 1).flatten(0, -2))
+    torch.testing.assert_close(terms.ce, ce)
+    torch.testing.assert_close(terms.kl, symmetric_kl(logits[0], logits[1]).mean() / 2)

@@ -5,6 +5,7 @@ import warnings
 from collections import UserDict
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -303,6 +304,8 @@ def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
     [
         ({"rdrop_views": 0}, ValueError, "rdrop_views must be an int >= 1.*got 0"),
         ({"rdrop_views": 2.0}, ValueError, r"rdrop_views must be an int >= 1.*got 2\.0"),
+        ({"rdrop_views": True}, ValueError, "rdrop_views must be an int >= 1.*got True"),
+        ({"rdrop_views": np.float64(2)}, ValueError, r"rdrop_views must be an int >= 1.*got np\.float64\(2\.0\)"),
         ({"rdrop_passes": "both"}, ValueError, "rdrop_passes must be one of 'joint', 'separate', got 'both'"),
         ({"rdrop_guard": "none"}, ValueError, "rdrop_guard must be one of 'error', 'warn', 'off', got 'none'"),
         ({"rdrop_distance": "kl"}, TypeError, "rdrop_distance must be a Distance, several by name, or None, got 'kl'"),
@@ -317,6 +320,12 @@ def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
 def test_bad_arguments(small, arguments, error, message):
     with pytest.raises(error, match=message):
         small(**arguments)
+
+
+def test_an_int_of_numpy_is_an_int(small):
+    module = small(rdrop_views=np.int64(3))
+    assert type(module.rdrop_views) is int
+    assert module.rdrop_draw(torch.randn(4, 8)).shape == (3, 4, 3)
 
 
 def test_the_mixin_comes_first():

@@ -332,3 +332,36 @@ def test_measures_of_a_mapping_are_the_weighted_sums():
     other = {"a": torch.tensor([2.0, 4.0]), "b": torch.tensor([2.0])}
     assert distance.to_target(one, other).mean == 2.0 * 2.5 + 4.0
     assert distance.between(one, other).mean == distance.directed(one, other).mean == 2.0 * 2.5 + 3.0 * 4.0
+
+
+def test_every_part_is_looked_at_by_its_own_distance():
+    distance = Together({"first": Categorical(), "own": Silent(), "second": Bernoulli()})
+    logits = {"first": torch.randn(2, 3), "own": torch.zeros(2), "second": torch.randn(2, 3)}
+    target = {"first": torch.tensor([0, 2]), "own": torch.zeros(2), "second": torch.ones(2, 3)}
+    distance.check(logits, target)
+    assert not distance.invalid(logits, target)
+    assert distance.suspicious(logits) is None
+    for name, wrong in (("first", torch.tensor([0, 3])), ("second", torch.full((2, 3), 7.0))):
+        assert distance.invalid(logits, target | {name: wrong})
+        with pytest.raises(ValueError, match="holds"):
+            distance.check(logits, target | {name: wrong})
+    assert "softmax already" in distance.suspicious(logits | {"first": logits["first"].softmax(-1)})
+    assert "sigmoid" in distance.suspicious(logits | {"second": logits["second"].requires_grad_().sigmoid()})
+    assert Together({"own": Silent()}).invalid({"own": torch.zeros(2)}, {"own": torch.zeros(2)}) is None
+    for ask in (distance.invalid, lambda logits, target: distance.terms(logits, target, 1.0)):
+        with pytest.raises(ValueError, match="first"):
+            ask({"other": torch.zeros(2)}, target)
+
+
+class Silent(Distance):
+    """Takes any value."""
+
+
+def test_unlabelled_parts_have_alphas_of_their_own_and_rows_that_do_not_count():
+    distance = Together({"intent": Categorical(), "slots": Categorical()}, alphas={"intent": 3.0, "slots": 0.5})
+    views = {"intent": torch.randn(2, 4, 3), "slots": torch.randn(2, 4, 6, 5)}
+    slots = batch_of()[1]["slots"]
+    intent = symmetric_kl(*views["intent"]).mean() / 2
+    tagged = symmetric_kl(*views["slots"])[slots != -100].mean() / 2
+    terms = distance.consistency(views, 2.0, {"slots": slots})
+    torch.testing.assert_close(terms.loss, 2.0 * (3.0 * intent + 0.5 * tagged))

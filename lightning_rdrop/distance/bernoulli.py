@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import alike, blank
 from lightning_rdrop.divergence import at_least_float32, kl, symmetric_bernoulli_kl
@@ -49,7 +50,7 @@ class Bernoulli(Distance):
         prediction (N, ..., L) logits; target (N, ..., L), 0 or 1 or a probability.
 
     Raises:
-        ValueError: shapes that do not match, or an ``ignore_value`` that is a probability.
+        ValueError: shapes that do not match, a negative ``pos_weight``, or an ``ignore_value`` that is a probability.
 
     Example:
         >>> from torch import tensor
@@ -70,6 +71,8 @@ class Bernoulli(Distance):
         if ignore_value is not None and 0 <= ignore_value <= 1:
             raise ValueError(f"ignore_value must lie outside [0, 1], where labels are, such as -1, got {ignore_value}.")
         self.ignore_value = ignore_value
+        if pos_weight is not None and not (arguments.tensor("pos_weight", pos_weight) >= 0).all():
+            raise ValueError(f"pos_weight must not be negative or NaN, got {pos_weight.tolist()}.")
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
@@ -96,6 +99,8 @@ class Bernoulli(Distance):
         return wrong if counted is None else wrong & counted
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
+        alike(self, prediction, target)
+        self._weight(prediction)
         if len(wrong := target[self.impossible(prediction, target)]):
             raise ValueError(
                 f"The target holds {float(wrong[0])}; a label of Bernoulli is 0, 1 or a probability. Labels that are "

@@ -55,6 +55,7 @@ class Cosine(Distance):
         return wrong if counted is None else wrong & counted.unsqueeze(-1)
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
+        alike(self, prediction, target)
         if len(wrong := target[self.impossible(prediction, target)]):
             raise ValueError(
                 f"The target holds {float(wrong[0])}; Cosine takes vectors of finite numbers. Leave such examples out, "

@@ -84,6 +84,7 @@ class Gaussian(Distance):
         return wrong if counted is None else wrong & counted
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
+        alike(self, self._mean(prediction), target)
         if len(wrong := target[self.impossible(prediction, target)]):
             raise ValueError(
                 f"The target holds {float(wrong[0])}; Gaussian takes finite numbers. Leave such examples out, or let "

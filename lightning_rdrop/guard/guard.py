@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop._compat import is_readable
 from lightning_rdrop._lightning import on_all_ranks, trainer_of
 from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.guard.agreement import agree, diagnose
@@ -17,7 +18,7 @@ from lightning_rdrop.guard.equal_watch import EqualWatch
 from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
-from lightning_rdrop.guard.rows import rows_meet
+from lightning_rdrop.guard.rows import rows_meet, shares_weights
 from lightning_rdrop.guard.target_watch import TargetWatch
 
 Redraw = Callable[[], Any]
@@ -43,8 +44,8 @@ class Guard:
     """Finds what would make a training silently wrong, and says it as the module's ``rdrop_guard`` says.
 
     It lives as long as a fit: :meth:`begin` forgets all that was found before. Values are looked at on the first batch,
-    and again when a submodule has changed its mode, which waits for the device. Every other batch is only noted there,
-    and read where a log is due.
+    and again when a submodule has changed its mode or alpha has risen from 0, which waits for the device. Every other
+    batch is only noted there, and read where a log is due.
     """
 
     def __init__(self) -> None:
@@ -53,8 +54,10 @@ class Guard:
     def begin(self) -> None:
         """Forget the verdicts of an earlier fit."""
         self._drawn = self._batch_ended = False
+        self._alone: set[str] = set()
         self._parted: set[str] = set()
-        self._modes: dict[str, list[bool]] = {}
+        self._checked: dict[str, list[bool]] = {}
+        self._compared: dict[str, list[bool]] = {}
         self._nan: dict[str, NanWatch] = {}
         self._equal = EqualWatch()
         self._targets = TargetWatch()
@@ -62,7 +65,10 @@ class Guard:
     def part_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str
     ) -> None:
-        """On the first batch, before a joint pass: does each row have a prediction of its own?
+        """On the first batch of several examples, before a joint pass: does each row have a prediction of its own?
+
+        It takes no decision of all ranks, each of which looks for itself. Only where they share the weights, and so
+        must make the same passes, it is the first batch that is looked at, whatever it holds.
 
         Args:
             module: the LightningModule that is trained.
@@ -74,12 +80,14 @@ class Guard:
         Raises:
             ValueError: the rows of a doubled batch depend on each other, where ``rdrop_guard="error"``.
         """
+        network = cast(nn.Module, module)
         if module.rdrop_guard == "off" or part in self._parted:
             return
+        if examples < 2 and (part in self._alone or not shares_weights(network)):
+            self._alone.add(part)
+            return
         self._parted.add(part)
-        network = cast(nn.Module, module)
-        decide = partial(on_all_ranks, network)
-        self.complain(module, rows_meet(network, predict, first_view(inputs), examples, module.device, decide))
+        self.complain(module, rows_meet(network, predict, first_view(inputs), examples, module.device))
 
     def watch(
         self,
@@ -119,16 +127,17 @@ class Guard:
         if read:
             self.complain(module, self._targets.reason())  # first: NaN in a target soon is NaN everywhere
             self.complain(module, nan.reason())
-            if self._equal.died() and must_differ and agree(predictions):
+            if must_differ and self._equal.died() and agree(predictions):
                 self.complain(module, explain(network))
-        if modes == self._modes.get(part):
-            return
-        self._modes[part] = modes
-        if reason := in_evaluation(trainer_of(module)):
-            self.complain(module, reason)
-            return
-        self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
-        if must_differ:
+        if modes != self._checked.get(part):
+            self._checked[part] = modes
+            if reason := in_evaluation(trainer_of(module)):
+                self._compared[part] = modes
+                self.complain(module, reason)
+                return
+            self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
+        if must_differ and modes != self._compared.get(part):  # an alpha may rise from 0 later
+            self._compared[part] = modes
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
             given = isinstance(inputs, Views)  # which differ with dropout or without it
             self.complain(module, reason and (ALIKE_IN_DATA if given else "") + reason)
@@ -139,9 +148,17 @@ class Guard:
         """Keep the kl of a step, in which views that become equal are seen."""
         self._equal.note(kl)
 
-    def note_target(self, invalid: Tensor | None) -> None:
-        """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says."""
+    def note_target(self, module: Guarded, invalid: Tensor | None) -> None:
+        """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says.
+
+        On the CPU nothing needs to be waited for, and the loss would fail with a class that does not exist.
+
+        Raises:
+            ValueError: it did, on the CPU, where ``rdrop_guard="error"``.
+        """
         self._targets.note(invalid)
+        if invalid is not None and is_readable(invalid):
+            self.complain(module, self._targets.reason())
 
     def batch_ends(self, module: Guarded) -> None:
         """Say, after the first training batch, that it drew no views: a ``training_step`` hides that of the mixin."""

@@ -15,6 +15,7 @@ from lightning_rdrop.distance import (
 from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, symmetric_kl
 from lightning_rdrop.loss import RDropLoss
 from lightning_rdrop.mixin import RDropMixin
+from lightning_rdrop.predict import MCPrediction, dropout_passes, mc_predict
 from lightning_rdrop.regularizers import FGM, VAT, GradientPenalty, Regularizer
 from lightning_rdrop.scales import convert_alpha
 from lightning_rdrop.simcse import SimCSEMixin
@@ -34,6 +35,7 @@ __all__ = [
     "GradientPenalty",
     "Head",
     "JensenShannon",
+    "MCPrediction",
     "RDropLoss",
     "RDropMixin",
     "Regularizer",
@@ -41,8 +43,10 @@ __all__ = [
     "Terms",
     "Together",
     "convert_alpha",
+    "dropout_passes",
     "jensen_shannon",
     "linear_rdrop_cross_entropy",
+    "mc_predict",
     "rdrop_cross_entropy",
     "symmetric_bernoulli_kl",
     "symmetric_kl",

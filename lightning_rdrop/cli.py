@@ -82,6 +82,6 @@ def plot(args: Sequence[str]) -> None:
     given = parser.parse_args(args)
     try:
         curves(find_runs(given.logdir)).savefig(given.output, dpi=150)
-    except (OSError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         parser.error(str(error))
     print(f"curves: {given.output}")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +168,7 @@ def _colours(histories: Mapping[str, History]) -> dict[str, str]:
     return {run: "grey" if is_plain(history) else next(others) for run, history in histories.items()}
 
 
-def _handles(lines: Iterable[tuple[str, str, str]]) -> list[Line2D]:
+def _handles(lines: Iterable[tuple[str, str, Any]]) -> list[Line2D]:
     """What a legend shows, of labels, colours and styles."""
     from matplotlib.lines import Line2D
 

@@ -19,7 +19,7 @@ from lightning_rdrop.probe import untouched
 from lightning_rdrop.simcse import SimCSEMixin
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: the Trainer makes copies on the CPU
 class MCPrediction:
     """The prediction of a model average, and how far the models agree.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,11 +41,15 @@ class Curves(Callback):
         self.filename = filename
         self.panels = panels
         self._history: dict[str, list[tuple[int, float]]] = {}
-        self._seen: dict[str, Tensor] = {}
+        self._steps = 0
+        self._of_steps: set[str] = set()
+        self._of_validation: set[str] = set()
+        self._before_epoch: dict[str, Tensor] = {}
+        self._before_validation: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what would fail after it."""
-        self._history, self._seen = {}, {}
+        self._forget()
         if find_spec("matplotlib") is None:
             raise ModuleNotFoundError("Curves plots with matplotlib: pip install matplotlib, or train without Curves.")
 
@@ -58,22 +63,40 @@ class Curves(Callback):
                 stacklevel=2,
             )
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was logged before."""
+        self._before_epoch = dict(trainer.callback_metrics)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what was logged, where loggers do."""
+        """Keep what was logged, at the steps at which loggers do."""
+        # in manual optimization global_step counts the steps of every optimizer, and loggers count batches
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1
+        steps = trainer.global_step if pl_module.automatic_optimization else batches
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its connector sets it
-        if every and trainer.global_step % every == 0:
-            self._keep(trainer)
+        has_stepped, self._steps = steps != self._steps, steps
+        if not self._of_steps:
+            self._of_steps = set(trainer.callback_metrics)
+        if has_stepped and every and steps % every == 0:
+            self._keep({name: trainer.callback_metrics[name] for name in self._of_steps})
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the means of an epoch."""
-        self._keep(trainer)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was logged before."""
+        self._before_validation = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of a validation."""
         if not trainer.sanity_checking:
-            self._keep(trainer)
+            metrics = _new(trainer.callback_metrics, self._before_validation)
+            self._of_validation |= set(metrics)
+            self._keep(metrics)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the means of an epoch."""
+        metrics = _new(trainer.callback_metrics, self._before_epoch)
+        others = self._of_steps | self._of_validation
+        self._keep({name: value for name, value in metrics.items() if name not in others})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plot once everything is logged, the metrics of the last epoch included."""
@@ -100,14 +123,20 @@ class Curves(Callback):
         else:
             print(f"curves: {path}")
 
-    def _keep(self, trainer: Trainer) -> None:
-        """Add what was logged since the last time: the Trainer makes a new tensor for each value, and keeps the old."""
-        metrics = dict(trainer.callback_metrics)
-        step = max(trainer.global_step - 1, 0)  # as loggers count
+    def _forget(self) -> None:
+        self._history = {}
+        self._steps = 0
+        self._of_steps, self._of_validation = set(), set()
+        self._before_epoch, self._before_validation = {}, {}
+
+    def _keep(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
-            if self._seen.get(name) is not value:
-                self._history.setdefault(name, []).append((step, float(value)))
-        self._seen = metrics
+            self._history.setdefault(name, []).append((max(self._steps - 1, 0), float(value)))
+
+
+def _new(metrics: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that were logged since; the Trainer keeps the tensors of all others."""
+    return {name: value for name, value in metrics.items() if before.get(name) is not value}
 
 
 def _logger(trainer: Trainer, name: str) -> Any:

@@ -21,6 +21,7 @@ from lightning_rdrop.divergence import jensen_shannon, symmetric_bernoulli_kl, s
 from lightning_rdrop.loss import RDropLoss
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.own_losses import WithLosses
+from lightning_rdrop.predict import MCPrediction, dropout_passes, mc_predict
 from lightning_rdrop.regularizers import FGM, VAT, GradientPenalty, Regularizer
 from lightning_rdrop.scales import convert_alpha
 from lightning_rdrop.simcse import SimCSEMixin
@@ -42,6 +43,7 @@ __all__ = [
     "GradientPenalty",
     "Head",
     "JensenShannon",
+    "MCPrediction",
     "MaskedConsistency",
     "RDropLoss",
     "RDropMixin",
@@ -53,8 +55,10 @@ __all__ = [
     "Weighted",
     "WithLosses",
     "convert_alpha",
+    "dropout_passes",
     "jensen_shannon",
     "linear_rdrop_cross_entropy",
+    "mc_predict",
     "rdrop_cross_entropy",
     "symmetric_bernoulli_kl",
     "symmetric_kl",

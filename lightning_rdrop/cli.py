@@ -1,9 +1,11 @@
-"""The command line: `lightning-rdrop fit|validate|test|predict`."""
+"""The command line: `lightning-rdrop fit|validate|test|predict`, and `lightning-rdrop plot`."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pytorch_lightning import Callback
@@ -13,6 +15,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 import lightning_rdrop.callbacks
 import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
 from lightning_rdrop.data import TextDataModule
+from lightning_rdrop.plots import curves, find_runs
 
 
 class RDropCLI(LightningCLI):
@@ -69,4 +72,23 @@ def main(args: ArgsType = None) -> None:
     """The console command; classes in the current folder can be imported, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    RDropCLI(args=args)
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["plot"]:
+        plot(given[1:])
+    else:
+        RDropCLI(args=args)
+
+
+def plot(args: Sequence[str]) -> None:
+    """Plot runs over each other, of what a ``CSVLogger`` wrote in or below their folders."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-rdrop plot", description="Plot runs over each other, plain training in grey."
+    )
+    parser.add_argument("logdir", nargs="+", help="a folder with a metrics.csv, or with such folders")
+    parser.add_argument("--output", default="curves.png", help="the picture (default: %(default)s)")
+    given = parser.parse_args(args)
+    try:
+        curves(find_runs(given.logdir)).savefig(given.output, dpi=150)
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"curves: {given.output}")

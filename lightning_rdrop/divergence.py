@@ -90,6 +90,36 @@ def kl(first: Tensor, second: Tensor, dim: int = -1) -> Tensor:
     return _infinite_not_nan(rows, log_p, log_q, dim)
 
 
+def dispersion(log_p: Tensor) -> Tensor:
+    r"""How far K categorical predictions of the same rows are apart, class by class.
+
+    .. math::
+        \operatorname*{mean}_{j<k} \tfrac12 (p_{jc} - p_{kc})(\log p_{jc} - \log p_{kc})
+            = \operatorname*{Cov}_k(p_{kc}, \log p_{kc})
+
+    with the sample covariance, over K - 1. The sum over the classes is the mean of :func:`symmetric_kl` over all pairs
+    of predictions.
+
+    Args:
+        log_p: log-probabilities, shape (K, N, ..., C), K >= 2.
+
+    Returns:
+        nats, shape (N, ..., C); exactly 0 where all predictions are the same. A class that is masked with -inf in all
+        of them adds nothing; one that is masked in some makes the divergence infinite.
+
+    Example:
+        >>> from torch import tensor
+        >>> dispersion(tensor([[0.5, 0.2, 0.3], [0.5, 0.3, 0.2]]).log())  # 0.1 * ln 1.5 / 2
+        tensor([0.0000, 0.0203, 0.0203])
+    """
+    masked = log_p == -torch.inf
+    somewhere, everywhere = masked.any(0), masked.all(0)
+    log_p = log_p.masked_fill(somewhere, 0)
+    p, log_p = log_p.exp() - log_p[0].exp(), log_p - log_p[0]  # equal predictions are exactly 0 apart
+    covariance = ((p - p.mean(0)) * (log_p - log_p.mean(0))).sum(0) / (len(p) - 1)
+    return covariance.masked_fill(somewhere & ~everywhere, torch.inf)
+
+
 def symmetric_bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
     r"""Symmetric Kullback-Leibler divergence of two yes-or-no predictions, element by element.
 

@@ -148,9 +148,32 @@ def switch_on(network: nn.Module) -> list[str]:
     dead = dead_layers(network)
     modules = dict(network.named_modules())
     for path, module in modules.items():
-        if getattr(module, "running_mean", None) is None and _is_trained(modules, path):
+        if not _has_running_statistics(module) and _is_trained(modules, path):
             module.training = True
     return [layer.name for layer in dead]
+
+
+def set_dropout_modes(network: nn.Module, training: Mapping[nn.Module, bool] | None = None) -> None:
+    """Put a network into the modes of a dropout pass outside of training: all as in training, and nothing is learned.
+
+    Normalisation with running statistics (BatchNorm) is in eval mode, so that they are used, and not changed.
+
+    Args:
+        network: its modes are set.
+        training: whether each module was in training mode when the network was trained. Where that is not known, all
+            parts are that are trained; or all, where nothing is, as after ``LightningModule.freeze``.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1)).eval()
+        >>> set_dropout_modes(network)
+        >>> [module.training for module in network]
+        [True, False, True]
+    """
+    modules = dict(network.named_modules())
+    frozen = not any(parameter.requires_grad for parameter in network.parameters())
+    for path, module in modules.items():
+        mode = frozen or _is_trained(modules, path) if training is None else training.get(module, False)
+        module.training = mode and not _has_running_statistics(module)
 
 
 def dead_layers(network: nn.Module) -> list[StochasticLayer]:
@@ -206,6 +229,10 @@ def _scope(kind: str, module: nn.Module) -> Literal["element", "example", "batch
     if _DROPS_BATCHES.search(kind) or getattr(module, "mode", None) == "batch":
         return "batch"
     return "example" if _DROPS_EXAMPLES.search(kind) else "element"
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    return getattr(module, "running_mean", None) is not None
 
 
 def _is_trained(modules: Mapping[str, nn.Module], path: str) -> bool:

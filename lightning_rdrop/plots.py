@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import csv
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-USUAL = ("train/ce", "train/kl", "train/alpha", "val/accuracy")
-"""The quantities that are plotted by default."""
+History = Mapping[str, Sequence[tuple[int, float]]]
+"""What was logged in a run: by name the optimizer steps and the values."""
+
+TASK = ("train/ce", "train/bce", "train/mse", "train/nll", "train/cosine")
+CONSISTENCY = ("train/kl", "train/js", "train/consistency")
+VALIDATION = ("val/accuracy", "val/f1", "val/pearson", "val/sacrebleu", "val/chrf", "val/rouge", "val/perplexity")
+USUAL = (TASK, CONSISTENCY, ("train/alpha",), VALIDATION)
+"""The quantities that are plotted by default: of each group the first that was logged."""
+
+_SMOOTHED = 40  # with fewer points each is seen
+_COLUMNS = 4
+_STYLES = ("-", "--", ":", "-.")
 
 
-def curves(metrics: str | Path, panels: dict[str, list[str]] | None = None) -> Figure:
-    """Plot logged quantities over the optimizer steps, side by side.
+def curves(
+    runs: str | Path | Mapping[str, str | Path | History], panels: Mapping[str, Sequence[str]] | None = None
+) -> Figure:
+    """Plot logged quantities over the optimizer steps, one run, or several over each other.
+
+    Many points are drawn faintly, under a line through their moving averages. Among several runs, plain training is
+    grey: alpha or kl is 0 in all of it.
 
     Args:
-        metrics: the ``metrics.csv`` of a Lightning ``CSVLogger``.
-        panels: the columns of each panel, by its title; ``None`` is a panel for each of ``train/ce``, ``train/kl``,
-            ``train/alpha`` and ``val/accuracy`` that was logged.
+        runs: the ``metrics.csv`` of a Lightning ``CSVLogger``; or several by the name to give them, each such a file
+            or a :data:`History`.
+        panels: the columns of each panel, by its title; ``None`` is a panel each for the task loss, for the consistency
+            of the passes (that of :class:`~lightning_rdrop.callbacks.ConsistencyMonitor` beside that of training), for
+            alpha, for the first validation metric, and for the gap that the monitor found; of what was logged.
 
     Raises:
         ValueError: a column that was never logged.
@@ -27,22 +50,126 @@ def curves(metrics: str | Path, panels: dict[str, list[str]] | None = None) -> F
     """
     from matplotlib.figure import Figure  # an extra
 
-    with Path(metrics).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    logged = {name for row in rows for name, value in row.items() if value}
+    named = runs if isinstance(runs, Mapping) else {str(runs): runs}
+    histories = {name: run if isinstance(run, Mapping) else read_csv(run) for name, run in named.items()}
+    logged = set(chain.from_iterable(histories.values()))
     if panels is None:
-        panels = {name: [name] for name in USUAL if name in logged}
+        panels = _usual_panels(histories.values())
     missing = sorted({name for names in panels.values() for name in names} - logged)
     if missing or not panels:
-        raise ValueError(f"{metrics}: nothing was logged as {missing or list(USUAL)}, only {sorted(logged)}.")
+        usual = list(chain.from_iterable(USUAL))
+        raise ValueError(f"{', '.join(named)}: nothing was logged as {missing or usual}, only {sorted(logged)}.")
 
-    figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name in names:
-            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None, linewidth=1.2)
+    columns = len(panels) if len(panels) <= _COLUMNS else (len(panels) + 1) // 2
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.8 * lines), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, (title, names) in zip(grid, panels.items(), strict=False):
+        _draw(axes, histories, names)
         axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    if len(histories) > 1:
+        runs_in_colour = _handles((run, colour, "-") for run, colour in _colours(histories).items())
+        figure.legend(handles=runs_in_colour, loc="outside lower center", ncols=_COLUMNS)
     return figure
+
+
+def read_csv(metrics: str | Path) -> History:
+    """What a ``CSVLogger`` wrote, by column.
+
+    Raises:
+        FileNotFoundError: it wrote nothing.
+    """
+    history: dict[str, list[tuple[int, float]]] = {}
+    with Path(metrics).open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value:
+                    history.setdefault(name, []).append((int(row["step"]), float(value)))
+    return history
+
+
+def find_runs(folders: Iterable[str | Path]) -> dict[str, Path]:
+    """The ``metrics.csv`` in or below each of some folders, by the part of their paths in which they differ.
+
+    Raises:
+        FileNotFoundError: there is none in one of them.
+    """
+    found = []
+    for folder in folders:
+        files = sorted(Path(folder).glob("**/metrics.csv"))
+        if not files:
+            raise FileNotFoundError(f"There is no metrics.csv of a CSVLogger in {folder} or below it.")
+        found += [file for file in files if file not in found]
+    if len(found) == 1:
+        return {found[0].parent.name: found[0]}
+    common = os.path.commonpath([file.parent for file in found])
+    return {str(file.parent.relative_to(common)): file for file in found}
+
+
+def is_plain(history: History) -> bool:
+    """Whether a run is plain training: alpha is 0 in all of it, or kl is, as with a single view.
+
+    Example:
+        >>> is_plain({"train/kl": [(0, 0.0), (1, 0.0)], "train/alpha": [(0, 4.0), (1, 4.0)]})
+        True
+    """
+    return any(
+        name in history and all(value == 0 for _, value in history[name]) for name in (*CONSISTENCY, "train/alpha")
+    )
+
+
+def _usual_panels(histories: Iterable[History]) -> dict[str, list[str]]:
+    logged = list(dict.fromkeys(chain.from_iterable(histories)))
+    first = [next((name for name in group if name in logged), None) for group in USUAL]
+    if first[-1] is None:
+        own = [name for name in logged if name.startswith("val") and not ("dropout_" in name or "average_" in name)]
+        first[-1] = next(iter(own), None)
+    panels = {name: [name] for name in (*first, "val/average_gap") if name in logged}
+    if "val/dropout_kl" in logged:
+        kl = first[1]
+        panels = {
+            "kl" if name == kl else name: [*names, "val/dropout_kl"] if name == kl else names
+            for name, names in panels.items()
+        }
+    return panels
+
+
+def _draw(axes: Axes, histories: Mapping[str, History], names: Sequence[str]) -> None:
+    """The lines of a panel. Colours tell several runs, whose quantities differ in style, or the quantities of one."""
+    several = len(histories) > 1
+    styles = dict(zip(names, cycle(_STYLES if several else _STYLES[:1]), strict=False))
+    for run, colour in _colours(histories).items():
+        for number, name in enumerate(names):
+            if name in histories[run]:
+                _line(axes, histories[run][name], name, colour if several else f"C{number % 10}", styles[name])
+    if len(names) > 1:
+        axes.legend(handles=_handles([(name, "black", style) for name, style in styles.items()]) if several else None)
+
+
+def _line(axes: Axes, points: Sequence[tuple[int, float]], label: str, colour: str, style: str) -> None:
+    import numpy as np  # matplotlib brings it
+
+    steps, values = zip(*points, strict=True)
+    if len(points) < _SMOOTHED:
+        axes.plot(steps, values, style, label=label, color=colour, marker=".", linewidth=1.2)
+        return
+    window = np.ones(len(points) // 20 * 2 + 1)
+    smooth = np.convolve(values, window, "same") / np.convolve(np.ones(len(points)), window, "same")
+    axes.plot(steps, values, ".", color=colour, markersize=2, alpha=0.25)
+    axes.plot(steps, smooth, style, label=label, color=colour, linewidth=1.5)
+
+
+def _colours(histories: Mapping[str, History]) -> dict[str, str]:
+    """A colour for each run, grey for plain training."""
+    others = (f"C{number % 7}" for number in count())  # the eighth is grey
+    return {run: "grey" if is_plain(history) else next(others) for run, history in histories.items()}
+
+
+def _handles(lines: Iterable[tuple[str, str, Any]]) -> list[Line2D]:
+    """What a legend shows, of labels, colours and styles."""
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], label=label, color=colour, linestyle=style) for label, colour, style in lines]

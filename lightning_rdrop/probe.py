@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from lightning_rdrop._compat import eagerly
 @contextmanager
 def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     """A context without gradients, after which modes, buffers and random states are what they were.
+
+    The random states are torch's, Python's and numpy's.
 
     Args:
         network: whose modes and buffers are restored.
@@ -30,13 +34,31 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hands nested tensors to submodules, and cuts padding off
     others = [] if device.type == "cpu" else [device]
-    with eagerly(), torch.no_grad(), torch.random.fork_rng(others, device_type=device.type), buffers_aside(network):
+    with ExitStack() as stack:
+        stack.enter_context(eagerly())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(others, device_type=device.type))
+        stack.enter_context(_fork_other_rngs())
+        stack.enter_context(buffers_aside(network))
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
             for module, mode in modes:
                 module.training = mode
+
+
+@contextmanager
+def _fork_other_rngs() -> Iterator[None]:
+    """Python's and numpy's random states, the latter where anyone has imported it: SpecAugment draws from it."""
+    numpy, python_state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -212,6 +212,24 @@ def stack(predictions: Sequence[Any]) -> Any:
     return map_tensors(_with_tensors(predictions[0]), lambda _: torch.stack([next(each) for each in rows]))
 
 
+def join(parts: Sequence[Any]) -> Any:
+    """All views of predictions (K, N, ...) that were made a few views at a time.
+
+    Example:
+        >>> join([torch.tensor([[1, 2], [3, 4]]), torch.tensor([[10, 20]])])
+        tensor([[ 1,  2],
+                [ 3,  4],
+                [10, 20]])
+    """
+    tensors = [iter([tensor for _, tensor in tensors_of(part)]) for part in parts]
+
+    def joined(first: Tensor) -> Tensor:
+        same = [next(each) for each in tensors]
+        return torch.cat(same) if first.dim() else first
+
+    return map_tensors(parts[0], joined)
+
+
 def view(predictions: Any, number: int) -> Any:
     """One of K views (K, N, ...), by its number.
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from lightning_rdrop import RDropMixin
-from lightning_rdrop.cli import RDropCLI
+from lightning_rdrop.cli import RDropCLI, main
 
 NETWORK = """
 import torch
@@ -94,6 +95,36 @@ def test_fit_from_another_folder_trains_tests_and_draws(folder):
     for subcommand in ("validate", "test", "predict"):
         printed = run(folder, subcommand, "--config", "experiment.yaml", "--ckpt_path", str(checkpoint))
         assert subcommand == "predict" or "accuracy" in printed
+
+
+def test_plot_draws_runs_over_each_other(tmp_path, capsys, monkeypatch):
+    for name, kl in (("plain", 0.0), ("rdrop", 0.1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(f"step,train/ce,train/kl\n0,1.0,{kl}\n1,0.5,{kl}\n")
+    monkeypatch.chdir(tmp_path)
+    main(["plot", "plain", "rdrop", "--output", "both.png"])
+    assert "curves: both.png" in capsys.readouterr().out
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    main(["plot", "."])
+    assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "error: There is no metrics.csv of a CSVLogger in nowhere"),
+        (["."], "error: .*nothing was logged as"),
+        ([], "error: the following arguments are required: logdir"),
+    ],
+)
+def test_plot_says_what_it_cannot_draw_in_a_line(tmp_path, capsys, monkeypatch, arguments, message):
+    (tmp_path / "metrics.csv").write_text("step,loss\n0,1.0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["plot", *arguments])
+    printed = capsys.readouterr().err
+    assert re.search(message, printed)
+    assert len(printed.splitlines()) == 2  # usage, and what is wrong
 
 
 def test_errors_reach_the_user(folder):

@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import Small, Two
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_rdrop.callbacks import AlphaScheduler, Curves, curves
+from lightning_rdrop import plots
+from lightning_rdrop.callbacks import AlphaScheduler, ConsistencyMonitor, Curves, curves
+from lightning_rdrop.plots import read_csv
 
 pytest.importorskip("matplotlib")
 
@@ -16,13 +21,70 @@ def test_the_callback_draws_at_the_end(fit, small, rows, tmp_path, capsys):
     assert str(picture) in capsys.readouterr().out
 
 
-def test_the_callback_needs_a_csv_logger_but_in_a_dry_run(fit, small, rows, tmp_path):
-    module = small()
-    before = module.network[0].weight.detach().clone()
-    with pytest.raises(ValueError, match="add one, Trainer"):
-        fit(module, rows, [Curves()], log_every_n_steps=1)
-    assert torch.equal(module.network[0].weight, before)
+def test_a_dry_run_draws_nothing(fit, small, rows, tmp_path):
     fit(small(), rows, [Curves()], fast_dev_run=True, logger=CSVLogger(tmp_path))
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+class Validated(Small):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/accuracy", (self(batch[0]).argmax(-1) == batch[1]).float().mean())
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What the callback draws, run by run."""
+    drawn = []
+
+    def draw(runs, panels=None):
+        drawn.append({run: read_csv(each) if isinstance(each, Path) else each for run, each in runs.items()})
+        return plots.curves(runs, panels)
+
+    monkeypatch.setattr(curves, "curves", draw)
+    return drawn
+
+
+def test_the_callback_keeps_what_a_csv_logger_writes(fit, rows, tmp_path, kept):
+    """Without one the picture is the same: the same quantities at the same steps."""
+
+    def train(name, **trainer):
+        torch.manual_seed(3)
+        module = Validated()
+        module.val_dataloader = lambda: rows
+        callbacks = [AlphaScheduler(), ConsistencyMonitor(2, every_n_epochs=2), Curves(str(tmp_path / f"{name}.png"))]
+        fit(module, rows, callbacks, max_epochs=3, log_every_n_steps=3, **trainer)
+
+    train("csv", logger=CSVLogger(tmp_path))
+    train("kept")
+    (csv,), (own,) = (each.values() for each in kept)
+    assert set(own) == set(csv) - {"epoch", "step"}
+    for name, points in own.items():
+        assert [step for step, _ in points] == [step for step, _ in csv[name]], name
+        assert [value for _, value in points] == pytest.approx([value for _, value in csv[name]]), name
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accumulated_batches_are_one_step(fit, rows, tmp_path, kept):
+    for logger in (CSVLogger(tmp_path), False):
+        fit(Small(), rows, [Curves()], logger=logger, log_every_n_steps=2, accumulate_grad_batches=2)
+    (csv,), (own,) = (each.values() for each in kept)
+    assert [step for step, _ in own["train/kl"]] == [step for step, _ in csv["train/kl"]] == [1, 3]
+
+
+def test_without_a_csv_logger_the_picture_is_in_the_folder_of_the_trainer(fit, small, rows, tmp_path):
+    fit(small(), rows, [Curves()], log_every_n_steps=1)
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_tensorboard_gets_a_figure(fit, small, rows, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(small(), rows, [Curves()], logger=logger, log_every_n_steps=1)
+    folder = tmp_path / "run" / "version_0"
+    assert (folder / "curves.png").exists()
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    assert events.Tags()["images"] == ["curves"]
 
 
 def test_without_matplotlib_nothing_is_trained(fit, small, rows, tmp_path, monkeypatch):
@@ -84,3 +146,10 @@ def test_a_picture_that_fails_is_a_warning_and_the_training_is_over(fit, small, 
     with pytest.warns(UserWarning, match=f"Curves made no picture. {message}"):
         trainer = fit(small(), rows, [Curves(**arguments)], logger=CSVLogger(tmp_path), log_every_n_steps=1)
     assert trainer.state.finished
+
+
+def test_manual_optimization_counts_batches(fit, rows, tmp_path, kept):
+    for logger in (CSVLogger(tmp_path), False):
+        fit(Two(), rows, [Curves()], logger=logger, log_every_n_steps=2)
+    (csv,), (own,) = (each.values() for each in kept)
+    assert [step for step, _ in own["train/kl"]] == [step for step, _ in csv["train/kl"]] == [1, 3, 5, 7]

@@ -15,8 +15,19 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import MetricCollection
 
 from lightning_rdrop import Head, RDropMixin, SimCSEMixin, Views, WithLosses
+from lightning_rdrop.callbacks import ConsistencyMonitor
+from lightning_rdrop.callbacks.consistency_monitor import LOGGED
+from lightning_rdrop.metrics import (
+    AverageGap,
+    DropoutDisagreement,
+    DropoutKL,
+    average_gap,
+    dropout_disagreement,
+    dropout_kl,
+)
 from lightning_rdrop.modules import CausalLM
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -276,6 +287,52 @@ def test_epoch_means_count_the_tokens_of_all_ranks(pair):
         for rank in two:
             assert rank["metrics"][f"{name}_epoch"] == pytest.approx(by_hand) == one["metrics"][f"{name}_epoch"]
             assert rank["metrics"][name] == rank["steps"][-1][index]  # a step is the rank's own
+
+
+class Validated(Network):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def monitored(strategy, batch_size, rows):
+    module = Validated(passes="separate", lr=0.0)  # its two passes are known
+    share = None if strategy == "auto" else DistributedSampler(rows, 2, int(os.environ["LOCAL_RANK"]), shuffle=False)
+    module.val_dataloader = lambda: DataLoader(rows, batch_size, sampler=share)
+    found = train(module, rows, batch_size, strategy, [ConsistencyMonitor(passes=2)], max_epochs=1)
+    return {name: value for name, value in found["metrics"].items() if name.startswith("val/")}
+
+
+def test_the_monitor_of_two_processes_is_that_of_one(pair):
+    """Rows of tokens, of which each rank and each batch has other numbers that count."""
+    one = monitored("auto", 8, ragged(3, 8))
+    two = pair.run(monitored, "ddp", 3, ragged(3, 8))
+    assert set(one) == {f"val/{name}" for name in LOGGED}
+    assert one["val/dropout_kl"] > 0
+    assert two[0] == two[1] == pytest.approx(one, rel=1e-9)
+
+
+def measured(rows):
+    """The metrics of this rank's share of the rows, in batches of three, as torchmetrics joins them."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+    passes, off, target = (part[int(os.environ["LOCAL_RANK"]) :: 2] for part in rows)
+    metrics = MetricCollection({"kl": DropoutKL(), "gap": AverageGap(), "disagreement": DropoutDisagreement()})
+    for start in range(0, len(target), 3):
+        batch = slice(start, start + 3)
+        metrics.update(predictions=passes[batch].transpose(0, 1), weight_average=off[batch], target=target[batch])
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def test_metrics_of_two_processes_are_those_of_one(pair):
+    generator = torch.Generator().manual_seed(0)
+    passes, off = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((13, 4, 3), (13, 3)))
+    target = torch.randint(3, (13,), generator=generator)
+    target[[0, 2, 4, 5]] = -100  # three of one rank, one of the other
+    two = pair.run(measured, (passes, off, target))
+    every = passes.transpose(0, 1)
+    one = dropout_kl(every, target) | average_gap(every, off, target)
+    one["disagreement"] = dropout_disagreement(every, target)
+    assert two[0] == two[1] == pytest.approx({name: float(value) for name, value in one.items()}, rel=1e-12)
 
 
 class Plain(pl.LightningModule):

@@ -1,32 +1,38 @@
-"""Training curves as a picture."""
+"""The curves of a training, drawn at its end."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.callbacks._training_length import planned_steps
-from lightning_rdrop.plots import curves
+from lightning_rdrop.plots import History, curves, read_csv
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer
 
 
 class Curves(Callback):
-    """Plots ce, kl, alpha and the validation accuracy after training, next to the ``metrics.csv`` of a ``CSVLogger``.
+    """Plots a training at its end: ce, kl, alpha, the validation metric, and the gap where the monitor measured it.
+
+    The picture lies in the folder of the ``CSVLogger``, and shows what that wrote. Without one the callback keeps what
+    was logged, at the same steps, and the picture lies in the Trainer's folder. A ``TensorBoardLogger`` gets it as a
+    figure as well.
 
     What would leave nothing to plot is found before training. After it, a picture that cannot be made is a warning: a
     finished training never fails for it.
 
     Args:
-        filename: of the PNG, relative to the logger's folder or absolute.
+        filename: of the PNG, relative to that folder or absolute.
         panels: see :func:`lightning_rdrop.plots.curves`.
 
     Raises:
-        ValueError: the Trainer has no ``CSVLogger``.
         ModuleNotFoundError: matplotlib is not installed.
     """
 
@@ -34,42 +40,109 @@ class Curves(Callback):
         super().__init__()
         self.filename = filename
         self.panels = panels
+        self._history: dict[str, list[tuple[int, float]]] = {}
+        self._steps = 0
+        self._of_steps: set[str] = set()
+        self._of_validation: set[str] = set()
+        self._before_epoch: dict[str, Tensor] = {}
+        self._before_validation: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what would fail after it."""
-        self._csv_logger(trainer)
+        self._forget()
         if find_spec("matplotlib") is None:
             raise ModuleNotFoundError("Curves plots with matplotlib: pip install matplotlib, or train without Curves.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a training that ends before the first log; how long it is, is known from here on."""
         steps, every = planned_steps(trainer), trainer.log_every_n_steps  # type: ignore[attr-defined]  # of a connector
-        if self.panels is None and steps is not None and not 0 < every <= steps and self._csv_logger(trainer):
+        if self.panels is None and steps is not None and not 0 < every <= steps and not _is_dry(trainer):
             warnings.warn(
                 f"Curves will find no train/ce, train/kl or train/alpha: the Trainer logs every {every} steps and "
                 f"makes {steps}. Write Trainer(log_every_n_steps=1), or another number that is no larger.",
                 stacklevel=2,
             )
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was logged before."""
+        self._before_epoch = dict(trainer.callback_metrics)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep what was logged, at the steps at which loggers do."""
+        # in manual optimization global_step counts the steps of every optimizer, and loggers count batches
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1
+        steps = trainer.global_step if pl_module.automatic_optimization else batches
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its connector sets it
+        has_stepped, self._steps = steps != self._steps, steps
+        if not self._of_steps:
+            self._of_steps = set(trainer.callback_metrics)
+        if has_stepped and every and steps % every == 0:
+            self._keep({name: trainer.callback_metrics[name] for name in self._of_steps})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was logged before."""
+        self._before_validation = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of a validation."""
+        if not trainer.sanity_checking:
+            metrics = _new(trainer.callback_metrics, self._before_validation)
+            self._of_validation |= set(metrics)
+            self._keep(metrics)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the means of an epoch."""
+        metrics = _new(trainer.callback_metrics, self._before_epoch)
+        others = self._of_steps | self._of_validation
+        self._keep({name: value for name, value in metrics.items() if name not in others})
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plot once everything is logged, the metrics of the last epoch included."""
-        logger = self._csv_logger(trainer)
-        if logger is None or not trainer.is_global_zero:
+        if _is_dry(trainer):
+            return
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        if not trainer.is_global_zero:
             return
         try:
-            logger.save()
-            path = Path(logger.log_dir) / self.filename
-            curves(Path(logger.log_dir) / "metrics.csv", self.panels).savefig(path, dpi=150)
+            logger = _logger(trainer, "CSVLogger")
+            history: History = self._history
+            if logger is not None:
+                logger.save()
+                folder = logger.log_dir
+                history = read_csv(Path(folder) / "metrics.csv")
+            path = Path(folder) / self.filename
+            figure = curves({"the training": history}, self.panels)
+            figure.savefig(path, dpi=150)
+            tensorboard = _logger(trainer, "TensorBoardLogger")
+            if tensorboard is not None:
+                tensorboard.experiment.add_figure("curves", figure, trainer.global_step)
         except Exception as error:  # whatever it is, the training is worth more than its picture
             warnings.warn(f"Curves made no picture. {type(error).__name__}: {error}", stacklevel=2)
         else:
             print(f"curves: {path}")
 
-    @staticmethod
-    def _csv_logger(trainer: Trainer) -> Any:
-        for logger in trainer.loggers:
-            if type(logger).__name__ == "CSVLogger":  # of either distribution
-                return logger
-            if type(logger).__name__ == "DummyLogger":  # fast_dev_run replaces all loggers by it
-                return None
-        raise ValueError("Curves plots what a CSVLogger wrote: add one, Trainer(logger=CSVLogger('logs')).")
+    def _forget(self) -> None:
+        self._history = {}
+        self._steps = 0
+        self._of_steps, self._of_validation = set(), set()
+        self._before_epoch, self._before_validation = {}, {}
+
+    def _keep(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self._history.setdefault(name, []).append((max(self._steps - 1, 0), float(value)))
+
+
+def _new(metrics: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that were logged since; the Trainer keeps the tensors of all others."""
+    return {name: value for name, value in metrics.items() if before.get(name) is not value}
+
+
+def _logger(trainer: Trainer, name: str) -> Any:
+    """The first logger of a class, of either distribution."""
+    return next((logger for logger in trainer.loggers if type(logger).__name__ == name), None)
+
+
+def _is_dry(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # its connector sets it

@@ -89,9 +89,24 @@ class Bernoulli(Distance):
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         counted = self._counted_in_both(first, target)
-        views = map(at_least_float32, blank(counted, first, second))
-        p, q = (torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1) for z in views)
+        p, q = map(self.log_probabilities, blank(counted, first, second))
         return Average.of(kl(p, q), counted)
+
+    def log_probabilities(self, prediction: Tensor) -> Tensor:
+        """Of no and of yes for each label, (N, ..., L, 2)."""
+        logits = at_least_float32(prediction)
+        return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], -1)
+
+    def target_class(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (alike(self, prediction, target)[1] > 0.5).long()
+
+    def model_average(self, predictions: Tensor) -> Tensor:
+        """The logits of the mean probabilities."""
+        no, yes = self.log_probabilities(predictions).logsumexp(0).unbind(-1)
+        return yes - no
+
+    def expectation(self, prediction: Tensor) -> Tensor:
+        return at_least_float32(prediction).sigmoid()
 
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
         wrong = ~((target >= 0) & (target <= 1))

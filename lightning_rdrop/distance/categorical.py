@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +13,7 @@ from lightning_rdrop import arguments, views
 from lightning_rdrop.cross_entropy import Head, checked_terms
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import ROUNDING, one_tensor, softmaxed
-from lightning_rdrop.divergence import kl, symmetric_kl
+from lightning_rdrop.divergence import kl, log_probabilities, symmetric_kl
 from lightning_rdrop.labels import Labels, blank
 from lightning_rdrop.terms import Average, Terms
 
@@ -84,6 +85,21 @@ class Categorical(Distance):
 
     def counted(self, prediction: Tensor, target: Tensor) -> Tensor:
         return self.labels.counted(self._classes_first(self.checked(prediction, target)))
+
+    def log_probabilities(self, prediction: Tensor) -> Tensor:
+        return log_probabilities(prediction.movedim(self.class_dim, -1))
+
+    def target_class(self, prediction: Tensor, target: Tensor) -> Tensor:
+        target = self.checked(prediction, target)
+        return target.argmax(self.class_dim) if target.is_floating_point() else target
+
+    def model_average(self, predictions: Tensor) -> Tensor:
+        """The logarithms of the mean probabilities."""
+        dim = self.class_dim if self.class_dim < 0 else self.class_dim + 1
+        return log_probabilities(predictions, dim).logsumexp(0) - math.log(len(predictions))
+
+    def expectation(self, prediction: Tensor) -> Tensor:
+        return log_probabilities(prediction, self.class_dim).exp()
 
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
         target = self._classes_first(self.checked(prediction, target))

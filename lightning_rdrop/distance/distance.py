@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_rdrop import views
 from lightning_rdrop.description import Described
+from lightning_rdrop.distance.predictive import Predictive
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average, Terms
 
 
-class Distance(Described):
+class Distance(Described, Predictive):
     r"""A measure D of a prediction f against a target y, and of two predictions against each other.
 
     R-Drop for any task: :math:`\text{mean } D(y, f) + \alpha \cdot \tfrac12 \text{ mean } \tfrac12 [D(f_2, f_1) +
@@ -143,7 +144,7 @@ class Distance(Described):
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
         count = views.count(predictions)
         task = self.to_target(views.merge(predictions), views.repeat(target, count))
-        between = self._over_pairs(predictions, target)
+        between = self.over_pairs(predictions, target)
         rows = task.weight / count
         kl_rows = between.weight / math.comb(count, 2) if count > 1 else None
         return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=rows, kl_rows=kl_rows)
@@ -157,10 +158,16 @@ class Distance(Described):
             target: shape (N, ...), tells which rows count, and nothing else; without it all do.
         """
         zero = _zero(predictions)
-        between = self._over_pairs(predictions, target)
+        between = self.over_pairs(predictions, target)
         return Terms.of(Average(zero, zero), between, alpha, prediction=views.view(predictions, 0))
 
-    def _over_pairs(self, predictions: Any, target: Any) -> Average:
+    def over_pairs(self, predictions: Any, target: Any = None) -> Average:
+        """:meth:`between` over all pairs of K views, summed over pairs and rows, with their number.
+
+        Args:
+            predictions: shape (K, N, ...), views first.
+            target: as for :meth:`between`.
+        """
         apart = [views.view(predictions, number) for number in range(views.count(predictions))]
         zero = _zero(predictions)
         pairs = (self.between(first, second, target) for first, second in combinations(apart, 2))

@@ -59,6 +59,10 @@ class FromDistribution(Distance):
         known = super().counted(prediction, target)
         return None if known is None else known.reshape(len(known), -1).any(1)
 
+    def expectation(self, prediction: Tensor) -> Tensor:
+        mean: Tensor = self._made(prediction).mean
+        return mean
+
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Those outside the support of the distribution, among the examples that count."""
         distribution, target, _ = self._known(prediction.detach(), target)

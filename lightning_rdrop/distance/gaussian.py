@@ -78,6 +78,22 @@ class Gaussian(Distance):
         far = (torch.expm1(gap) - gap + (mean - other_mean).square() * other_spread.neg().exp()) / 2
         return Average.of(far, counted)
 
+    def model_average(self, predictions: Tensor) -> Tensor:
+        r"""The mean of the predictions; with predicted variances the normal distribution of the same moments.
+
+        .. math:: \bar\mu = \operatorname{mean} \mu_k, \qquad
+            \bar\sigma^2 = \operatorname{mean} e^{s_k} + \operatorname{mean} (\mu_k - \bar\mu)^2
+        """
+        predictions = at_least_float32(predictions)
+        if not self.log_variance:
+            return predictions.mean(0)
+        mean = self._mean(predictions)
+        variance = predictions[..., 1].exp().mean(0) + mean.var(0, correction=0)
+        return torch.stack([mean.mean(0), variance.log()], -1)
+
+    def expectation(self, prediction: Tensor) -> Tensor:
+        return at_least_float32(self._mean(prediction))
+
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
         wrong = ~target.isfinite()
         counted = self.counted(prediction, target)

@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_rdrop.divergence import log_probabilities
 from lightning_rdrop.modules.task import Task
+from lightning_rdrop.predict import MCPrediction
 
 
 class Classifier(Task):
@@ -43,7 +44,7 @@ class Classifier(Task):
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         metrics.update(prediction.flatten(0, -2), target.flatten())
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities, (N, ..., C)."""
-        logits: Tensor = super().predict_step(batch, batch_idx)
-        return log_probabilities(logits).exp()
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
+        """Class probabilities, (N, ..., C); an ``MCPrediction`` with ``mc_passes``."""
+        prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
+        return prediction if isinstance(prediction, MCPrediction) else log_probabilities(prediction).exp()

@@ -10,6 +10,7 @@ from torchmetrics.classification import MultilabelAccuracy, MultilabelF1Score
 
 from lightning_rdrop.distance import Bernoulli, Distance
 from lightning_rdrop.modules.task import Task
+from lightning_rdrop.predict import MCPrediction
 
 
 class MultilabelClassifier(Task):
@@ -42,7 +43,7 @@ class MultilabelClassifier(Task):
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         metrics.update(prediction.sigmoid(), target.long())
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The probability of each label, (N, L)."""
-        logits: Tensor = super().predict_step(batch, batch_idx)
-        return logits.float().sigmoid()
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
+        """The probability of each label, (N, L); an ``MCPrediction`` with ``mc_passes``."""
+        prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
+        return prediction if isinstance(prediction, MCPrediction) else prediction.float().sigmoid()

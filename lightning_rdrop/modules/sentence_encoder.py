@@ -28,6 +28,8 @@ class SentenceEncoder(SimCSEMixin, Task):
             :class:`~lightning_rdrop.modules.Task` those for the optimizer.
     """
 
+    unaveraged = "embeddings"
+
     def __init__(self, pretrained: str, *, pooling: Pooling = "cls", **kwargs: Any) -> None:
         from transformers import AutoModel  # an extra, needed by the modules of Hugging Face models alone
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -15,6 +15,7 @@ from lightning_rdrop.data_views import first_view
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.modules._mean_loss import MeanLoss
+from lightning_rdrop.predict import mc_predict
 
 
 class Task(RDropMixin, pl.LightningModule):
@@ -28,10 +29,17 @@ class Task(RDropMixin, pl.LightningModule):
         metrics: what validation and test measure, besides the task loss.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
+        mc_passes: predict with the model average of so many dropout passes, >= 2, and return its
+            :class:`~lightning_rdrop.MCPrediction`; 0 is one pass with dropout off.
         rdrop: the arguments of :class:`~lightning_rdrop.RDropMixin`.
+
+    Raises:
+        ValueError: ``mc_passes`` out of its range, or for a module that predicts no distribution.
     """
 
     rdrop_unsaved = (*RDropMixin.rdrop_unsaved, "network", "metrics")
+    unaveraged: ClassVar[str | None] = None
+    """What the module predicts where that is nothing to average, such as texts."""
 
     def __init__(
         self,
@@ -40,13 +48,22 @@ class Task(RDropMixin, pl.LightningModule):
         *,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
+        mc_passes: int = 0,
         **rdrop: Any,
     ) -> None:
         super().__init__(**rdrop)
         self.save_hyperparameters()
+        if isinstance(mc_passes, bool) or not isinstance(mc_passes, int) or mc_passes < 0 or mc_passes == 1:
+            raise ValueError(f"mc_passes must be an int >= 2, or 0 for a single pass, got {mc_passes!r}.")
+        if mc_passes and self.unaveraged:
+            raise ValueError(
+                f"mc_passes={mc_passes} averages predictions, and {type(self).__name__} predicts {self.unaveraged}: "
+                "leave it out."
+            )
         self.network = network
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.mc_passes = mc_passes
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.val_loss = MeanLoss(self.rdrop_distance, prefix="val/")
@@ -62,10 +79,11 @@ class Task(RDropMixin, pl.LightningModule):
         self.evaluate(batch, self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """The prediction for a batch, with targets or without."""
+        """The prediction for a batch, with targets or without; an ``MCPrediction`` with ``mc_passes``."""
         targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
         bare = isinstance(batch, Tensor) or targetless
-        return self.rdrop_predict(batch if bare else first_view(self.rdrop_unpack(batch)[0]))
+        inputs = batch if bare else first_view(self.rdrop_unpack(batch)[0])
+        return mc_predict(self, inputs, self.mc_passes) if self.mc_passes else self.rdrop_predict(inputs)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(

@@ -1,0 +1,152 @@
+"""What dropout does to the predictions of a network while it is trained."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_rdrop._lightning import Callback
+from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.distance import Distance, Together
+from lightning_rdrop.metrics.average_gap import gap_averages
+from lightning_rdrop.metrics.dropout_disagreement import disagreement_average
+from lightning_rdrop.metrics.dropout_kl import kl_averages
+from lightning_rdrop.nesting import map_tensors, tensors_of
+from lightning_rdrop.predict import dropout_passes, refuse_embeddings
+from lightning_rdrop.probe import untouched
+from lightning_rdrop.terms import Average
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import LightningModule, Trainer
+
+LOGGED = (
+    "dropout_kl",
+    "dropout_kl_target",
+    "dropout_kl_others",
+    "dropout_disagreement",
+    "average_gap",
+    "average_gain",
+)
+"""What the monitor logs, with the prefix ``val/``."""
+
+
+class ConsistencyMonitor(Callback):
+    r"""Measures in validation what R-Drop minimizes: how far dropout passes are apart, and the gap that this leaves.
+
+    Each validation batch is predicted K times with dropout on, and once with it off. Logged are, means over all rows of
+    all batches and ranks,
+
+    - ``val/dropout_kl``, the consistency as ``train/kl`` counts it, so that the two can be read side by side; and its
+      parts ``val/dropout_kl_target`` and ``val/dropout_kl_others`` (see :func:`~lightning_rdrop.metrics.dropout_kl`),
+    - ``val/dropout_disagreement``, how often two passes predict different classes,
+    - ``val/average_gap``, the KL of the model average to the weight average, and ``val/average_gain``, the accuracy of
+      the model average minus that of the weight average (see :func:`~lightning_rdrop.metrics.average_gap`).
+
+    Where the distance knows no classes, what needs them is left out. Several predictions by name are measured one by
+    one, as ``val/intent_dropout_kl``. With ``rdrop_views=1`` it shows the gap that plain training leaves.
+
+    Training with the monitor is the same to the bit as without: modes, buffers and random states are put back. It costs
+    K + 1 forward passes of the batches that it looks at.
+
+    Args:
+        passes: K >= 2.
+        every_n_epochs: it runs in every validation of each n-th training epoch, and in ``trainer.validate``.
+        batches: of the validation: a float in (0, 1] is a share, spread evenly; an int is the number of the first ones.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: a module without ``RDropMixin``, or one that learns embeddings by SimCSE.
+
+    Source: Su Jianlin, spaces.ac.cn/archives/8496, for the explanation that is measured here.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> trainer = pl.Trainer(callbacks=[ConsistencyMonitor(passes=8, batches=0.25)], logger=False)
+    """
+
+    def __init__(self, passes: int = 8, every_n_epochs: int = 1, batches: float = 1.0) -> None:
+        super().__init__()
+        for name, value, least in (("passes", passes, 2), ("every_n_epochs", every_n_epochs, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+        number = isinstance(batches, int) and not isinstance(batches, bool) and batches >= 1
+        if not number and not (isinstance(batches, Real) and not isinstance(batches, int) and 0 < batches <= 1):
+            raise ValueError(f"batches must be a share, a float in (0, 1], or a number, an int >= 1, got {batches!r}.")
+        self.passes = passes
+        self.every_n_epochs = every_n_epochs
+        self.batches = batches
+        self._modules: list[nn.Module] = []
+        self._training: list[bool] = []
+        self._warned = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module whose predictions cannot be measured."""
+        refuse_embeddings("ConsistencyMonitor", require_rdrop(self, pl_module))
+        self._modules, self._training, self._warned = [], [], False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the modes of training: validation begins with all modules in eval mode."""
+        self._modules = self._modules or list(pl_module.modules())
+        self._training = [module.training for module in self._modules]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Predict the batch with dropout on and off, and log how far the predictions are apart."""
+        if not self._looks_at(trainer, batch_idx):
+            return
+        module = require_rdrop(self, pl_module)
+        # in the mean time neither rdrop_unpack nor validation_step may take from a batch what the other needs
+        batch = map_tensors(batch, lambda tensor: tensor)
+        with trainer.precision_plugin.val_step_context(), torch.no_grad():
+            inputs, target = module.rdrop_unpack(batch)
+            training = dict(zip(self._modules, self._training, strict=True)) if self._modules else None
+            predictions = dropout_passes(module, inputs, self.passes, training=training)
+            with untouched(module, module.device):
+                prediction = module.rdrop_predict(inputs)
+        self._warn_of_equal_passes(module, predictions)
+        for name, average in _averages(module.rdrop_distance, predictions, prediction, target).items():
+            rows: Any = average.weight  # a tensor, which is not waited for
+            module.log(f"val/{name}", average.mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
+
+    def _looks_at(self, trainer: Trainer, batch_idx: int) -> bool:
+        if trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs:
+            return trainer.sanity_checking  # what would fail is found before training
+        if isinstance(self.batches, int):
+            return batch_idx < self.batches
+        return math.floor(batch_idx * self.batches) > math.floor((batch_idx - 1) * self.batches)
+
+    def _warn_of_equal_passes(self, module: nn.Module, predictions: Any) -> None:
+        if self._warned:
+            return
+        self._warned = True  # or found to be right
+        if all(bool((tensor == tensor[:1]).all()) for _, tensor in tensors_of(predictions) if tensor.dim()):
+            warnings.warn(
+                f"ConsistencyMonitor: the {self.passes} dropout passes of {type(module).__name__} are all the same, so "
+                "there is no gap to see. It has no dropout with p > 0, or none in training mode; "
+                "lightning_rdrop.dropout.as_table(module) shows what it has.",
+                stacklevel=3,
+            )
+
+
+def _averages(distance: Distance, predictions: Any, weight_average: Any, target: Any) -> dict[str, Average]:
+    """What is logged of one batch, by name."""
+    if isinstance(distance, Together):
+        return {
+            f"{part}_{name}": average
+            for part in distance.weights
+            for name, average in _averages(
+                distance.part(part), predictions[part], weight_average[part], target[part]
+            ).items()
+        }
+    found = kl_averages(predictions, target, distance)
+    if distance.reads("log_probabilities", "target_class"):
+        found["dropout_disagreement"] = disagreement_average(predictions, target, distance)
+    if distance.reads("model_average"):
+        found |= gap_averages(predictions, weight_average, target, distance)
+    return {name: average for name, average in found.items() if name in LOGGED}

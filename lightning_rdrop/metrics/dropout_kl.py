@@ -1,0 +1,104 @@
+"""How far the predictions of several dropout passes are apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_rdrop.distance import Distance
+from lightning_rdrop.divergence import dispersion
+from lightning_rdrop.metrics.row_means import RowMeans, Rows, one_distance, several
+from lightning_rdrop.terms import Average
+
+NAMES = ("dropout_kl", "dropout_kl_target", "dropout_kl_others")
+
+
+def dropout_kl(
+    predictions: Tensor, target: Tensor | None = None, distance: Distance | None = None
+) -> dict[str, Tensor]:
+    r"""The consistency of K dropout passes, as ``train/kl`` counts it, and its parts of the target and other classes.
+
+    .. math::
+        \text{kl} = \operatorname*{mean}_{n,\,j<k} \tfrac14 \sum_c (p_{jnc} - p_{knc})(\log p_{jnc} - \log p_{knc})
+
+    which is half the mean symmetric KL of two passes: the kl of :class:`~lightning_rdrop.RDropLoss` for the same
+    predictions, whatever their number. The terms of the sum with :math:`c = y_n` are the part of the target, and all
+    others are the rest, which cross-entropy does not see: it leaves the classes that are not the target free to change
+    from one mask to the next.
+
+    Args:
+        predictions: of K >= 2 passes, (K, N, ...).
+        target: (N, ...), which class is the target, and which rows count; without it all do, and there are no parts.
+        distance: how to read them; ``None`` is :class:`~lightning_rdrop.Categorical`. For
+            :class:`~lightning_rdrop.Bernoulli` a row is a label, with the classes no and yes. One that knows no classes
+            is asked for its own D, and there are no parts.
+
+    Returns:
+        ``dropout_kl``, ``dropout_kl_target`` and ``dropout_kl_others``, nats per row (in the units of D).
+
+    Raises:
+        ValueError: a single pass, or shapes that do not match.
+        TypeError: ``distance`` is one of several predictions by name.
+
+    Source: Su Jianlin, spaces.ac.cn/archives/8496.
+
+    Example:
+        >>> from torch import tensor
+        >>> passes = tensor([[[0.6, 0.2, 0.2]], [[0.3, 0.4, 0.3]]]).log()  # K = 2, N = 1, C = 3
+        >>> dropout_kl(passes, tensor([1]))  # 0.3 ln 2 + 0.2 ln 2 + 0.1 ln 1.5, a quarter of it
+        {'dropout_kl': tensor(0.0968), 'dropout_kl_target': tensor(0.0347), 'dropout_kl_others': tensor(0.0621)}
+    """
+    return {name: average.mean for name, average in kl_averages(predictions, target, distance).items()}
+
+
+def kl_averages(predictions: Tensor, target: Tensor | None, distance: Distance | None = None) -> dict[str, Average]:
+    """What :func:`dropout_kl` is the means of."""
+    distance = one_distance(distance)
+    if not distance.reads("log_probabilities", "target_class"):
+        between = distance.over_pairs(several(predictions), target)
+        return {"dropout_kl": Average(between.total / 2, between.weight)}
+    rows = Rows.read(distance, several(predictions), target)
+    terms = dispersion(rows.log_p) / 2
+    found = {"dropout_kl": rows.mean(terms.sum(-1))}
+    if rows.target is None:
+        return found
+    index = rows.target.unsqueeze(-1)
+    return found | {
+        "dropout_kl_target": rows.mean(terms.gather(-1, index).squeeze(-1)),
+        "dropout_kl_others": rows.mean(terms.scatter(-1, index, 0).sum(-1)),
+    }
+
+
+class DropoutKL(RowMeans):
+    r"""The consistency of K dropout passes, as ``train/kl`` counts it, and its parts of the target and other classes.
+
+    See :func:`dropout_kl` for the formula. ``compute`` returns ``dropout_kl``, ``dropout_kl_target`` and
+    ``dropout_kl_others``, means over all rows that counted in any batch on any rank.
+
+    Args:
+        distance: how to read predictions; ``None`` is :class:`~lightning_rdrop.Categorical`. Without classes, as with
+            :class:`~lightning_rdrop.Gaussian`, there is ``dropout_kl`` alone.
+        kwargs: those of :class:`torchmetrics.Metric`.
+
+    Shapes:
+        ``update`` takes predictions (K, N, ..., C), K >= 2, and a target (N, ...), or what the distance takes.
+
+    Example:
+        >>> from torch import tensor
+        >>> metric = DropoutKL()
+        >>> metric.update(tensor([[[0.5, 0.2, 0.3]], [[0.5, 0.3, 0.2]]]).log(), tensor([0]))
+        >>> metric.compute()  # ln(1.5) / 20, none of it from the target
+        {'dropout_kl': tensor(0.0203), 'dropout_kl_target': tensor(0.), 'dropout_kl_others': tensor(0.0203)}
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
+        classes = one_distance(distance).reads("log_probabilities", "target_class")
+        super().__init__(NAMES if classes else NAMES[:1], distance, **kwargs)
+
+    def update(self, predictions: Tensor, target: Tensor | None = None) -> None:
+        """Add K predictions of the rows of a batch."""
+        self.add(kl_averages(predictions, target, self.distance))

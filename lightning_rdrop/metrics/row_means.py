@@ -1,0 +1,117 @@
+"""What the metrics share: means that are exact across batches and ranks, and how a distance reads the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_rdrop import views
+from lightning_rdrop.distance import Categorical, Distance, Together
+from lightning_rdrop.terms import Average
+
+
+class RowMeans(Metric):
+    """Means over rows by name, kept as their sums and weights, which are added up over batches and ranks."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, names: Sequence[str], distance: Distance | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.distance = one_distance(distance)
+        self.names = tuple(names)
+        for name in names:
+            self.add_state(f"{name}_total", torch.tensor(0.0), dist_reduce_fx="sum")
+            self.add_state(f"{name}_weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def add(self, averages: Mapping[str, Average]) -> None:
+        """Add the rows of a batch."""
+        for name, average in averages.items():
+            setattr(self, f"{name}_total", getattr(self, f"{name}_total") + average.total.detach())
+            setattr(self, f"{name}_weight", getattr(self, f"{name}_weight") + average.weight.detach())
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means by name; NaN where no row counted."""
+        return {name: getattr(self, f"{name}_total") / getattr(self, f"{name}_weight") for name in self.names}
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a value, or several over the steps, with matplotlib.
+
+        Args:
+            val: what ``compute`` or ``forward`` returned, or a list of such; ``None`` is ``compute()``.
+            ax: where to plot; ``None`` is a new figure.
+
+        Returns:
+            the figure and its axes.
+        """
+        return self._plot(val, ax)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """K predictions as a distance over classes reads them.
+
+    Args:
+        log_p: log-probabilities, shape (K, N, ..., C).
+        target: indices of classes, shape (N, ...), 0 in the rows that do not count; None where there is none.
+        counted: shape (N, ...), which rows count; None if all do.
+    """
+
+    log_p: Tensor
+    target: Tensor | None
+    counted: Tensor | None
+
+    @classmethod
+    def read(cls, distance: Distance, predictions: Tensor, target: Tensor | None) -> Rows:
+        """The rows of predictions (K, N, ...) and of a target (N, ...)."""
+        count = views.count(predictions)
+        log_p: Tensor = views.split(distance.log_probabilities(views.merge(predictions)), count, len(predictions[0]))
+        if target is None:
+            return cls(log_p, None, None)
+        counted = distance.counted(predictions[0], target)
+        classes = distance.target_class(predictions[0], target)
+        return cls(log_p, classes if counted is None else classes.where(counted, 0), counted)
+
+    def mean(self, values: Tensor) -> Average:
+        """The mean of one value a row, (N, ...), over those that count."""
+        return Average.of(values, self.counted)
+
+
+def one_distance(distance: Distance | None) -> Distance:
+    """The distance, by default that of classes.
+
+    Raises:
+        TypeError: it is none, or one of several predictions.
+    """
+    if distance is None:
+        return Categorical()
+    if isinstance(distance, Together):
+        raise TypeError(
+            f"distance={distance!r} is of several predictions by name, and a metric measures one: give each a metric "
+            "of its own, with distance.part(name)."
+        )
+    if not isinstance(distance, Distance):
+        raise TypeError(f"distance must be a Distance, such as Bernoulli(), or None for classes, got {distance!r}.")
+    return distance
+
+
+def several(predictions: Tensor) -> Tensor:
+    """The predictions, if they are of two passes or more.
+
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: they are of one pass.
+    """
+    if not isinstance(predictions, Tensor):
+        raise TypeError(f"predictions must be a tensor (K, N, ...), got a {type(predictions).__name__}.")
+    if predictions.dim() < 2 or len(predictions) < 2:
+        raise ValueError(
+            f"predictions must be those of K >= 2 dropout passes over the same rows, (K, N, ...), got the shape "
+            f"{tuple(predictions.shape)}. dropout_passes(module, inputs, passes=8) makes them."
+        )
+    return predictions

@@ -11,12 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from lightning_rdrop.compare import results
 from lightning_rdrop.compare.engine import Engine
+from lightning_rdrop.compare.equal_cost import add_equal_cost
 from lightning_rdrop.compare.plan import Plan
+from lightning_rdrop.compare.progress import Progress
 from lightning_rdrop.compare.report import Report
+from lightning_rdrop.compare.results import Results, Row
 from lightning_rdrop.compare.run import Run
 
 
@@ -29,6 +31,20 @@ def parser() -> ArgumentParser:
         action="append",
         default=[],
         help="NAME=FILE.yaml, or NAME='--model.rdrop_alpha=1', laid over the config; the first is the reference.",
+    )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        help="KEY=VALUE,VALUE makes variants of the config, NAME:KEY=VALUE,VALUE of a variant; several are combined.",
+    )
+    parser.add_argument(
+        "--equal-cost",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="NAME",
+        help="Add the reference with the seconds of this variant (default: the second), and the variant with alpha 0.",
     )
     parser.add_argument("--seeds", type=int | list[int], default=5, help="5 is 1 to 5; or a list.")
     parser.add_argument("--seed-to", action="append", default=[], help="Also set to the seed: data.init_args.draw")
@@ -46,64 +62,64 @@ def compare(args: Sequence[str]) -> None:
     missing = [name for name in ("submitit", "scipy", "rich", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"compare needs {', '.join(missing)}: pip install 'lightning-rdrop[compare]'")
-    command = parser()
-    given = command.parse_args(list(args))
+    given = parser().parse_args(list(args))
     try:
         if given.report is not None:
             report(Path(given.report))
-            return
-        if given.out is None or not given.config or not given.variant:
-            raise ValueError("give --config, --variant and --out; or --report FOLDER for the report alone.")
-        if given.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {given.workers}.")
-        seeds = list(range(1, given.seeds + 1)) if isinstance(given.seeds, int) else given.seeds
-        plan = Plan.of(given.config, given.variant, given.seed_to)
-        folder = Path(given.out)
-        with _alone(folder), _interruptible():
-            earlier = Plan.read(folder)
-            whole = plan.continues(earlier) if earlier else plan
-            whole.write(folder)
-            engine = Engine(given.executor, given.workers, given.slurm)
-            runs = [
-                Run(
-                    name,
-                    seed,
-                    config,
-                    folder.absolute() / "runs" / name / str(seed),
-                    plan.seed_to,
-                    given.keep_checkpoints,
-                )
-                for seed in seeds
-                for name, config in plan.variants.items()
-            ]
-            work(whole, folder, runs, engine)
-            report(folder)
+        else:
+            compare_all(given)
     except ValueError as error:
         print(f"lightning-rdrop compare: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
         sys.exit(130)
 
 
-def work(plan: Plan, folder: Path, runs: Sequence[Run], engine: Engine) -> None:
-    """Run what is not finished, and keep ``results.csv`` up to date."""
-    rows = {(row["variant"], row["seed"]): row for row in results.read(folder / "results.csv")}
-    rows |= {(run.variant, run.seed): results.row_of(run) for run in runs if run.result is not None}
+def compare_all(given: Namespace) -> None:
+    """Plan, run and report."""
+    if given.out is None or not given.config or not (given.variant or given.grid):
+        raise ValueError("give --config, --variant and --out; or --report FOLDER for the report alone.")
+    if given.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {given.workers}.")
+    seeds = [*range(1, given.seeds + 1)] if isinstance(given.seeds, int) else given.seeds
+    plan = Plan.of(given.config, given.variant, given.grid, given.seed_to)
+    dear = None if given.equal_cost is None else _dear(plan, given.equal_cost)
+    folder = Path(given.out)
+    with _alone(folder), _interruptible():
+        earlier = Plan.read(folder)
+        whole = plan.continues(earlier) if earlier else plan
+        engine = Engine(given.executor, given.workers, given.slurm)
+        rows = work(whole, [*plan.variants], seeds, folder, engine, given.keep_checkpoints)
+        if dear is not None:
+            whole = add_equal_cost(whole, rows, dear)
+            work(whole, [*whole.equal_cost[dear]], seeds, folder, engine, given.keep_checkpoints)
+        report(folder)
 
-    def save() -> None:
-        order = {name: position for position, name in enumerate(plan.variants)}
-        ordered = sorted(rows.values(), key=lambda row: (order.get(row["variant"], len(order)), row["seed"]))
-        results.write(folder / "results.csv", ordered)
 
-    save()
-    waiting = [run for run in runs if rows.get((run.variant, run.seed), {}).get("status") != "done"]
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished.", flush=True)
-    for done, run in enumerate(engine.execute(waiting), len(runs) - len(waiting) + 1):
-        row = rows[run.variant, run.seed] = results.row_of(run)
-        save()
-        said = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("test/"))
-        print(f"[{done}/{len(runs)}] {run.variant}, seed {run.seed}: {said or row['status']}", flush=True)
+def work(
+    plan: Plan, names: Sequence[str], seeds: Sequence[int], folder: Path, engine: Engine, keep_checkpoints: bool
+) -> list[Row]:
+    """Run these variants with these seeds where it is not done yet, and keep ``results.csv`` up to date.
+
+    The runs of a seed follow each other, so that pairs are there from the beginning.
+    """
+    plan.write(folder)
+    place = folder.absolute() / "runs"
+    runs = [
+        Run(name, seed, plan.variants[name], place / name / str(seed), tuple(plan.seed_to), keep_checkpoints)
+        for seed in seeds
+        for name in names
+    ]
+    table = Results(folder / "results.csv", [*plan.variants])
+    for run in runs:  # what ended after an earlier command had been killed
+        if run.result is not None:
+            table.add(run)
+    waiting = [run for run in runs if not table.is_done(run)]
+    with Progress(len(runs), waiting) as progress:
+        for run in engine.execute(waiting):
+            progress.ended(run, table.add(run), Report(plan, table.rows))
+    return table.rows
 
 
 def report(folder: Path) -> None:
@@ -113,9 +129,20 @@ def report(folder: Path) -> None:
     plan = Plan.read(folder)
     if plan is None:
         raise ValueError(f"--report {folder}: there is no comparison.yaml in it, which every comparison begins with.")
-    made = Report(plan, results.read(folder / "results.csv"))
+    made = Report(plan, Results(folder / "results.csv").rows)
     made.write(folder)
-    Console().print(made.table())
+    console = Console()
+    console.print(made.table())
+    console.print(made.notes(), highlight=False)
+
+
+def _dear(plan: Plan, name: str) -> str:
+    """The variant whose cost others are to have."""
+    others = [*plan.families][1:]
+    name = name or next(iter(others), "")
+    if name not in others:
+        raise ValueError(f"--equal-cost {name}: give a variant besides the reference: {', '.join(others) or 'none'}.")
+    return name
 
 
 @contextmanager

@@ -14,21 +14,18 @@ class Difference:
 
     Args:
         mean: of the differences.
-        low, high: their 95 % interval; NaN for one seed.
-        seeds: how many there are.
+        margin: half of its 95 % interval; NaN for one seed.
         needed: the seeds with which a difference of this size would be seen; None for none, or more than a million.
     """
 
     mean: float
-    low: float
-    high: float
-    seeds: int
+    margin: float
     needed: int | None
 
     @property
     def sign(self) -> int:
         """1 or -1 where the whole interval lies above or below 0; else 0: nothing is shown."""
-        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+        return (self.mean > self.margin) - (self.mean < -self.margin)
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
@@ -41,19 +38,19 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
     Example:
         >>> difference = paired_difference([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])  # 2, 3 and 1; t is 4.303
-        >>> difference.mean, round(difference.low, 3), round(difference.high, 3)
-        (2.0, -0.484, 4.484)
+        >>> difference.mean, round(difference.margin, 3)
+        (2.0, 2.484)
     """
     from scipy import stats  # an extra
 
     differences = [value - other for value, other in zip(values, reference, strict=True)]
     seeds, center = len(differences), mean(differences)
     if seeds < 2:
-        return Difference(center, math.nan, math.nan, seeds, None)
+        return Difference(center, math.nan, None)
     deviation = stdev(differences) if all(map(math.isfinite, differences)) else math.nan
     margin = float(stats.t.ppf(0.975, seeds - 1)) * deviation / math.sqrt(seeds)
     effect = abs(center) / deviation if deviation else math.inf if center else 0.0
-    return Difference(center, center - margin, center + margin, seeds, seeds_needed(effect))
+    return Difference(center, margin, seeds_needed(effect))
 
 
 def seeds_needed(effect: float, power: float = 0.8) -> int | None:

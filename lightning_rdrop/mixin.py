@@ -126,6 +126,8 @@ class RDropMixin(Hooks):
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
+        self.rdrop_kl: Tensor | None = None
+        """The kl of the last step that was logged, for callbacks; None before the first."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value]
         self._rdrop_own_alpha = self.rdrop_alpha
@@ -193,7 +195,7 @@ class RDropMixin(Hooks):
         The values of a step are those of one rank, which takes no collective. Those of an epoch, ``train/ce_epoch``
         and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks.
         """
-        self.rdrop_rows = terms.rows
+        self.rdrop_rows, self.rdrop_kl = terms.rows, terms.kl.detach()
         self._rdrop_guard.note(terms.kl)
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():

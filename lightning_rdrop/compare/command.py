@@ -83,6 +83,8 @@ def compare_all(given: Namespace) -> None:
     if given.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {given.workers}.")
     seeds = [*range(1, given.seeds + 1)] if isinstance(given.seeds, int) else given.seeds
+    if not seeds or len({*seeds}) < len(seeds):
+        raise ValueError(f"--seeds must be a number of seeds, 1 or more, or different ones, got {given.seeds}.")
     plan = Plan.of(given.config, given.variant, given.grid, given.seed_to)
     dear = None if given.equal_cost is None else _dear(plan, given.equal_cost)
     folder = Path(given.out)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from lightning_rdrop.compare.config import Config, callbacks, instances
 from lightning_rdrop.lightning_cli import RDropCLI
@@ -75,10 +76,9 @@ class Run:
             self.write({"status": "done"} | result)
 
     def _fit(self) -> dict[str, Any]:
-        config = self.folder / "config.json"
+        config = self.folder / "config.yaml"
         if not _rank():
-            config.write_text(json.dumps(_isolated(self.config, self.folder / "train"), indent=1))
-        sys.argv = sys.argv[:1]  # those of the engine mean nothing to the CLI, which would warn of them
+            config.write_text(yaml.safe_dump(_isolated(self.config, self.folder / "train"), sort_keys=False))
         seeds = [f"--{key}={self.seed}" for key in ("seed_everything", *self.seed_to)]
         return Measured(args=["fit", "--config", str(config), *seeds]).measured()
 
@@ -144,4 +144,6 @@ def _say(error: Exception) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return f"out of memory ({said})" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else said
+    # torch has an error for the memory of a GPU, and none for that of a CPU
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said
+    return f"out of memory ({said})" if memory else said

@@ -1,6 +1,6 @@
 """R-Drop for PyTorch Lightning: inherit the mixin, add the callback, or use the command line."""
 
-from lightning_rdrop.callbacks import AlphaScheduler
+from lightning_rdrop.callbacks import AdaptiveAlpha, AlphaScheduler
 from lightning_rdrop.cross_entropy import Head, linear_rdrop_cross_entropy, rdrop_cross_entropy
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import (
@@ -31,6 +31,7 @@ __all__ = [
     "CTC",
     "FGM",
     "VAT",
+    "AdaptiveAlpha",
     "AlphaScheduler",
     "Average",
     "Bernoulli",

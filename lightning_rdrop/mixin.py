@@ -133,6 +133,8 @@ class RDropMixin(Hooks):
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
         self.rdrop_denominators: dict[str, Tensor] = {}
         """That of each of its terms, by name: they may be different ones, and several with several predictions."""
+        self.rdrop_kl: Tensor | None = None
+        """The kl of the last step that was logged, for callbacks; None before the first."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value]
         self._rdrop_own_alpha = self.rdrop_alpha
@@ -206,7 +208,7 @@ class RDropMixin(Hooks):
         and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks; with several
         predictions those of each part are, and their sums weigh batches by their examples.
         """
-        self.rdrop_rows, self.rdrop_denominators = terms.rows, terms.denominators()
+        self.rdrop_rows, self.rdrop_denominators, self.rdrop_kl = terms.rows, terms.denominators(), terms.kl.detach()
         self._rdrop_guard.note(terms.kl)
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():

@@ -25,6 +25,8 @@ FLOORS = [
     "callbacks",
     "data",
     "modules",
+    "lightning_cli",
+    "compare",
     "cli",
     "__init__ __main__",
 ]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MetricCollection
 
-from lightning_rdrop import Head, RDropMixin, SimCSEMixin, Views, WithLosses
+from lightning_rdrop import AdaptiveAlpha, Head, RDropMixin, SimCSEMixin, Views, WithLosses
 from lightning_rdrop.callbacks import ConsistencyMonitor
 from lightning_rdrop.callbacks.consistency_monitor import LOGGED
 from lightning_rdrop.metrics import (
@@ -254,6 +254,41 @@ def test_views_of_the_data_on_two_ranks_are_those_of_one_batch(pair, kind, passe
     assert two[0]["weights"] == two[1]["weights"] == pytest.approx(one["weights"], rel=1e-9)
     losses = [[step[0] for step in run["steps"]] for run in (one, *two)]
     assert losses[0] == pytest.approx([sum(both) / 2 for both in zip(*losses[1:], strict=True)])
+
+
+class Alphas(pl.Callback):
+    def __init__(self):
+        self.alphas = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.alphas.append(pl_module.rdrop_alpha)
+
+
+def adapted(strategy, batch_size, folder, resume=None):
+    """The alphas of a training with AdaptiveAlpha, which is saved within a change."""
+    watch = Alphas()
+    save = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1 if strategy == "auto" else 2, strategy=strategy, precision="64-true",
+        max_epochs=5, callbacks=[AdaptiveAlpha(6.6e-5, horizon=4, every=3), save, watch], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rows = examples(14)
+    rows = rows if strategy == "auto" else rows[:4] + rows[8:12] if rank == 0 else rows[4:8] + rows[12:]
+    trainer.fit(Network(lr=0.0), DataLoader(rows, batch_size), ckpt_path=resume)
+    return watch.alphas
+
+
+def test_adaptive_alpha_is_the_same_on_both_ranks_and_that_of_all_rows(pair, tmp_path):
+    one = adapted("auto", 8, tmp_path / "one")
+    first, second = pair.run(adapted, "ddp", 4, tmp_path / "two")
+    assert first == second
+    assert len(set(first)) == 4
+    assert first == pytest.approx(one, rel=1e-9)
+    # a resumed one has the sums of each rank: those of rank 0 alone would give other alphas
+    for resumed in pair.run(adapted, "ddp", 4, tmp_path / "two", tmp_path / "two" / "step=4.ckpt"):
+        assert resumed == first[4:]
 
 
 def test_uneven_last_batches(pair):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_rdrop._lightning import Callback
 from lightning_rdrop.arguments import non_negative
-from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
 from lightning_rdrop.callbacks._training_length import planned_steps
 from lightning_rdrop.schedule import SHAPES, cyclical
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer
 
 
-class AlphaScheduler(Callback):
+class AlphaScheduler(ModuleValue):
     r"""Raises the module's ``rdrop_alpha`` from 0 to its peak.
 
     .. math:: \alpha(s) = \text{peak} \cdot \text{shape}\left(\min\left(1, \frac{s - \text{delay}}{\text{ramp}}\right)
@@ -52,9 +51,6 @@ class AlphaScheduler(Callback):
         AlphaScheduler(shape='sigmoid', ramp=0.1, delay=0, peak=None)
     """
 
-    attribute: ClassVar[str] = "rdrop_alpha"
-    """The attribute of the module that is scheduled."""
-
     def __init__(
         self,
         shape: Literal["constant", "linear", "sigmoid", "cosine", "cyclical"] | Callable[[float], float] = "sigmoid",
@@ -70,7 +66,6 @@ class AlphaScheduler(Callback):
         self.ramp = _check_duration("ramp", ramp)
         self.delay = _check_duration("delay", delay)
         self.peak = None if peak is None else non_negative("peak", peak)
-        self._own_value: float | None = None
         self._training_steps: int | None = None
 
     def value_at(self, step: int) -> float:
@@ -92,7 +87,7 @@ class AlphaScheduler(Callback):
                 f"shape {self.shape!r} returned {factor} at progress {progress}: a shape maps [0, 1] to [0, 1]. "
                 f"Say how high {self.attribute} rises with peak."
             )
-        peak = self._own_value if self.peak is None else self.peak
+        peak = self.own_value if self.peak is None else self.peak
         if peak is None:
             raise ValueError(f"peak is None, and no module is being trained whose {self.attribute} it could be.")
         return peak * factor
@@ -101,10 +96,6 @@ class AlphaScheduler(Callback):
         """Forget the length of an earlier training, before a checkpoint's is loaded."""
         if stage == "fit":
             self._training_steps = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the module's own value: the default peak, and what is restored after training."""
-        self._own_value = getattr(require_rdrop(self, pl_module), self.attribute)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training, of which shares are taken, where no checkpoint gave its length."""
@@ -117,11 +108,7 @@ class AlphaScheduler(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the value of the step that begins."""
-        # In manual optimization global_step counts the steps of every optimizer, so batches are counted instead.
-        # The loggers' own counter, _batches_that_stepped, is one ahead after resuming from a step that failed.
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        step = trainer.global_step if pl_module.automatic_optimization else batches
-        setattr(require_rdrop(self, pl_module), self.attribute, self.value_at(step))
+        setattr(pl_module, self.attribute, self.value_at(steps_made(trainer, pl_module)))
 
     def state_dict(self) -> dict[str, Any]:
         """The length of the training, so that a resumed one takes the same shares."""
@@ -131,22 +118,9 @@ class AlphaScheduler(Callback):
         """Take the length of the training that is resumed."""
         self._training_steps = state_dict["training_steps"]
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the module's own value: Lightning calls no teardown after an error."""
-        self._put_back(pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the module's own value after training."""
-        self._put_back(pl_module)
-
-    def _put_back(self, pl_module: LightningModule) -> None:
-        if self._own_value is not None:
-            setattr(require_rdrop(self, pl_module), self.attribute, self._own_value)
-            self._own_value = None
-
     def _warn_of_a_peak_out_of_reach(self, steps: int) -> None:
         delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
-        peak = self._own_value if self.peak is None else self.peak
+        peak = self.own_value if self.peak is None else self.peak
         # a ramp over the whole training would be at its peak one step after the last
         if peak is None or delay + ramp <= steps + 1e-6 or self.value_at(steps) >= peak * (1 - 1e-6):
             return

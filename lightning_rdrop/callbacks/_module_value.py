@@ -1,0 +1,49 @@
+"""Callbacks that set a value of the module during training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from lightning_rdrop._lightning import Callback
+from lightning_rdrop.callbacks._module import require_rdrop
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import LightningModule, Trainer
+
+
+class ModuleValue(Callback):
+    """Keeps the module's own value of an attribute when training begins, and restores it afterwards."""
+
+    attribute: ClassVar[str] = "rdrop_alpha"
+    """The attribute of the module that is set."""
+
+    own_value: float | None = None
+    """The module's own value, during training."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the module's own value."""
+        self.own_value = getattr(require_rdrop(self, pl_module), self.attribute)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the module's own value: Lightning calls no teardown after an error."""
+        self._put_back(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the module's own value after training."""
+        self._put_back(pl_module)
+
+    def _put_back(self, pl_module: LightningModule) -> None:
+        if self.own_value is not None:
+            setattr(require_rdrop(self, pl_module), self.attribute, self.own_value)
+            self.own_value = None
+
+
+def steps_made(trainer: Trainer, pl_module: LightningModule) -> int:
+    """The optimizer steps so far, as the loggers count them.
+
+    In manual optimization global_step counts the steps of every optimizer, so batches are counted instead. The
+    loggers' own counter, _batches_that_stepped, is one ahead after resuming from a step that failed.
+    """
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed

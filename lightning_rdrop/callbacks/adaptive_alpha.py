@@ -1,0 +1,158 @@
+"""Alpha that follows the kl."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import LightningModule, Trainer
+
+
+class AdaptiveAlpha(ModuleValue):
+    r"""Raises the module's ``rdrop_alpha`` while kl is above a target, and lowers it while kl is below.
+
+    .. math:: \alpha \leftarrow \alpha \left(1 + \operatorname{clip}\left(\frac{\text{kl}}{\text{target}} - 1,
+        -0.2, 0.2\right) \frac{\text{steps}}{\text{horizon}}\right)
+
+    every few steps, with kl the mean over the rows of these steps on all ranks. Alpha begins at the module's own value,
+    which is restored after training, and stays between the bounds. On all ranks it is the same, and an interrupted run
+    resumes with the same alphas to the bit (with as many ranks). The training step never waits for the device: kl is
+    read when alpha changes, which takes one all-reduce of two numbers.
+
+    Args:
+        target_kl: the kl that is wanted, > 0, in nats a row, as ``train/kl`` logs it. Of a run with an alpha that is
+            about right, it is the kl in the middle of training.
+        horizon: the steps in which alpha changes by a fifth at most.
+        every: the steps between two changes; ``None`` takes the Trainer's ``log_every_n_steps``.
+        minimum, maximum: the bounds, 0 < minimum <= maximum.
+
+    Raises:
+        ValueError: an argument out of its range, an alpha of the module that is not between the bounds, or another
+            callback that sets it, such as :class:`AlphaScheduler`.
+        TypeError: a module without ``RDropMixin``.
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+
+    Example:
+        >>> adaptive = AdaptiveAlpha(target_kl=0.1, horizon=100)
+        >>> round(adaptive.after(4.0, kl=0.11, steps=10), 6), round(adaptive.after(4.0, kl=0.5, steps=10), 6)
+        (4.04, 4.08)
+    """
+
+    def __init__(
+        self,
+        target_kl: float,
+        horizon: int,
+        *,
+        every: int | None = None,
+        minimum: float = 0.01,
+        maximum: float = 100.0,
+    ) -> None:
+        super().__init__()
+        self.target_kl = float(non_negative("target_kl", target_kl))
+        if not self.target_kl:
+            raise ValueError("target_kl must be > 0: views that agree perfectly are no target.")
+        self.horizon = _positive("horizon", horizon)
+        self.every = None if every is None else _positive("every", every)
+        self.minimum, self.maximum = non_negative("minimum", minimum), non_negative("maximum", maximum)
+        if not 0 < self.minimum <= self.maximum:
+            raise ValueError(f"minimum={minimum} and maximum={maximum} must be 0 < minimum <= maximum.")
+        self._alpha: float | None = None
+        self._changed_at = 0
+        self._sums: Tensor | None = None
+        self._saved_sums: list[list[float]] = []
+
+    def after(self, alpha: float, kl: float, steps: int) -> float:
+        """What alpha becomes after some steps with this mean kl; NaN changes nothing."""
+        error = 0.0 if math.isnan(kl) else max(-0.2, min(0.2, kl / self.target_kl - 1))
+        return max(self.minimum, min(self.maximum, alpha * (1 + error * steps / self.horizon)))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier training, before a checkpoint is loaded."""
+        if stage == "fit":
+            self._alpha, self._changed_at, self._sums, self._saved_sums = None, 0, None, []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the module's own alpha, where no checkpoint gave another."""
+        super().on_fit_start(trainer, pl_module)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # its connector sets it
+            if other is not self and isinstance(other, ModuleValue) and other.attribute == self.attribute:
+                raise ValueError(f"AdaptiveAlpha and {other!r} both set {self.attribute}. Remove one of them.")
+        if self._alpha is None:
+            self._alpha = float(self.own_value or 0.0)
+        if not self.minimum <= self._alpha <= self.maximum:
+            raise ValueError(
+                f"rdrop_alpha={self._alpha:g} is not between minimum={self.minimum:g} and maximum={self.maximum:g} of "
+                "AdaptiveAlpha, which begins there. Give the module another rdrop_alpha, or other bounds."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the sums of a training that is resumed."""
+        if self._saved_sums:
+            if len(self._saved_sums) != trainer.world_size:  # all of them on one rank
+                total = [sum(column) for column in zip(*self._saved_sums, strict=True)]
+                self._saved_sums = [total, *[[0.0, 0.0]] * (trainer.world_size - 1)]
+            sums, device = self._saved_sums[trainer.global_rank], pl_module.device
+            self._sums = torch.tensor(sums, dtype=_precise(device), device=device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Change alpha if that is due, and set it."""
+        module = require_rdrop(self, pl_module)
+        steps = steps_made(trainer, pl_module) - self._changed_at
+        every = self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # its connector sets it
+        if self._alpha is not None and self._sums is not None and steps >= every:
+            sums: Any = trainer.strategy.reduce(self._sums, reduce_op="sum")
+            total, rows = sums.tolist()
+            self._alpha = self.after(self._alpha, total / rows if rows else math.nan, steps)
+            self._changed_at, self._sums = self._changed_at + steps, None
+        setattr(module, self.attribute, self._alpha)
+        module.rdrop_kl = None  # that of an earlier step is not that of this one
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the kl of the batch, on its device."""
+        module = require_rdrop(self, pl_module)
+        if module.rdrop_kl is None:
+            raise ValueError(
+                f"AdaptiveAlpha found no kl: the training_step of {type(pl_module).__name__} has to call "
+                "self.rdrop_log(terms)."
+            )
+        kl = module.rdrop_kl.to(_precise(module.rdrop_kl.device))
+        rows = torch.ones_like(kl) if module.rdrop_rows is None else module.rdrop_rows.to(kl)
+        sums = torch.stack([kl * rows, rows])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where alpha is, and since when."""
+        return {"alpha": self._alpha, "changed_at": self._changed_at, "sums": []}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the sums of all ranks, of which rank zero, which writes the checkpoint, knows its own only."""
+        if self._sums is not None:
+            sums = trainer.strategy.all_gather(self._sums).reshape(-1, 2).tolist()
+            checkpoint["callbacks"][self.state_key]["sums"] = sums
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a training where it was."""
+        self._alpha, self._changed_at = state_dict["alpha"], state_dict["changed_at"]
+        self._saved_sums = state_dict["sums"]
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, a number of optimizer steps, got {value!r}.")
+    return int(value)
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64

@@ -252,7 +252,7 @@ def test_long_texts_and_line_breaks_in_quotes(tmp_path):
     [
         ("t.csv", "sentence,label\na,10\nb, 9\nc,-1\n"),
         ("t.jsonl", lines(*({"sentence": "a", "label": label} for label in (10, 9, -1)))),
-        ("t.json", json.dumps([{"sentence": "a", "label": label} for label in (10.0, 9.0, -1.0)])),  # as pandas writes it
+        ("t.json", json.dumps([{"sentence": "a", "label": label} for label in (10.0, 9.0, -1.0)])),  # pandas
         ("t.json", json.dumps([{"sentence": "a", "label": label} for label in ("10", "9", "-1")])),
     ],
 )  # fmt: skip

@@ -24,6 +24,9 @@ FLOORS = [
     "callbacks",
     "data",
     "modules",
+    "failures mistakes predictions quickstart",
+    "parser",
+    "lightning_cli",
     "cli",
     "__init__ __main__",
 ]

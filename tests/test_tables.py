@@ -271,7 +271,7 @@ def test_a_class_twice():
 def test_without_a_training_table_the_classes_are_asked_for(tmp_path):
     data = TextDataModule("none", test=write(tmp_path, "t.csv", GOOD))
     data.setup("test")
-    with pytest.raises(ValueError, match=r"give the ckpt_path of a model that was trained on them, or labels="):
+    with pytest.raises(ValueError, match=r"give the ckpt_path of a model that was trained on them, or labels"):
         data.test_dataloader()
     data.labels = ["x", "y"]  # as a checkpoint does
     assert len(data.test_dataloader().dataset) == 2

@@ -27,7 +27,11 @@ def cell(row: Row, column: str) -> Any:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no column {column!r}, only {', '.join(map(repr, row))}.{hint}")
     value = row[column]
-    if value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip()):
+    if (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    ):
         raise ValueError(f"the column {column!r} is blank.")
     return value
 

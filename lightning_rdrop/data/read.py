@@ -45,9 +45,15 @@ def read_table(path: str | Path, split: str | None = None) -> Table:
             f"DatasetDict, not {suffix or 'a file without a suffix'}."
         )
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
-        raise FileNotFoundError(f"{path}: there is no such file.{f' Did you mean {near[0]}?' if near else ''}")
+        raise FileNotFoundError(f"{path}: there is no such file.{similar_file(path)}")
     table = read_folder(path, split) if path.is_dir() else READERS[suffix](path)
     if not table:
         raise ValueError(f"{path}: the table has no rows.")
     return table
+
+
+def similar_file(path: Path) -> str:
+    """A sentence with the file that is probably meant by one that is not there; empty if none is like it."""
+    stems = {other.stem: other.name for other in path.parent.glob(f"*{path.suffix}")}
+    near = difflib.get_close_matches(path.stem, stems, n=1)
+    return f" Did you mean {stems[near[0]]}?" if near else ""

@@ -133,7 +133,7 @@ class TextDataModule(pl.LightningDataModule):
         if self.labels is None:
             if self.rows("train") is None:
                 raise ValueError(
-                    "The classes are not known: give the ckpt_path of a model that was trained on them, or labels=[...]."
+                    "The classes are not known: give the ckpt_path of a model that was trained on them, or labels."
                 )
             rows = self.table("train")
             labels = cells.in_order({cells.class_name(one) for row in rows for one in self.classes(row)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     ids: dict[str, array[int]]
     """``input_ids`` and whatever else the model takes, of the same length."""
     starts: dict[int, int]
-    """Of a text that was split into words: where the first token of a word is, for those that have one in the length."""
+    """Of a text that is a list of words: where the first token of each word is."""
 
 
 class CachedTokenizer:

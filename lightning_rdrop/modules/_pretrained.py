@@ -12,6 +12,9 @@ from lightning_rdrop.extras import require
 from lightning_rdrop.modules._classes import ClassTask
 from lightning_rdrop.modules.task import Task
 
+LATER: Any = None
+"""In the place of a network that is loaded in ``configure_model``."""
+
 
 class Pretrained(Task):
     """A module whose model was loaded with its dropout switched on; it says so when a training begins."""

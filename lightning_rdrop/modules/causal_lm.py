@@ -52,5 +52,5 @@ class CausalLM(LanguageModel):
     def rdrop_hidden(self, inputs: Any) -> Tensor:
         return super().rdrop_hidden(inputs)[:, :-1]
 
-    def readable(self, prediction: Any) -> list[dict[str, Any]]:
+    def readable(self, prediction: Any, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
         raise TypeError("CausalLM predicts the logits of all tokens, which no table can hold: use it from Python.")

@@ -31,7 +31,7 @@ class Classifier(ClassTask):
         torch.Size([5, 3])
     """
 
-    def __init__(self, network: nn.Module | None, num_classes: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, network: nn.Module, num_classes: int | None = None, **kwargs: Any) -> None:
         super().__init__(network, None, **kwargs)
         self.num_classes = num_classes
         if num_classes is not None:
@@ -53,18 +53,23 @@ class Classifier(ClassTask):
         logits: Tensor = super().predict_step(batch, batch_idx)
         return log_probabilities(logits).exp()
 
-    def readable(self, prediction: Tensor) -> list[dict[str, Any]]:
-        return [self._named(probabilities) for probabilities in prediction.float()]
+    def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        names = self.classes or [str(index) for index in range(prediction.shape[-1])]
+        best = prediction.max(-1)
+        indices, values = best.indices.tolist(), best.values.tolist()
+        rows = [{"prediction": _named(one, names), "probability": p} for one, p in zip(indices, values, strict=True)]
+        if all_probabilities:
+            for row, probabilities in zip(rows, prediction.tolist(), strict=True):
+                row["probabilities"] = _by_name(probabilities, names)
+        return rows
 
-    def _named(self, probabilities: Tensor) -> dict[str, Any]:
-        if probabilities.dim() > 1:  # a class for each of several tokens
-            tokens = [self._named(one) for one in probabilities]
-            return {column: [token[column] for token in tokens] for column in tokens[0]}
-        names = self.classes or [str(index) for index in range(len(probabilities))]
-        best = int(probabilities.argmax())
-        values = probabilities.tolist()
-        return {
-            "prediction": names[best],
-            "probability": values[best],
-            "probabilities": dict(zip(names, values, strict=True)),
-        }
+
+def _named(index: Any, names: list[str]) -> Any:
+    """The name of a class, or those of several, nested as the indices are."""
+    return [_named(one, names) for one in index] if isinstance(index, list) else names[index]
+
+
+def _by_name(probabilities: list[Any], names: list[str]) -> Any:
+    if isinstance(probabilities[0], list):
+        return [_by_name(one, names) for one in probabilities]
+    return dict(zip(names, probabilities, strict=True))

@@ -36,7 +36,7 @@ class MultilabelClassifier(ClassTask):
 
     def __init__(
         self,
-        network: nn.Module | None,
+        network: nn.Module,
         num_labels: int | None = None,
         *,
         rdrop_distance: Distance | None = None,
@@ -60,14 +60,13 @@ class MultilabelClassifier(ClassTask):
         logits: Tensor = super().predict_step(batch, batch_idx)
         return logits.float().sigmoid()
 
-    def readable(self, prediction: Tensor) -> list[dict[str, Any]]:
+    def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        """The classes that are more likely than not, and their probabilities."""
         names = self.classes or [str(index) for index in range(prediction.shape[-1])]
-        rows = [dict(zip(names, values, strict=True)) for values in prediction.float().tolist()]
-        return [
-            {
-                "prediction": [name for name, p in row.items() if p > 0.5],
-                "probability": [p for p in row.values() if p > 0.5],
-                "probabilities": row,
-            }
-            for row in rows
-        ]
+        found = []
+        for values in prediction.tolist():
+            row = dict(zip(names, values, strict=True))
+            likely = {name: p for name, p in row.items() if p > 0.5}
+            cells = {"prediction": list(likely), "probability": list(likely.values())}
+            found.append(cells | {"probabilities": row} if all_probabilities else cells)
+        return found

@@ -41,7 +41,9 @@ class Regressor(Task):
         mean = prediction if prediction.shape == target.shape else prediction[..., 0]
         metrics.update(mean.float().flatten(), target.float().flatten())
 
-    def readable(self, prediction: Tensor) -> list[dict[str, Any]]:
+    def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
         if not getattr(self.rdrop_distance, "log_variance", False):
             return super().readable(prediction)
-        return [{"prediction": mean, "log_variance": log} for mean, log in prediction.float().tolist()]
+        means, log_variances = prediction.unbind(-1)
+        pairs = zip(means.tolist(), log_variances.tolist(), strict=True)
+        return [{"prediction": mean, "log_variance": log_variance} for mean, log_variance in pairs]

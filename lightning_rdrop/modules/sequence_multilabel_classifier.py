@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_rdrop.modules._pretrained import PretrainedClasses
+from lightning_rdrop.modules._pretrained import LATER, PretrainedClasses
 from lightning_rdrop.modules.multilabel_classifier import MultilabelClassifier
 
 
@@ -22,6 +22,6 @@ class SequenceMultilabelClassifier(PretrainedClasses, MultilabelClassifier):
     def __init__(
         self, pretrained: str, num_labels: int | None = None, *, learning_rate: float = 2e-5, **kwargs: Any
     ) -> None:
-        super().__init__(None, num_labels, learning_rate=learning_rate, **kwargs)
+        super().__init__(LATER, num_labels, learning_rate=learning_rate, **kwargs)
         if num_labels is not None:
             self.configure_model()

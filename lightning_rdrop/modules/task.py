@@ -24,8 +24,7 @@ class Task(RDropMixin, pl.LightningModule):
     ``configure_optimizers``.
 
     Args:
-        network: called with the inputs of a batch; returns predictions, or an object with ``.logits``. ``None`` if
-            ``configure_model`` makes it.
+        network: called with the inputs of a batch; returns predictions, or an object with ``.logits``.
         metrics: what validation and test measure, besides the task loss. ``None`` if :meth:`set_metrics` tells later.
         learning_rate: of AdamW; with ``warmup`` its peak.
         weight_decay: of AdamW.
@@ -45,7 +44,7 @@ class Task(RDropMixin, pl.LightningModule):
 
     def __init__(
         self,
-        network: nn.Module | None,
+        network: nn.Module,
         metrics: MetricCollection | None,
         *,
         learning_rate: float = 1e-3,
@@ -86,23 +85,20 @@ class Task(RDropMixin, pl.LightningModule):
         bare = isinstance(batch, Tensor) or targetless
         return self.rdrop_predict(batch if bare else self.rdrop_unpack(batch)[0])
 
-    def readable(self, prediction: Any) -> list[dict[str, Any]]:
-        """What ``predict_step`` returned for a batch, as the cells of a table: a mapping for each example.
+    def readable(self, prediction: Any, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        """Hook: what ``predict_step`` returned for a batch, as the cells of a table: a mapping for each example.
 
         ``"prediction"`` is for people: the name of a class, a number, a text. Classifiers add ``"probability"``, that
-        of the prediction, and ``"probabilities"``, those of all classes by name.
+        of the prediction.
+
+        Args:
+            prediction: of N examples, on the CPU.
+            all_probabilities: add ``"probabilities"``, those of all classes by name.
 
         Raises:
             TypeError: a prediction that no cell can hold.
         """
-        if isinstance(prediction, Tensor) and prediction.dim():
-            prediction = prediction.float().tolist()
-        if not isinstance(prediction, (list, tuple)):
-            raise TypeError(
-                f"{type(self).__name__}.predict_step returned a {type(prediction).__name__}, which is not one "
-                "prediction for each example: override readable(self, prediction) to return a list of mappings."
-            )
-        return [{"prediction": one} for one in prediction]
+        return one_each(prediction, type(self).__name__)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
@@ -160,3 +156,27 @@ def _checked_warmup(warmup: int | float) -> int | float:
     if isinstance(warmup, float) and warmup > 1:
         raise ValueError(f"warmup must be an int, the steps, or a float in [0, 1], a share of training, got {warmup}.")
     return warmup
+
+
+def one_each(prediction: Any, owner: str) -> list[dict[str, Any]]:
+    """The predictions of a batch one by one, as ``{"prediction": ...}``.
+
+    Args:
+        prediction: a tensor (N, ...), or a list of N texts or numbers.
+        owner: whose prediction it is, for the message.
+
+    Raises:
+        TypeError: it is something else.
+
+    Example:
+        >>> one_each(torch.tensor([0.5, 2.0]), "Regressor")
+        [{'prediction': 0.5}, {'prediction': 2.0}]
+    """
+    if isinstance(prediction, Tensor) and prediction.dim():
+        prediction = prediction.tolist()
+    if not isinstance(prediction, (list, tuple)):
+        raise TypeError(
+            f"{owner}.predict_step returned a {type(prediction).__name__}, and not one prediction for each example: "
+            "define readable(self, prediction, *, all_probabilities), which returns a list of mappings."
+        )
+    return [{"prediction": one} for one in prediction]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_rdrop.modules._pretrained import PretrainedClasses
+from lightning_rdrop.modules._pretrained import LATER, PretrainedClasses
 from lightning_rdrop.modules.classifier import Classifier
 
 
@@ -24,6 +24,6 @@ class TokenClassifier(PretrainedClasses, Classifier):
     def __init__(
         self, pretrained: str, num_classes: int | None = None, *, learning_rate: float = 2e-5, **kwargs: Any
     ) -> None:
-        super().__init__(None, num_classes, learning_rate=learning_rate, **kwargs)
+        super().__init__(LATER, num_classes, learning_rate=learning_rate, **kwargs)
         if num_classes is not None:
             self.configure_model()

@@ -1,19 +1,25 @@
-"""The command line: `lightning-rdrop fit|validate|test|predict|compare|plot`."""
+"""The command line: `lightning-rdrop fit|validate|test|predict`, and the commands of COMMANDS."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from pytorch_lightning.cli import ArgsType
 
 from lightning_rdrop.compare import compare
+from lightning_rdrop.failures import is_message
 from lightning_rdrop.lightning_cli import RDropCLI
-from lightning_rdrop.plots import curves, find_runs
+from lightning_rdrop.mistakes import explain
+from lightning_rdrop.plot_command import plot
+from lightning_rdrop.quickstart import quickstart
 
 __all__ = ["RDropCLI", "main"]
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"compare": compare, "plot": plot, "quickstart": quickstart}
+"""What is not a method of the Trainer, by name; each is called with the arguments after it."""
 
 
 def main(args: ArgsType = None) -> None:
@@ -21,23 +27,27 @@ def main(args: ArgsType = None) -> None:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     given = sys.argv[1:] if args is None else args
-    commands = {"compare": compare, "plot": plot}
-    if isinstance(given, list) and given and given[0] in commands:
-        commands[given[0]](given[1:])
-    else:
-        RDropCLI(args=args, parser_kwargs={"epilog": f"Other commands: {', '.join(commands)}."})
-
-
-def plot(args: Sequence[str]) -> None:
-    """Plot runs over each other, of what a ``CSVLogger`` wrote in or below their folders."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-rdrop plot", description="Plot runs over each other, plain training in grey."
-    )
-    parser.add_argument("logdir", nargs="+", help="a folder with a metrics.csv, or with such folders")
-    parser.add_argument("--output", default="curves.png", help="the picture (default: %(default)s)")
-    given = parser.parse_args(args)
     try:
-        curves(find_runs(given.logdir)).savefig(given.output, dpi=150)
-    except (ModuleNotFoundError, OSError, ValueError) as error:
-        parser.error(str(error))
-    print(f"curves: {given.output}")
+        if isinstance(given, list) and given and given[0] in COMMANDS:
+            COMMANDS[given[0]](given[1:])
+        else:
+            _lightning(args)
+    except Exception as error:
+        if os.environ.get("JSONARGPARSE_DEBUG") or not is_message(error):
+            raise
+        said = str(error)
+        said = explain(said) if said.startswith("Does not validate") else said  # a class that refused its arguments
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _lightning(args: ArgsType) -> None:
+    RDropCLI(
+        args=args,
+        parser_kwargs={
+            "prog": "lightning-rdrop",
+            "version": version("lightning-rdrop"),
+            "description": "Train, test and predict with R-Drop.",
+            "epilog": f"Other commands: {', '.join(COMMANDS)}.",
+        },
+    )

@@ -10,7 +10,7 @@ import lightning_rdrop
 
 PACKAGE = Path(lightning_rdrop.__file__).parent
 FLOORS = [
-    "_compat _lightning arguments description divergence labels nesting plots probe schedule submodules terms",
+    "_compat _lightning arguments extras description divergence labels nesting plots probe schedule submodules terms",
     "data_views own_losses transforms views",
     "_fused cross_entropy dropout",
     "distance",
@@ -25,6 +25,8 @@ FLOORS = [
     "callbacks",
     "data",
     "modules",
+    "failures mistakes plot_command predictions quickstart",
+    "parser",
     "lightning_cli",
     "compare",
     "cli",

@@ -2,7 +2,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from lightning_rdrop.plots import curves, find_runs, is_plain, read_csv
+from lightning_rdrop.plots import curves, find_runs, read_csv
+from lightning_rdrop.plots.curves import is_plain
 
 METRICS = """step,train/ce,train/kl,train/alpha,val/accuracy
 0,1.0,0.2,0.0,

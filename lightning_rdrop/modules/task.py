@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_rdrop import views
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
@@ -21,38 +24,47 @@ from lightning_rdrop.predict import mc_predict
 class Task(RDropMixin, pl.LightningModule):
     """A network trained by R-Drop with AdamW, and evaluated with torchmetrics as ``val/...`` and ``test/...``.
 
-    For another optimizer or a learning rate schedule use the CLI's ``--optimizer`` and ``--lr_scheduler``, or override
+    For another optimizer or schedule use the CLI's ``--optimizer`` and ``--lr_scheduler``, or override
     ``configure_optimizers``.
 
     Args:
         network: called with the inputs of a batch; returns predictions, or an object with ``.logits``.
-        metrics: what validation and test measure, besides the task loss.
-        learning_rate: of AdamW.
+        metrics: what validation and test measure, besides the task loss. ``None`` if :meth:`set_metrics` tells later.
+        learning_rate: of AdamW; with ``warmup`` its peak.
         weight_decay: of AdamW.
+        warmup: raise the learning rate linearly from 0, and let it fall linearly to 0 at the end of the training: an
+            int counts optimizer steps of the rise, a float in [0, 1] is a share of the training. ``None`` keeps it
+            constant.
         mc_passes: predict with the model average of so many dropout passes, >= 2, and return its
             :class:`~lightning_rdrop.MCPrediction`; 0 is one pass with dropout off.
         rdrop: the arguments of :class:`~lightning_rdrop.RDropMixin`.
 
     Raises:
-        ValueError: ``mc_passes`` out of its range, or for a module that predicts no distribution.
+        ValueError: ``warmup`` out of its range, or in a training that has no end; ``mc_passes`` out of its range, or
+            for a module that predicts no distribution.
     """
 
     rdrop_unsaved = (*RDropMixin.rdrop_unsaved, "network", "metrics")
+    network: nn.Module
+    val_metrics: MetricCollection
+    test_metrics: MetricCollection
     unaveraged: ClassVar[str | None] = None
     """What the module predicts where that is nothing to average, such as texts."""
 
     def __init__(
         self,
-        network: nn.Module,
-        metrics: MetricCollection,
+        network: nn.Module | None,
+        metrics: MetricCollection | None,
         *,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
+        warmup: int | float | None = None,
         mc_passes: int = 0,
         **rdrop: Any,
     ) -> None:
         super().__init__(**rdrop)
-        self.save_hyperparameters()
+        later = [name for name, given in (("network", network), ("metrics", metrics)) if given is None]
+        self.save_hyperparameters(ignore=later)  # no arguments of a subclass that makes them itself
         if isinstance(mc_passes, bool) or not isinstance(mc_passes, int) or mc_passes < 0 or mc_passes == 1:
             raise ValueError(f"mc_passes must be an int >= 2, or 0 for a single pass, got {mc_passes!r}.")
         if mc_passes and self.unaveraged:
@@ -60,14 +72,20 @@ class Task(RDropMixin, pl.LightningModule):
                 f"mc_passes={mc_passes} averages predictions, and {type(self).__name__} predicts {self.unaveraged}: "
                 "leave it out."
             )
-        self.network = network
+        self.register_module("network", network)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.warmup = None if warmup is None else _checked_warmup(warmup)
         self.mc_passes = mc_passes
-        self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
+        if metrics is not None:
+            self.set_metrics(metrics)
         self.val_loss = MeanLoss(self.rdrop_distance, prefix="val/")
         self.test_loss = MeanLoss(self.rdrop_distance, prefix="test/")
+
+    def set_metrics(self, metrics: MetricCollection) -> None:
+        """Measure these in validation and test."""
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
@@ -85,12 +103,39 @@ class Task(RDropMixin, pl.LightningModule):
         inputs = batch if bare else first_view(self.rdrop_unpack(batch)[0])
         return mc_predict(self, inputs, self.mc_passes) if self.mc_passes else self.rdrop_predict(inputs)
 
+    def readable(self, prediction: Any, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        """Hook: what ``predict_step`` returned for a batch, as the cells of a table: a mapping for each example.
+
+        ``"prediction"`` is for people: the name of a class, a number, a text. Classifiers add ``"probability"``, that
+        of the prediction.
+
+        Args:
+            prediction: of N examples, on the CPU.
+            all_probabilities: add ``"probabilities"``, those of all classes by name.
+
+        Raises:
+            TypeError: a prediction that no cell can hold.
+        """
+        return one_each(prediction, type(self).__name__)
+
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             (parameter for parameter in self.parameters() if parameter.requires_grad),
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
         )
+        if self.warmup is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                f"warmup={self.warmup} lets the learning rate fall until the end, and this training has none: give the "
+                "Trainer max_epochs or max_steps, or leave warmup out."
+            )
+        rise = self.warmup if isinstance(self.warmup, int) else self.warmup * steps
+        factor = partial(warmup_and_decay, rise=rise, steps=int(steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Any, target: Any) -> None:
         """Hook: update the metrics with the prediction for a batch."""
@@ -105,3 +150,51 @@ class Task(RDropMixin, pl.LightningModule):
         examples = len(views.first_tensor(target))
         self.log_dict(loss, batch_size=examples)
         self.log_dict(metrics, batch_size=examples, prog_bar=metrics is self.val_metrics)
+
+
+def warmup_and_decay(step: int, rise: float, steps: int) -> float:
+    r"""The learning rate as a factor of its peak: :math:`s / r` up to step r, then :math:`(S - s) / (S - r)`.
+
+    Args:
+        step: s, the number of optimizer steps so far.
+        rise: r, the steps of the rise.
+        steps: S, those of the training.
+
+    Source: Devlin et al., BERT, 2019 (arXiv 1810.04805), appendix A.
+
+    Example:
+        >>> [warmup_and_decay(step, rise=2, steps=6) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return step / rise if step < rise else max(0.0, steps - step) / max(1.0, steps - rise)
+
+
+def _checked_warmup(warmup: int | float) -> int | float:
+    non_negative("warmup", warmup)
+    if isinstance(warmup, float) and warmup > 1:
+        raise ValueError(f"warmup must be an int, the steps, or a float in [0, 1], a share of training, got {warmup}.")
+    return warmup
+
+
+def one_each(prediction: Any, owner: str) -> list[dict[str, Any]]:
+    """The predictions of a batch one by one, as ``{"prediction": ...}``.
+
+    Args:
+        prediction: a tensor (N, ...), or a list of N texts or numbers.
+        owner: whose prediction it is, for the message.
+
+    Raises:
+        TypeError: it is something else.
+
+    Example:
+        >>> one_each(torch.tensor([0.5, 2.0]), "Regressor")
+        [{'prediction': 0.5}, {'prediction': 2.0}]
+    """
+    if isinstance(prediction, Tensor) and prediction.dim():
+        prediction = prediction.tolist()
+    if not isinstance(prediction, (list, tuple)):
+        raise TypeError(
+            f"{owner}.predict_step returned a {type(prediction).__name__}, and not one prediction for each example: "
+            "define readable(self, prediction, *, all_probabilities), which returns a list of mappings."
+        )
+    return [{"prediction": one} for one in prediction]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 from lightning_rdrop.divergence import log_probabilities
 from lightning_rdrop.modules.task import Task
@@ -15,8 +15,8 @@ from lightning_rdrop.modules.task import Task
 class Classifier(Task):
     """Classification of examples, or of tokens, with any network that returns logits.
 
-    Validation and test log the cross-entropy, the accuracy and the macro F1 over the rows whose target is not -100;
-    prediction returns class probabilities.
+    Validation and test log the cross-entropy, the accuracy, the macro F1 and Matthews' correlation over the rows whose target is
+    not -100; prediction returns class probabilities.
 
     Args:
         network: returns logits (N, ..., C) for the inputs of a batch.
@@ -36,6 +36,7 @@ class Classifier(Task):
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=-100),
                 "f1": MulticlassF1Score(num_classes, average="macro", ignore_index=-100),
+                "matthews": MulticlassMatthewsCorrCoef(num_classes, ignore_index=-100),
             }
         )
         super().__init__(network, metrics, **kwargs)

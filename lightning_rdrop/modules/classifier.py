@@ -15,8 +15,8 @@ from lightning_rdrop.modules.task import Task
 class Classifier(Task):
     """Classification of examples, or of tokens, with any network that returns logits.
 
-    Validation and test log the cross-entropy, the accuracy, the macro F1 and Matthews' correlation over the rows whose target is
-    not -100; prediction returns class probabilities.
+    Validation and test log the cross-entropy, the accuracy, the macro F1 and Matthews' correlation over the rows whose
+    target is not -100; prediction returns class probabilities.
 
     Args:
         network: returns logits (N, ..., C) for the inputs of a batch.

@@ -11,7 +11,7 @@ NAMES = {"val": ("val", "dev"), "predict": ("test",)}
 
 
 class TextFolder(TextDataModule):
-    """The tables ``train``, ``val`` (or ``dev``), ``test`` and ``unlabeled`` of a folder; a text that repeats counts once.
+    """The tables ``train``, ``val`` (or ``dev``), ``test`` and ``unlabeled`` of a folder; repeated texts count once.
 
     Args:
         tokenizer: as for :class:`~lightning_rdrop.data.TextDataModule`.

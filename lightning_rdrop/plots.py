@@ -46,3 +46,37 @@ def curves(metrics: str | Path, panels: dict[str, list[str]] | None = None) -> F
         if len(names) > 1:
             axes.legend()
     return figure
+
+
+def paired_differences(
+    values: dict[str, list[float]],
+    intervals: dict[str, tuple[float, float]],
+    metric: str,
+    reference: str,
+) -> Figure:
+    """Plot what each seed of each variant reached, and how far the variants are from the reference.
+
+    Args:
+        values: those of the seeds, by variant.
+        intervals: the mean of the paired differences and half of its interval, by variant; the latter may be NaN.
+        metric: its name.
+        reference: the variant that has no difference.
+    """
+    from matplotlib.figure import Figure  # an extra
+
+    figure = Figure(figsize=(9, 1.2 + 0.35 * len(values)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for height, (name, points) in enumerate(values.items()):
+        left.plot(points, [height] * len(points), "o", color="tab:blue", alpha=0.35, markersize=4)
+        left.plot(sum(points) / len(points), height, "|", color="black", markersize=14)
+        if name in intervals:
+            center, margin = intervals[name]
+            color = "tab:blue" if abs(center) > margin else "tab:gray"  # what is not shown is gray
+            right.errorbar(center, height, xerr=margin, fmt="o", color=color, capsize=3)
+    right.axvline(0, color="black", linewidth=0.8)
+    left.set(title=f"{metric}, each seed and the mean", yticks=range(len(values)), yticklabels=values)
+    left.invert_yaxis()
+    right.set(title=f"difference to {reference}, 95 % interval")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="x")
+    return figure

@@ -24,6 +24,8 @@ FLOORS = [
     "callbacks",
     "data",
     "modules",
+    "lightning_cli",
+    "compare",
     "cli",
     "__init__ __main__",
 ]

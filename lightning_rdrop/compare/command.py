@@ -1,0 +1,167 @@
+"""`lightning-rdrop compare`."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_rdrop.compare.engine import Engine
+from lightning_rdrop.compare.equal_cost import add_equal_cost
+from lightning_rdrop.compare.plan import Plan
+from lightning_rdrop.compare.progress import Progress
+from lightning_rdrop.compare.report import Report
+from lightning_rdrop.compare.results import Results, Row
+from lightning_rdrop.compare.run import Run
+
+
+def parser() -> ArgumentParser:
+    """The arguments of the command."""
+    parser = ArgumentParser(prog="lightning-rdrop compare", description=__doc__)
+    parser.add_argument("--config", action="append", default=[], help="Config of fit that all variants share.")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        help="NAME=FILE.yaml, or NAME='--model.rdrop_alpha=1', laid over the config; the first is the reference.",
+    )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        help="KEY=VALUE,VALUE makes variants of the config, NAME:KEY=VALUE,VALUE of a variant; several are combined.",
+    )
+    parser.add_argument(
+        "--equal-cost",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="NAME",
+        help="Add the reference with the seconds of this variant (default: the second), and the variant with alpha 0.",
+    )
+    parser.add_argument("--seeds", type=int | list[int], default=5, help="5 is 1 to 5; or a list.")
+    parser.add_argument("--seed-to", action="append", default=[], help="Also set to the seed: data.init_args.draw")
+    parser.add_argument("--out", type=str | None, default=None, help="Folder of results, report and runs.")
+    parser.add_argument("--workers", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--executor", type=Literal["local", "slurm"], default="local", help="Where runs take place.")
+    parser.add_argument("--slurm", type=dict[str, Any], default={}, help="Of sbatch: --slurm.partition gpu")
+    parser.add_argument("--keep-checkpoints", type=bool, default=False, help="Keep those of finished runs.")
+    parser.add_argument("--report", type=str | None, default=None, help="Only report on this folder.")
+    return parser
+
+
+def compare(args: Sequence[str]) -> None:
+    """Run what has not been run yet, and report."""
+    missing = [name for name in ("submitit", "scipy", "rich", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"compare needs {', '.join(missing)}: pip install 'lightning-rdrop[compare]'")
+    given = parser().parse_args(list(args))
+    try:
+        if given.report is not None:
+            report(Path(given.report))
+        else:
+            compare_all(given)
+    except ValueError as error:
+        print(f"lightning-rdrop compare: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+def compare_all(given: Namespace) -> None:
+    """Plan, run and report."""
+    if given.out is None or not given.config or not (given.variant or given.grid):
+        raise ValueError("give --config, --variant and --out; or --report FOLDER for the report alone.")
+    if given.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {given.workers}.")
+    seeds = [*range(1, given.seeds + 1)] if isinstance(given.seeds, int) else given.seeds
+    plan = Plan.of(given.config, given.variant, given.grid, given.seed_to)
+    dear = None if given.equal_cost is None else _dear(plan, given.equal_cost)
+    folder = Path(given.out)
+    with _alone(folder), _interruptible():
+        earlier = Plan.read(folder)
+        whole = plan.continues(earlier) if earlier else plan
+        engine = Engine(given.executor, given.workers, given.slurm)
+        rows = work(whole, [*plan.variants], seeds, folder, engine, given.keep_checkpoints)
+        if dear is not None:
+            whole = add_equal_cost(whole, rows, dear)
+            work(whole, [*whole.equal_cost[dear]], seeds, folder, engine, given.keep_checkpoints)
+        report(folder)
+
+
+def work(
+    plan: Plan, names: Sequence[str], seeds: Sequence[int], folder: Path, engine: Engine, keep_checkpoints: bool
+) -> list[Row]:
+    """Run these variants with these seeds where it is not done yet, and keep ``results.csv`` up to date.
+
+    The runs of a seed follow each other, so that pairs are there from the beginning.
+    """
+    plan.write(folder)
+    place = folder.absolute() / "runs"
+    runs = [
+        Run(name, seed, plan.variants[name], place / name / str(seed), tuple(plan.seed_to), keep_checkpoints)
+        for seed in seeds
+        for name in names
+    ]
+    table = Results(folder / "results.csv", [*plan.variants])
+    for run in runs:  # what ended after an earlier command had been killed
+        if run.result is not None:
+            table.add(run)
+    waiting = [run for run in runs if not table.is_done(run)]
+    with Progress(len(runs), waiting) as progress:
+        for run in engine.execute(waiting):
+            progress.ended(run, table.add(run), Report(plan, table.rows))
+    return table.rows
+
+
+def report(folder: Path) -> None:
+    """Print and write the report of the results in a folder."""
+    from rich.console import Console  # an extra
+
+    plan = Plan.read(folder)
+    if plan is None:
+        raise ValueError(f"--report {folder}: there is no comparison.yaml in it, which every comparison begins with.")
+    made = Report(plan, Results(folder / "results.csv").rows)
+    made.write(folder)
+    console = Console()
+    console.print(made.table())
+    console.print(made.notes(), highlight=False)
+
+
+def _dear(plan: Plan, name: str) -> str:
+    """The variant whose cost others are to have."""
+    others = [*plan.families][1:]
+    name = name or next(iter(others), "")
+    if name not in others:
+        raise ValueError(f"--equal-cost {name}: give a variant besides the reference: {', '.join(others) or 'none'}.")
+    return name
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A context in which no other command compares in this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {folder}: another compare is at work in it.") from None
+        yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A context in which SIGTERM is what Ctrl-C is."""
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

@@ -1,0 +1,110 @@
+"""Configs as ``lightning-rdrop fit`` understands them, without anything being run."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+
+import yaml
+
+from lightning_rdrop.lightning_cli import RDropCLI
+
+Config = dict[str, Any]
+
+
+def resolve(arguments: Sequence[str], *, defaults: bool = False) -> Config:
+    """The config that ``fit`` would run with these arguments.
+
+    Args:
+        arguments: those of the command line.
+        defaults: whether to give what is left at its default, too.
+
+    Raises:
+        ValueError: ``fit`` does not take them.
+    """
+    printed, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(errors):
+        try:
+            RDropCLI(args=["fit", *arguments, "--print_config" if defaults else "--print_config=skip_default"])
+        except SystemExit as stopped:
+            if stopped.code:
+                raise ValueError(_reason(errors.getvalue())) from None
+    config: Config = yaml.safe_load(printed.getvalue())
+    return config
+
+
+def arguments_of(overlay: str) -> list[str]:
+    """The arguments of ``fit`` in a variant such as ``"few.yaml --model.rdrop_alpha=1"``: config files come first."""
+    words = shlex.split(overlay)
+    files = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return [argument for file in words[:files] for argument in ("--config", file)] + words[files:]
+
+
+def nearest(message: str, config: Config) -> str:
+    """What a name that an error does not accept may mean, as a sentence; empty if nothing in the config is like it."""
+    wrong = re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)|Key '([\w.]+)'", message)
+    if wrong is None:
+        return ""
+    name = next(filter(None, wrong.groups()))
+    keys = [key.replace(".init_args", "") for key, _ in _leaves(config)]
+    by_end = {key.rpartition(".")[2]: key for key in keys}
+    near = difflib.get_close_matches(name, keys, n=1)
+    near = near or [by_end[end] for end in difflib.get_close_matches(name.rpartition(".")[2], by_end, n=1)]
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """What differs between two configs, a line for each value."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, _leaves) != after.get(key, _leaves)
+    ]
+
+
+def instances(config: Config, key: str) -> Iterator[Config]:
+    """The classes, with their arguments, under a key such as ``trainer.logger``: one, a list, or several by name."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, dict) and "class_path" not in value:
+        value = list(value.values())
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, dict) and "class_path" in one:
+            yield one
+
+
+def callbacks(config: Config) -> Iterator[Config]:
+    """All callbacks of a config."""
+    yield from instances(config, "callbacks")
+    yield from instances(config, "trainer.callbacks")
+
+
+def checkpointed(config: Config) -> tuple[str, str] | None:
+    """The metric by which checkpoints are chosen, and whether by its ``"max"`` or ``"min"``; None if by none."""
+    for callback in callbacks(config):
+        arguments = callback.get("init_args", {})
+        if callback["class_path"].endswith("Checkpoint") and arguments.get("monitor"):
+            return arguments["monitor"], arguments.get("mode", "min")
+    return None
+
+
+def _reason(printed: str) -> str:
+    """What a parser printed, without the usage before it and the types around it."""
+    said = printed.rpartition("error: ")[2].strip()
+    option = re.search(r"class_path '([\w.]+)':\s+(Option '[\w.]+' is not accepted)", said)
+    return f"{option[2]} by {option[1]}." if option else said
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

@@ -1,0 +1,68 @@
+"""What R-Drop is to be measured against besides plain training: the same time, and the same rows, without its kl."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+from lightning_rdrop.compare.config import Config, callbacks
+from lightning_rdrop.compare.plan import Plan
+from lightning_rdrop.compare.report import Report
+from lightning_rdrop.compare.results import Row
+
+
+def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
+    """The plan with two more variants, once the runs have shown what R-Drop costs.
+
+    ``REFERENCE-time-of-NAME`` is the reference with the seconds of R-Drop, by as many more epochs (and steps, where
+    ``max_steps`` is given); ``NAME-alpha0`` is R-Drop with alpha 0, so that only the rows are doubled. They are made
+    once: later seeds find them as they are.
+
+    Args:
+        plan: with the variant, or the grid of variants of which the chosen one is taken.
+        rows: the runs so far.
+        family: the variant with R-Drop.
+
+    Raises:
+        ValueError: no seed of both R-Drop and the reference is finished.
+    """
+    if family in plan.equal_cost:
+        return plan
+    report = Report(plan, rows)
+    reference, variant = report.reference, report.chosen(family)
+    ratio = max(1.0, report.relative(variant, "seconds"))
+    if math.isnan(report.relative(variant, "seconds")):
+        raise ValueError(f"--equal-cost {family}: no seed of both {variant} and {reference} is finished.")
+    added = {
+        f"{next(iter(plan.families))}-time-of-{family}": _longer(plan.variants[reference], ratio),
+        f"{family}-alpha0": _without_kl(plan.variants[variant]),
+    }
+    reasons = (
+        f"{reference} with the seconds of {variant}, by {ratio:.2f} times its epochs or steps",
+        f"{variant} with alpha 0, which doubles the rows and has no kl",
+    )
+    families = plan.families | {name: [name] for name in added}
+    equal_cost = plan.equal_cost | {family: dict(zip(added, reasons, strict=True))}
+    return Plan(plan.variants | added, families, plan.seed_to, equal_cost)
+
+
+def _longer(config: Config, ratio: float) -> Config:
+    config = copy.deepcopy(config)
+    trainer = config.setdefault("trainer", {})
+    limits = {key: trainer.get(key) for key in ("max_epochs", "max_steps") if trainer.get(key) not in (None, -1)}
+    for key, limit in (limits or {"max_epochs": 1000}).items():  # Lightning's own default
+        trainer[key] = math.ceil(limit * ratio - 1e-6)
+    return config
+
+
+def _without_kl(config: Config) -> Config:
+    config = copy.deepcopy(config)
+    config["model"].setdefault("init_args", {})["rdrop_alpha"] = 0.0
+    theirs = [one for one in callbacks(config) if one["class_path"].endswith(("AlphaScheduler", "AdaptiveAlpha"))]
+    named = config.get("callbacks") or {}
+    config["callbacks"] = {name: None if one in theirs else one for name, one in named.items()}
+    listed = config.get("trainer", {}).get("callbacks")
+    if isinstance(listed, list):
+        config["trainer"]["callbacks"] = [one for one in listed if one not in theirs]
+    return config

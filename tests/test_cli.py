@@ -159,7 +159,7 @@ def test_a_test_that_cannot_be_made_is_found_before_training(model, data, messag
     [
         ([], ValueError, "There is no test table: give test="),
         (["--data.test=tset.json"], FileNotFoundError, "tset.json"),
-        (["--data.test=other.json"], ValueError, "test table, row 0: no column 'label'"),
+        (["--data.test=other.json"], ValueError, r"other\.json, line 1: no column 'label', only 'sentence'"),
     ],
 )
 def test_a_test_table_that_is_missing_is_found_before_training(tmp_path, monkeypatch, given, error, message):

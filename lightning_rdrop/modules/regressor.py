@@ -40,3 +40,8 @@ class Regressor(Task):
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         mean = prediction if prediction.shape == target.shape else prediction[..., 0]
         metrics.update(mean.float().flatten(), target.float().flatten())
+
+    def readable(self, prediction: Tensor) -> list[dict[str, Any]]:
+        if not getattr(self.rdrop_distance, "log_variance", False):
+            return super().readable(prediction)
+        return [{"prediction": mean, "log_variance": log} for mean, log in prediction.float().tolist()]

@@ -197,6 +197,10 @@ class TextDataModule(pl.LightningDataModule):
             if column is not None:
                 cells.text(row, column)
 
+    def align(self, rows: Sequence[Row], cells: Sequence[Row]) -> Sequence[Row]:
+        """Hook: the predictions for some rows, as cells beside those of the rows."""
+        return cells
+
     @cached_property
     def tokens(self) -> CachedTokenizer:
         """The tokenizer."""

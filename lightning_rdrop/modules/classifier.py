@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 from lightning_rdrop.divergence import log_probabilities
 from lightning_rdrop.modules._classes import ClassTask
@@ -16,8 +16,8 @@ from lightning_rdrop.predict import MCPrediction
 class Classifier(ClassTask):
     """Classification of examples, or of tokens, with any network that returns logits.
 
-    Validation and test log the cross-entropy, the accuracy and the macro F1 over the rows whose target is not -100;
-    prediction returns class probabilities.
+    Validation and test log the cross-entropy, the accuracy, the macro F1 and Matthews' correlation over the rows whose
+    target is not -100; prediction returns class probabilities.
 
     Args:
         network: returns logits (N, ..., C) for the inputs of a batch.
@@ -43,6 +43,7 @@ class Classifier(ClassTask):
             {
                 "accuracy": MulticlassAccuracy(count, average="micro", ignore_index=-100),
                 "f1": MulticlassF1Score(count, average="macro", ignore_index=-100),
+                "matthews": MulticlassMatthewsCorrCoef(count, ignore_index=-100),
             }
         )
 

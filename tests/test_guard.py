@@ -628,6 +628,15 @@ def test_nan_in_one_view_names_it():
     assert first_only.reason().startswith("The prediction of view 1 is NaN since batch 0")
 
 
+def test_nan_in_any_tensor_of_a_prediction_since_its_first_batch():
+    watch = NanWatch()
+    for _ in range(2):
+        watch.look({"intent": torch.zeros(2, 3), "slots": torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])})
+    assert watch.reason().startswith("The prediction of view 1 is NaN since batch 0")
+    watch.look({"intent": torch.zeros(2, 3), "slots": torch.zeros(2, 2)})
+    assert watch.reason() is None
+
+
 def test_manual_optimization_with_the_mixins_step_is_refused(fit, small, rows):
     module = small()
     module.automatic_optimization = False

@@ -1,5 +1,7 @@
 """Views that were alive and died are seen, once; what never lived, or is equal now and then, is not."""
 
+import weakref
+
 import torch
 
 from lightning_rdrop.guard.equal_watch import EqualWatch
@@ -34,6 +36,22 @@ def test_steps_add_up_over_several_looks():
 
 def test_nan_is_not_equal():
     assert not noted(1e-3, *[float("nan")] * 20).died()
+
+
+def test_no_step_is_kept_alive():
+    kept = []
+
+    def pack(tensor):
+        kept.append(weakref.ref(tensor := tensor.detach()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kl = torch.ones(3, requires_grad=True).exp().sum()
+    watch = EqualWatch()
+    watch.note(kl)
+    assert kept[0]() is not None
+    del kl
+    assert kept[0]() is None
 
 
 def test_nothing_noted():

@@ -8,6 +8,16 @@ from lightning_rdrop.guard import explain
 from tests.networks import Blocks, LayerDropEncoder, StochasticDepth, reason
 
 
+def test_only_what_the_batch_shares_is_blamed_for_it():
+    text = explain(nn.Sequential(LayerDropEncoder(0.5), LayerDropEncoder(0.0), nn.Dropout(0.3)), shared=True)
+    assert "random numbers of 0.layerdrop. Give each view" in text
+
+
+def test_layer_drop_that_is_asleep_is_a_stochastic_layer():
+    assert "In eval mode inside a part that is being trained: layerdrop." in explain(LayerDropEncoder(0.5).eval())
+    assert "no stochastic layer" in explain(LayerDropEncoder(0.0).eval())
+
+
 def test_eval_mode_is_named_with_the_line_to_write():
     network = Blocks()
     network.network.eval()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import Bernoulli, Categorical, Gaussian
+from lightning_rdrop.guard.target_watch import TargetWatch
 from tests.conftest import Net
 
 
@@ -43,6 +44,16 @@ def test_where_values_are_waited_for_they_are_read_when_a_log_is_due(monkeypatch
     distance, target, value = LATER["-1 for Bernoulli"]
     with pytest.raises(ValueError, match="target of batch 5 holds"):
         fit(Net(network(), rdrop_distance=distance), spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
+
+
+def test_a_target_is_spoken_of_once():
+    watch = TargetWatch()
+    for invalid in (torch.tensor(False), None, torch.tensor(True), torch.tensor(True)):
+        watch.note(invalid)
+    assert watch.reason().startswith("The target of batch 2 holds")
+    assert watch.reason() is None
+    watch.note(torch.tensor(True))
+    assert watch.reason().startswith("The target of batch 4 holds")
 
 
 def test_what_does_not_count_is_no_fault(fit):

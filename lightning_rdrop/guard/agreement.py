@@ -21,7 +21,7 @@ _TINY = 1e-4
 """The largest number of a parameter through which dropout is not seen yet."""
 
 
-def same(first: Tensor, second: Tensor, tolerance: float | None = None) -> bool:
+def same(first: Tensor, second: Tensor) -> bool:
     """Whether two predictions agree up to rounding.
 
     The same row at two places of a batch may differ in its last bits, because the tail of a matrix product is summed
@@ -32,7 +32,6 @@ def same(first: Tensor, second: Tensor, tolerance: float | None = None) -> bool:
 
     Args:
         first, second: of any shape; those of two shapes do not agree.
-        tolerance: in the place of those above.
 
     Example:
         >>> from torch import tensor
@@ -43,7 +42,7 @@ def same(first: Tensor, second: Tensor, tolerance: float | None = None) -> bool:
         return False
     # in pieces: a real difference shows in the first one, and the logits of a vocabulary fill the memory as it is
     pieces = (torch.split(tensor.detach().flatten(), 2**20) for tensor in (first, second))
-    return all(torch.equal(one, other) or _close(one, other, tolerance) for one, other in zip(*pieces, strict=True))
+    return all(torch.equal(one, other) or _close(one, other) for one, other in zip(*pieces, strict=True))
 
 
 def diagnose(
@@ -79,7 +78,7 @@ def diagnose(
         for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):
             if not on_all_ranks(agree(again)):
                 return None
-            shared = shared or not same_tensors(views.view(first, 0), views.view(again, 0))
+            shared = shared or not _same_tensors(views.view(first, 0), views.view(again, 0))
     return explain(network, shared=shared)
 
 
@@ -89,18 +88,17 @@ def agree(predictions: Any) -> bool:
     return all(same(each[0], view) for each in tensors for view in each[1:])
 
 
-def same_tensors(first: Any, second: Any, tolerance: float | None = None) -> bool:
+def _same_tensors(first: Any, second: Any) -> bool:
     """Whether two predictions have the same tensors, up to rounding."""
     one, other = ([tensor for _, tensor in tensors_of(part)] for part in (first, second))
-    return len(one) == len(other) and all(same(*pair, tolerance) for pair in zip(one, other, strict=True))
+    return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
 
 
-def _close(first: Tensor, second: Tensor, tolerance: float | None) -> bool:
+def _close(first: Tensor, second: Tensor) -> bool:
     if not first.is_floating_point():
         return False
-    if tolerance is None:
-        eps = torch.finfo(first.dtype).eps
-        tolerance = eps * (2 if eps > 1e-4 else 100)
+    eps = torch.finfo(first.dtype).eps
+    tolerance = eps * (2 if eps > 1e-4 else 100)
     wide = torch.promote_types(first.dtype, torch.float32)
     first, second = first.to(wide), second.to(wide)
     differing = first[(first != second) & first.isfinite() & second.isfinite()].abs()

@@ -161,9 +161,14 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """A context in which SIGTERM is what Ctrl-C is."""
-    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A context in which SIGTERM does what Ctrl-C does, for the runs too.
+
+    A shell that starts a command in the background lets it, and all that it starts, ignore SIGINT, by which runs are
+    stopped.
+    """
+    earlier = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for one, handler in earlier.items():
+            signal.signal(one, handler)

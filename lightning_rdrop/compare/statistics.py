@@ -67,11 +67,13 @@ def seeds_needed(effect: float, power: float = 0.8) -> int | None:
         >>> seeds_needed(0.5), seeds_needed(1.0), seeds_needed(0.0)  # as in every table of power
         (34, 10, None)
     """
+    if not effect > 0:
+        return None
     few, many = 1, 2
     while _power(effect, many) < power:
         few, many = many, 2 * many
-        if not math.isfinite(effect) or many > 1_000_000:
-            return None if effect != math.inf else 2
+        if many > 1_000_000:
+            return None
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (few, middle) if _power(effect, middle) >= power else (middle, many)

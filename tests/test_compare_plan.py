@@ -1,0 +1,129 @@
+import re
+
+import pytest
+import yaml
+
+from lightning_rdrop.cli import main
+from lightning_rdrop.compare.plan import Plan
+
+for package in ("submitit", "scipy", "rich", "matplotlib"):
+    pytest.importorskip(package)
+
+CONFIG = {
+    "model": {
+        "class_path": "Classifier",
+        "init_args": {"network": {"class_path": "torch.nn.Dropout"}, "num_classes": 3, "rdrop_alpha": 2.0},
+    },
+    "callbacks": {
+        "alpha": {"class_path": "AlphaScheduler"},
+        "best": {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/accuracy", "mode": "max"}},
+    },
+    "trainer": {"accelerator": "cpu", "max_epochs": 2},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "plain.yaml").write_text("model: {init_args: {rdrop_views: 1}}")
+    (tmp_path / "many.yaml").write_text("trainer: {max_epochs: 9}")
+    return tmp_path
+
+
+def planned(*variants, grids=(), **arguments):
+    return Plan.of(["base.yaml"], variants, grids, **arguments)
+
+
+def alphas(plan):
+    return {name: config["model"]["init_args"].get("rdrop_alpha", 4.0) for name, config in plan.variants.items()}
+
+
+def test_variants_lie_over_the_base_in_the_order_of_their_words(folder):
+    plan = planned(
+        "plain=plain.yaml", "same=", "both=plain.yaml many.yaml --model.rdrop_alpha 1 --trainer.max_epochs=3"
+    )
+    assert plan.monitor == ("val/accuracy", "max")
+    plain, same, both = plan.variants.values()
+    assert plain["model"]["init_args"]["rdrop_views"] == 1
+    assert "rdrop_views" not in same["model"]["init_args"]
+    assert both["model"]["init_args"] | {"rdrop_views": 1, "rdrop_alpha": 1.0} == both["model"]["init_args"]
+    assert both["trainer"]["max_epochs"] == 3
+
+
+def test_grids_make_variants_of_the_base_and_of_variants(folder):
+    dropout = "model.network.p=0.1,0.3"
+    plan = planned("plain=plain.yaml", grids=["model.rdrop_alpha=0.5,8", f"plain:{dropout}", dropout])
+    assert plan.families == {
+        "plain": ["plain:p=0.1", "plain:p=0.3"],
+        "grid": ["rdrop_alpha=0.5,p=0.1", "rdrop_alpha=0.5,p=0.3", "rdrop_alpha=8,p=0.1", "rdrop_alpha=8,p=0.3"],
+    }
+    assert list(plan.variants) == [name for members in plan.families.values() for name in members]
+    assert [*alphas(plan).values()] == [2, 2, 0.5, 0.5, 8, 8]
+    network = plan.variants["rdrop_alpha=8,p=0.3"]["model"]["init_args"]["network"]
+    assert network["init_args"]["p"] == 0.3
+    assert planned(grids=["model.rdrop_alpha=1,4"]).families == {"grid": ["rdrop_alpha=1", "rdrop_alpha=4"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variant", "x=--model.rdrop_alhpa=1"], "'rdrop_alhpa' is not accepted .* Did you mean model.rdrop_alpha?"),
+        (["--variant", "x=--modle.rdrop_alpha=1"], "--modle.rdrop_alpha=1 Did you mean model.rdrop_alpha?"),
+        (["--variant", "x=--callbacks.alpha.rmp=1"], "'rmp' is not accepted .* Did you mean callbacks.alpha.ramp?"),
+        (
+            ["--variant", "x=--model.network.pp=1"],
+            "'pp' is not accepted by torch.nn.Dropout. Did you mean model.network.p?",
+        ),
+        (["--variant", "x=wrong.yaml"], "'rdrop_alhpa' is not accepted .* Did you mean model.rdrop_alpha?"),
+        (["--variant", "x=missing.yaml"], "missing.yaml"),
+        (["--variant", "x=--model.rdrop_alpha=much"], "rdrop_alpha"),
+        (["--variant", "x=--callbacks.best=null", "--variant", "y="], "choose their checkpoints by different metrics"),
+        (["--variant", "x"], "write NAME=FILE.yaml"),
+        (["--variant", "../x="], "A name is one of a folder"),
+        (["--variant", "x=", "--variant", "x="], "two of the name x"),
+        (["--variant", "x=", "--seed-to", "model.rdrop_vews"], "--seed-to .* Did you mean model.rdrop_views?"),
+        (["--grid", "model.rdrop_alhpa=1,2"], "--grid .* Did you mean model.rdrop_alpha?"),
+        (["--grid", "model.rdrop_alpha=1"], "two or more different values"),
+        (["--variant", "x=", "--grid", "y:model.rdrop_alpha=1,2"], "there is no variant y among x"),
+        (["--variant", "x=--callbacks.best=null", "--grid", "x:model.rdrop_alpha=1,2"], "chooses on validation"),
+        (["--variant", "x=", "--equal-cost"], "give a variant besides the reference: none"),
+        (["--variant", "x=", "--variant", "y=", "--equal-cost", "x"], "give a variant besides the reference: y"),
+        (["--variant", "x=", "--workers", "0"], "--workers must be at least 1"),
+        (["--variant", "x=", "--seeds", "0"], "--seeds must be"),
+        (["--variant", "x=", "--seeds", "[1,1]"], "--seeds must be"),
+        ([], "give --config, --variant and --out"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_found_before_anything_runs(folder, capsys, arguments, message):
+    (folder / "wrong.yaml").write_text("model: {init_args: {rdrop_alhpa: 1}}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--config", "base.yaml", *arguments, "--out", "out"])
+    assert stopped.value.code == 2
+    assert re.search(message.replace("?", r"\?"), capsys.readouterr().err)
+    assert not (folder / "out").exists()
+
+
+def test_another_config_under_the_same_name_is_refused(folder):
+    planned("plain=plain.yaml", "rdrop=").write(folder)
+    earlier = Plan.read(folder)
+    assert planned("plain=plain.yaml", "rdrop=").continues(earlier) == earlier
+    with pytest.raises(ValueError, match=r"variant rdrop has another config .*\.rdrop_alpha: 2\.0 -> 3"):
+        planned("rdrop=--model.rdrop_alpha=3").continues(earlier)
+    with pytest.raises(ValueError, match="--seed-to was"):
+        planned("rdrop=", seed_to=["model.num_classes"]).continues(earlier)
+
+
+def test_variants_are_added_to_those_of_an_earlier_command(folder):
+    earlier = planned("plain=plain.yaml", grids=["model.rdrop_alpha=1,4"])
+    later = planned("more=many.yaml", grids=["model.rdrop_alpha=4,8"]).continues(earlier)
+    assert {*later.variants} == {"plain", "more", "rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
+    assert {*later.families["grid"]} == {"rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
+    assert next(iter(planned("plain=plain.yaml", "more=many.yaml").continues(earlier).families)) == "plain"
+
+
+def test_a_report_needs_a_comparison(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--report", "."])
+    assert "there is no comparison.yaml in it" in capsys.readouterr().err

@@ -324,16 +324,16 @@ def test_epoch_means_count_the_tokens_of_all_ranks(pair):
             assert rank["metrics"][name] == rank["steps"][-1][index]  # a step is the rank's own
 
 
-class Validated(Network):
-    def validation_step(self, batch, batch_idx):
-        pass
-
-
-def monitored(strategy, batch_size, rows):
-    module = Validated(passes="separate", lr=0.0)  # its two passes are known
+def monitored(strategy, batch_size, rows, kind=Network, **trainer):
+    module = kind(passes="separate", lr=0.0)  # its two passes are known
+    module.validation_step = lambda batch, batch_idx: None
     share = None if strategy == "auto" else DistributedSampler(rows, 2, int(os.environ["LOCAL_RANK"]), shuffle=False)
     module.val_dataloader = lambda: DataLoader(rows, batch_size, sampler=share)
-    found = train(module, rows, batch_size, strategy, [ConsistencyMonitor(passes=2)], max_epochs=1)
+    monitor = ConsistencyMonitor(passes=2)
+    sharded = {"fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "fsdp": OnCPU}
+    if strategy in sharded:
+        strategy, trainer = sharded[strategy](), {"precision": "32-true"}
+    found = train(module, rows, batch_size, strategy, [monitor], max_epochs=1, **trainer)
     return {name: value for name, value in found["metrics"].items() if name.startswith("val/")}
 
 
@@ -344,6 +344,15 @@ def test_the_monitor_of_two_processes_is_that_of_one(pair):
     assert set(one) == {f"val/{name}" for name in LOGGED}
     assert one["val/dropout_kl"] > 0
     assert two[0] == two[1] == pytest.approx(one, rel=1e-9)
+
+
+def test_the_monitor_with_sharded_weights(pair):
+    """The weights of FSDP2 are gathered wherever the module is called, those of FSDP in Lightning's steps only."""
+    one = monitored("auto", 8, ragged(3, 8), precision="32-true")
+    two = pair.run(monitored, "fsdp2", 3, ragged(3, 8), Sharded)
+    assert two[0] == two[1] == pytest.approx(one, rel=1e-4, abs=1e-7)
+    with pytest.raises(ValueError, match=r"train with DDP or ModelParallelStrategy \(FSDP2\)"):
+        pair.run(monitored, "fsdp", 3, ragged(3, 8))
 
 
 def measured(rows):

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/monitor.py
 
-Medians over rounds in which all ways take turns. By forward passes alone the ratio of K passes is K + 2: the
-passes, one with dropout off, and that of the validation itself. Prints a table.
+Medians over rounds in which all ways take turns. By forward passes alone the ratio of K passes is K + 2: these passes,
+one with dropout off, and that of the validation itself. Prints a table.
 """
 
 import random

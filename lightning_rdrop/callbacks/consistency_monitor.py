@@ -51,7 +51,8 @@ class ConsistencyMonitor(Callback):
     one, as ``val/intent_dropout_kl``. With ``rdrop_views=1`` it shows the gap that plain training leaves.
 
     Training with the monitor is the same to the bit as without: modes, buffers and random states are put back. It costs
-    K + 1 forward passes of the batches that it looks at.
+    K + 1 forward passes of the batches that it looks at. (Dropout is not free: on a CPU its pass may take twice the
+    time of one without.)
 
     Args:
         passes: K >= 2.
@@ -59,7 +60,7 @@ class ConsistencyMonitor(Callback):
         batches: of the validation: a float in (0, 1] is a share, spread evenly; an int is the number of the first ones.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or ``FSDPStrategy``, which gathers weights in its own steps only.
         TypeError: a module without ``RDropMixin``, or one that learns embeddings by SimCSE.
 
     Source: Su Jianlin, spaces.ac.cn/archives/8496, for the explanation that is measured here.
@@ -85,8 +86,13 @@ class ConsistencyMonitor(Callback):
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module whose predictions cannot be measured."""
+        """Refuse a module whose predictions cannot be measured, and a strategy that would not let it predict."""
         refuse_embeddings("ConsistencyMonitor", require_rdrop(self, pl_module))
+        if any(base.__name__ == "FSDPStrategy" for base in type(trainer.strategy).__mro__):  # of either distribution
+            raise ValueError(
+                "ConsistencyMonitor predicts outside of validation_step, where the weights of FSDPStrategy are not "
+                "gathered: train with DDP or ModelParallelStrategy (FSDP2), or without the monitor."
+            )
         self._modules, self._training, self._warned = [], [], False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

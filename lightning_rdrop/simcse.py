@@ -107,7 +107,7 @@ class SimCSEMixin(RDropMixin):
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """A first batch of one example has no other to be told from (a last one may be so), and a pair no label."""
-        if predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
+        if len(predictions) == 2 and predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
             return "SimCSE tells an example from the others of its batch, which has but one: batch_size=1."
         if _alike(inputs, target):
             return (

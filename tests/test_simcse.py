@@ -190,6 +190,9 @@ def test_dead_dropout_is_noticed():
 def test_a_batch_of_one_has_nothing_to_be_told_from(fit):
     with pytest.raises(ValueError, match="batch_size=1"):
         Encoder().rdrop_step(torch.randn(1, 8))
+    with pytest.raises(ValueError, match="batch_size=1"):
+        Supervised().rdrop_step([torch.randn(1, 8) for _ in range(2)])
+    assert Supervised().rdrop_step([torch.randn(1, 8) for _ in range(3)]).loss > 0  # but from its hard negative
     assert fit(Encoder(), DataLoader(torch.randn(9, 8), 4)).callback_metrics["train/loss"] == 0  # the last batch
 
 

@@ -1,0 +1,24 @@
+"""How Sphinx makes the documentation: sphinx-build -W lightning_rdrop/docs build/docs"""
+
+import lightning_rdrop
+
+project = "lightning-rdrop"
+author = copyright = "The lightning-rdrop authors"
+release = version = lightning_rdrop.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = f"{project} {release}"
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_inherit_docstrings = False  # Lightning's own are written for its own pages
+autodoc_typehints_format = "short"
+napoleon_custom_sections = [("Shapes", "params_style")]
+
+# Every name of this package that a docstring mentions must lead somewhere. What only stands in a signature need not.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!lightning_rdrop\.)[\w.]+|dict\[str"),  # of other packages
+    ("py:class", r"lightning_rdrop\.(_.*|description|duplicate_at|hooks|labels|modules\._.*)\.\w+"),
+]

@@ -1,5 +1,8 @@
 """How Sphinx makes the documentation: sphinx-build -W lightning_rdrop/docs build/docs"""
 
+import re
+from pathlib import Path
+
 import lightning_rdrop
 
 project = "lightning-rdrop"
@@ -22,3 +25,20 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!lightning_rdrop\.)[\w.]+|dict\[str"),  # of other packages
     ("py:class", r"lightning_rdrop\.(_.*|description|duplicate_at|hooks|labels|modules\._.*)\.\w+"),
 ]
+
+READMES = {"index": "README.md", "recipes": "examples/README.md"}
+"""Pages that begin with a README of the repository."""
+
+
+def begin_with_readme(app, docname, source):
+    """Put the README in front, its links relative to the page instead of to the README."""
+    if docname in READMES:
+        root = Path(__file__).parents[2]
+        readme = root / READMES[docname]
+        text = re.sub(r"\]\((?!\w+:|#)", f"](../../{readme.relative_to(root).parent}/", readme.read_text())
+        source[0] = text.replace("(../.././examples/README.md", "(recipes.md") + source[0]
+        app.env.note_dependency(str(readme))
+
+
+def setup(app):
+    app.connect("source-read", begin_with_readme)

@@ -26,19 +26,21 @@ nitpick_ignore_regex = [
     ("py:class", r"lightning_rdrop\.(_.*|description|duplicate_at|hooks|labels|modules\._.*)\.\w+"),
 ]
 
-READMES = {"index": "README.md", "recipes": "examples/README.md"}
-"""Pages that begin with a README of the repository."""
+FILES = {"index": "README.md", "recipes": "examples/README.md", "contributing": "CONTRIBUTING.md"}
+"""Pages that begin with a file of the repository."""
 
 
-def begin_with_readme(app, docname, source):
-    """Put the README in front, its links relative to the page instead of to the README."""
-    if docname in READMES:
+def begin_with_file(app, docname, source):
+    """Put the file in front, its links relative to the page instead of to the file."""
+    if docname in FILES:
         root = Path(__file__).parents[2]
-        readme = root / READMES[docname]
-        text = re.sub(r"\]\((?!\w+:|#)", f"](../../{readme.relative_to(root).parent}/", readme.read_text())
-        source[0] = text.replace("(../.././examples/README.md", "(recipes.md") + source[0]
-        app.env.note_dependency(str(readme))
+        folder = Path("../..", FILES[docname]).parent
+        text = re.sub(r"\]\((?!\w+:|#)", f"]({folder}/", (root / FILES[docname]).read_text())
+        for page, file in FILES.items():
+            text = text.replace(f"](../../{file}", f"]({page}.md")
+        source[0] = text + source[0]
+        app.env.note_dependency(str(root / FILES[docname]))
 
 
 def setup(app):
-    app.connect("source-read", begin_with_readme)
+    app.connect("source-read", begin_with_file)

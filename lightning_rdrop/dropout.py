@@ -62,7 +62,7 @@ class StochasticLayer:
 
     @property
     def active(self) -> bool:
-        """Whether it drops anything now: p > 0, and its module is in training mode."""
+        """Whether it drops anything now, with p > 0 and its module in training mode."""
         return self.p > 0 and self.module.training
 
 

@@ -44,6 +44,7 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+            torch.clear_autocast_cache()  # torch 2.6 would go on with weights that were cast here, without gradients
             for module, mode in modes:
                 module.training = mode
 

@@ -42,16 +42,20 @@ def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, n
 
     Its total is c times the loss here: with plain SGD, multiply the learning rate by c.
 
-    | source | its total loss |
-    |---|---|
-    | ``paper``, ``fairseq``: the paper's formula, the criterion for fairseq (per token) | 2 CE + alpha/2 J |
-    | ``official-sum``: the snippet of the official README, ``kl.sum()`` | CE + alpha/2 B J |
-    | ``official-mean``: the same with ``kl.mean()`` | CE + alpha/(2C) J |
-    | ``official-glue``: the official code for BERT | 2 CE + alpha/2 B J |
-    | ``official-vit``: the official code for ViT, B its micro-batch | 2 CE + alpha B J |
-    | ``su``, ``ofa``: bojone/r-drop, OFA | CE + alpha/4 J |
-    | ``bert4torch`` | CE + alpha/(4C) J |
-    | ``paddlenlp-sum``, ``-batchmean``, ``-mean``: CE + alpha RDropLoss | B J/2, J/2, J/(2C) |
+    ============================================================================  ==================
+    source                                                                        its total loss
+    ============================================================================  ==================
+    ``paper``, ``fairseq``: the paper's formula, the criterion for fairseq        2 CE + alpha/2 J
+    ``official-sum``: the snippet of the official README, ``kl.sum()``            CE + alpha/2 B J
+    ``official-mean``: the same with ``kl.mean()``                                CE + alpha/(2C) J
+    ``official-glue``: the official code for BERT                                 2 CE + alpha/2 B J
+    ``official-vit``: the official code for ViT, B its micro-batch                2 CE + alpha B J
+    ``su``, ``ofa``: bojone/r-drop, OFA                                           CE + alpha/4 J
+    ``bert4torch``                                                                CE + alpha/(4C) J
+    ``paddlenlp-sum``: CE + alpha RDropLoss                                       CE + alpha/2 B J
+    ``paddlenlp-batchmean``                                                       CE + alpha/2 J
+    ``paddlenlp-mean``                                                            CE + alpha/(2C) J
+    ============================================================================  ==================
 
     Args:
         alpha: the weight in the source's code, >= 0.

@@ -79,3 +79,12 @@ def test_kl_is_that_of_the_logits(fit, rows, precision, case):
         assert kl.dtype == torch.promote_types(dtype, torch.float32)
         assert loss.isfinite()
         torch.testing.assert_close(kl.double(), expected, rtol=0.01 if dtype.itemsize < 4 else 1e-3, atol=0)
+
+
+def test_a_step_under_an_autocast_of_ones_own_has_gradients():
+    """The passes with which the guard looks at the first batch leave no weight behind that was cast without them."""
+    module = Small()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = module.rdrop_step((torch.randn(6, 8), torch.arange(6) % 3))
+    terms.loss.backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())

@@ -30,7 +30,7 @@ class Distance(Described, Predictive):
     """The names under which the two terms are logged."""
 
     ignore_value: float | None = None
-    """A target with this value (NaN matches NaN) counts in neither term. None: every target counts."""
+    """A target with this value (NaN matches NaN) counts in neither term; with None every target counts."""
 
     measures: ClassVar[tuple[str, ...]] = ("to_target", "between")
     """The methods that say what D is. A class that overrides one of them goes back to the general ``terms``."""

@@ -24,7 +24,7 @@ class FGM(Regularizer):
     constant. It takes two passes and two backward passes over B rows.
 
     Args:
-        weight, at: see :class:`~lightning_rdrop.regularizers.Regularizer`.
+        weight, at: see :class:`~lightning_rdrop.Regularizer`.
         epsilon: the norm of the perturbation of an example, >= 0. It wants to be small beside the norm of the example's
             embeddings.
 

@@ -28,7 +28,7 @@ class GradientPenalty(Regularizer):
     ``torch.backends.cudnn.flags(enabled=False)``.
 
     Args:
-        weight, at: see :class:`~lightning_rdrop.regularizers.Regularizer`.
+        weight, at: see :class:`~lightning_rdrop.Regularizer`.
 
     Source: Drucker and LeCun 1992, double backpropagation; Su Jianlin, spaces.ac.cn/archives/7234. His code takes the
     gradient of the mean loss, and with B examples his epsilon is B times this weight.

@@ -26,7 +26,7 @@ class Passes:
     Args:
         module: with the mixin.
         inputs: those of B examples.
-        at: see :class:`~lightning_rdrop.regularizers.Regularizer`.
+        at: see :class:`~lightning_rdrop.Regularizer`.
 
     Raises:
         ValueError: a submodule that is not there, or no place to be found.

@@ -48,7 +48,7 @@ class Regularizer(Described):
             target: theirs; ``None`` where there is none and ``uses_target`` is False.
 
         Returns:
-            the sum over the rows that count and their weight, as a distance gives them: with one denominator for all
+            the sum over the rows that count and their weight, as a distance gives them. With one denominator for all
             terms, the loss stays exact under :class:`~lightning_rdrop.callbacks.ExactAccumulation`.
         """
         raise NotImplementedError

@@ -27,7 +27,7 @@ class VAT(Regularizer):
     backward passes less one. No label is needed: with ``rdrop_views=1`` and unlabelled data this is VAT as published.
 
     Args:
-        weight, at: see :class:`~lightning_rdrop.regularizers.Regularizer`.
+        weight, at: see :class:`~lightning_rdrop.Regularizer`.
         epsilon: the norm of the perturbation of an example, >= 0, over positions that are no padding and dimensions
             together. Published: 8 for CIFAR-10, 2.5 for SVHN, 5 for normalised embeddings of a text.
         xi: the norm at which the gradient is taken, > 0: too small, and the rounding of the network takes its place;

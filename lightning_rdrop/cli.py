@@ -10,10 +10,8 @@ from importlib.metadata import version
 from pytorch_lightning.cli import ArgsType
 
 from lightning_rdrop.compare import compare
-from lightning_rdrop.failures import is_message
-from lightning_rdrop.lightning_cli import RDropCLI
-from lightning_rdrop.mistakes import explain
-from lightning_rdrop.plot_command import plot
+from lightning_rdrop.lightning_cli import RDropCLI, explain, is_message
+from lightning_rdrop.plots.command import plot
 from lightning_rdrop.quickstart import quickstart
 
 __all__ = ["RDropCLI", "main"]

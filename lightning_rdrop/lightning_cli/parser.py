@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser
 
-from lightning_rdrop.mistakes import explain
+from lightning_rdrop.lightning_cli.mistakes import explain
 
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(.+?)`")
 _LITERAL = re.compile(r"``(.+?)``|`([^`\n]+?)(?: <[^>\n]*>)?`_?")

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 import lightning_rdrop.callbacks
 import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
 from lightning_rdrop.data import TextDataModule
-from lightning_rdrop.parser import RDropParser
+from lightning_rdrop.lightning_cli.parser import RDropParser
 from lightning_rdrop.predictions import PredictionTable
 
 

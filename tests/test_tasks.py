@@ -173,7 +173,7 @@ def steps():
 def test_two_ranks_are_the_one():
     pair = Pair()
     try:
-        both = pair.run(steps, seconds=120)
+        both = pair.run(steps, seconds=240)
     finally:
         pair.stop()
     for name in TASKS:

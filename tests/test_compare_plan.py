@@ -115,6 +115,12 @@ def test_another_config_under_the_same_name_is_refused(folder):
         planned("rdrop=", seed_to=["model.num_classes"]).continues(earlier)
 
 
+def test_an_argument_that_a_newer_version_has_added_is_no_change(folder):
+    earlier = planned("rdrop=")
+    del earlier.variants["rdrop"]["callbacks"]["alpha"]["init_args"]["delay"]
+    assert planned("rdrop=").continues(earlier).variants == planned("rdrop=").variants
+
+
 def test_variants_are_added_to_those_of_an_earlier_command(folder):
     earlier = planned("plain=plain.yaml", grids=["model.rdrop_alpha=1,4"])
     later = planned("more=many.yaml", grids=["model.rdrop_alpha=4,8"]).continues(earlier)

@@ -65,7 +65,7 @@ def compare(args: Sequence[str]) -> None:
     given = parser().parse_args(list(args))
     try:
         if given.report is not None:
-            report(Path(given.report))
+            report_on(Path(given.report))
         else:
             compare_all(given)
     except ValueError as error:
@@ -96,7 +96,7 @@ def compare_all(given: Namespace) -> None:
         if dear is not None:
             whole = add_equal_cost(whole, rows, dear)
             work(whole, [*whole.equal_cost[dear]], seeds, folder, engine, given.keep_checkpoints)
-        report(folder)
+        report_on(folder)
 
 
 def work(
@@ -120,22 +120,23 @@ def work(
     waiting = [run for run in runs if not table.is_done(run)]
     with Progress(len(runs), waiting) as progress:
         for run in engine.execute(waiting):
-            progress.ended(run, table.add(run), Report(plan, table.rows))
+            row, report = table.add(run), Report(plan, table.rows)
+            report.write(folder)
+            progress.ended(run, row, report)
     return table.rows
 
 
-def report(folder: Path) -> None:
+def report_on(folder: Path) -> None:
     """Print and write the report of the results in a folder."""
     from rich.console import Console  # an extra
 
     plan = Plan.read(folder)
     if plan is None:
         raise ValueError(f"--report {folder}: there is no comparison.yaml in it, which every comparison begins with.")
-    made = Report(plan, Results(folder / "results.csv").rows)
-    made.write(folder)
-    console = Console()
-    console.print(made.table())
-    console.print(made.notes(), highlight=False)
+    report, console = Report(plan, Results(folder / "results.csv").rows), Console()
+    report.write(folder)
+    console.print(report.table())
+    console.print(report.notes(), highlight=False)
 
 
 def _dear(plan: Plan, name: str) -> str:

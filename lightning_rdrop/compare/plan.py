@@ -103,7 +103,7 @@ class Plan:
         """
         for name in self.variants.keys() & earlier.variants.keys():
             different = changes(earlier.variants[name], self.variants[name])
-            if different:
+            if different and (different := changes(_of_today(earlier.variants[name]), self.variants[name])):
                 raise ValueError(
                     f"variant {name} has another config than the runs that are there already: {'; '.join(different)}. "
                     "Give it another name, or the comparison another --out."
@@ -119,6 +119,14 @@ class Plan:
         }
         variants = self.variants | {name: c for name, c in earlier.variants.items() if name not in self.variants}
         return Plan(variants, families, self.seed_to, earlier.equal_cost)
+
+
+def _of_today(config: Config) -> Config:
+    """A config of an earlier version, with the defaults of arguments that have been added since."""
+    try:
+        return resolve(["--config", yaml.safe_dump(config)])
+    except ValueError:  # it has arguments that there are no more
+        return config
 
 
 def _split(variant: str) -> tuple[str, str]:

@@ -18,9 +18,14 @@ from lightning_rdrop.predictions import PredictionTable
 
 
 class NumberedConfig(SaveConfigCallback):
-    """Saves the config of each run; where a folder has one already, the next is ``config_1.yaml``."""
+    """Saves the config of each run; where a folder has one already, the next is ``config_1.yaml``.
+
+    Tests and predictions without a logger have no folder of their own, and leave none behind.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" and not trainer.loggers:
+            return
         folder = Path(trainer.log_dir or ".")
         number = 0
         while not self.already_saved and (folder / self.config_filename).exists():
@@ -69,10 +74,13 @@ class RDropCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         for name in ("num_classes", "num_labels"):
-            key = f"{self.subcommand}.model.init_args.{name}"
-            given, saved = self.given.get(key), self.config.get(key)
-            if None not in (given, saved) and given != saved:
-                raise ValueError(f"{name} is {given}, and the checkpoint was trained for {saved} classes.")
+            arguments = self.config.get(f"{self.subcommand}.model.init_args") or {}
+            given, now = self.given.get(f"{self.subcommand}.model.init_args.{name}"), arguments.get(name)
+            if None not in (given, now) and given != now:
+                raise ValueError(f"{name} is {given}, and the checkpoint was trained for {now} classes.")
+            later = "pretrained" in arguments and name in arguments and now is None
+            if later and self.config.get(f"{self.subcommand}.optimizer"):
+                raise ValueError(f"--optimizer is made before the data tell {name}: give --model.{name} as well.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         named = self._get(self.config_init, "callbacks", {})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -15,6 +17,7 @@ import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported clas
 from lightning_rdrop.data import TextDataModule
 from lightning_rdrop.parser import RDropParser
 from lightning_rdrop.predictions import PredictionTable
+from lightning_rdrop.progress_bar import NarrowProgressBar
 
 
 class NumberedConfig(SaveConfigCallback):
@@ -83,12 +86,16 @@ class RDropCLI(LightningCLI):
                 raise ValueError(f"--optimizer is made before the data tell {name}: give --model.{name} as well.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = self._get(self.config_init, "trainer.callbacks") or []
         named = self._get(self.config_init, "callbacks", {})
-        kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *filter(None, named.values())]
+        callbacks = [*(given if isinstance(given, list) else [given]), *filter(None, named.values())]
         if path := self._get(self.config_init, "predictions"):
             every = self._get(self.config_init, "all_probabilities")
-            kwargs["callbacks"].append(PredictionTable(path, all_probabilities=every))
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(PredictionTable(path, all_probabilities=every))
+        bar = self._get(self.config_init, "trainer.enable_progress_bar") is not False
+        if bar and find_spec("rich") is None and not any(isinstance(one, ProgressBar) for one in callbacks):
+            callbacks.append(NarrowProgressBar())  # Lightning's own is wider than a screen; that of rich breaks lines
+        return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
 
     def before_fit(self) -> None:
         """Find what ``test_after_fit`` lacks before training, not after it."""

@@ -24,7 +24,7 @@ FLOORS = [
     "callbacks",
     "data",
     "modules",
-    "failures mistakes predictions quickstart",
+    "failures mistakes predictions progress_bar quickstart",
     "parser",
     "lightning_cli",
     "cli",

@@ -224,3 +224,12 @@ def test_an_optimizer_before_the_classes_are_known(here, capsys):
         main(["fit", "--model=SequenceClassifier", "--model.pretrained=none", "--optimizer=SGD"])
     said = "error: --optimizer is made before the data tell num_classes: give --model.num_classes as well.\n"
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_bar_of_80_columns(here, monkeypatch, capsys):
+    monkeypatch.setattr("lightning_rdrop.lightning_cli.find_spec", lambda name: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    bare = ["--trainer.logger=false", "--trainer.enable_progress_bar=true", "--trainer.enable_model_summary=false"]
+    main(["fit", "--config=experiment.yaml", *bare, "--callbacks.curves=null", "--test_after_fit=false"])
+    last = [line for line in capsys.readouterr().out.replace("\r", "\n").splitlines() if "accuracy=" in line][-1]
+    assert all(f"{name}=" in last[:80] for name in ("alpha", "ce", "kl", "accuracy"))

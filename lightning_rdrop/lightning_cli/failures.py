@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dis
 import sys
-import traceback
+from collections.abc import Iterator
+from types import TracebackType
 
-_PACKAGES = ("lightning_rdrop", "pytorch_lightning", "lightning_fabric", "jsonargparse")
+_OURS = ("lightning_rdrop", "pytorch_lightning", "lightning_fabric", "jsonargparse")
+_OTHERS = {"__main__", "torch", *sys.stdlib_module_names}
 
 
 def is_message(error: BaseException) -> bool:
@@ -16,14 +18,28 @@ def is_message(error: BaseException) -> bool:
     """
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
         return False
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or packages[-1] not in _PACKAGES:
+    last = _last(error)
+    if last is None or _package(last) not in _OURS:
         return False
     raised = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and all(
-        name in (*_PACKAGES, "torch", "__main__") or name in sys.stdlib_module_names for name in packages
-    )
+    return raised and all(_package(entry) in (*_OURS, *_OTHERS) for entry in _entries(error))
+
+
+def _entries(error: BaseException | None) -> Iterator[TracebackType]:
+    """The tracebacks of an error and of its causes, entry by entry."""
+    while error is not None:
+        entry = error.__traceback__
+        while entry is not None:
+            yield entry
+            entry = entry.tb_next
+        error = error.__cause__
+
+
+def _last(error: BaseException) -> TracebackType | None:
+    entries = [entry for entry in _entries(error) if entry.tb_next is None]
+    return entries[0] if entries else None
+
+
+def _package(entry: TracebackType) -> str:
+    name: str = entry.tb_frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -15,13 +17,19 @@ import lightning_rdrop.callbacks
 import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
 from lightning_rdrop.data import TextDataModule
 from lightning_rdrop.lightning_cli.parser import RDropParser
+from lightning_rdrop.lightning_cli.progress_bar import NarrowProgressBar
 from lightning_rdrop.predictions import PredictionTable
 
 
 class NumberedConfig(SaveConfigCallback):
-    """Saves the config of each run; where a folder has one already, the next is ``config_1.yaml``."""
+    """Saves the config of each run; where a folder has one already, the next is ``config_1.yaml``.
+
+    Tests and predictions without a logger have no folder of their own, and leave none behind.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" and not trainer.loggers:
+            return
         folder = Path(trainer.log_dir or ".")
         number = 0
         while not self.already_saved and (folder / self.config_filename).exists():
@@ -75,18 +83,25 @@ class RDropCLI(LightningCLI):
         if not elsewhere and not os.path.exists(path):
             self.parser.error(f"ckpt_path: there is no {path!r} in {os.getcwd()}.")
         for name in ("num_classes", "num_labels"):
-            key = f"{self.subcommand}.model.init_args.{name}"
-            given, saved = self.given.get(key), self.config.get(key)
-            if None not in (given, saved) and given != saved:
-                raise ValueError(f"{name} is {given}, and the checkpoint was trained for {saved} classes.")
+            arguments = self.config.get(f"{self.subcommand}.model.init_args") or {}
+            given, now = self.given.get(f"{self.subcommand}.model.init_args.{name}"), arguments.get(name)
+            if None not in (given, now) and given != now:
+                raise ValueError(f"{name} is {given}, and the checkpoint was trained for {now} classes.")
+            later = "pretrained" in arguments and name in arguments and now is None
+            if later and self.config.get(f"{self.subcommand}.optimizer"):
+                raise ValueError(f"--optimizer is made before the data tell {name}: give --model.{name} as well.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = self._get(self.config_init, "trainer.callbacks") or []
         named = self._get(self.config_init, "callbacks", {})
-        kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *filter(None, named.values())]
+        callbacks = [*(given if isinstance(given, list) else [given]), *filter(None, named.values())]
         if path := self._get(self.config_init, "predictions"):
             every = self._get(self.config_init, "all_probabilities")
-            kwargs["callbacks"].append(PredictionTable(path, all_probabilities=every))
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(PredictionTable(path, all_probabilities=every))
+        bar = self._get(self.config_init, "trainer.enable_progress_bar") is not False
+        if bar and find_spec("rich") is None and not any(isinstance(one, ProgressBar) for one in callbacks):
+            callbacks.append(NarrowProgressBar())  # Lightning's own is wider than a screen; that of rich breaks lines
+        return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
 
     def before_fit(self) -> None:
         """Find what ``test_after_fit`` lacks before training, not after it."""

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import lightning_rdrop
 
@@ -30,7 +31,7 @@ FILES = {"index": "README.md", "recipes": "examples/README.md", "contributing": 
 """Pages that begin with a file of the repository."""
 
 
-def begin_with_file(app, docname, source):
+def begin_with_file(app: Any, docname: str, source: list[str]) -> None:
     """Put the file in front, its links relative to the page instead of to the file."""
     if docname in FILES:
         root = Path(__file__).parents[2]
@@ -42,5 +43,5 @@ def begin_with_file(app, docname, source):
         app.env.note_dependency(str(root / FILES[docname]))
 
 
-def setup(app):
+def setup(app: Any) -> None:
     app.connect("source-read", begin_with_file)

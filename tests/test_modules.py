@@ -1,5 +1,7 @@
 """The ready modules but the language models: each in a real Trainer, and each loss against a formula."""
 
+import sys
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -129,6 +131,12 @@ def test_a_number_of_classes_is_compared_with_the_data(fit, bert, tmp_path):
 def test_pretrained_models_are_fine_tuned_slowly(bert, kind):
     module = kind(bert) if kind is SequenceRegressor else kind(bert, 2)
     assert module.configure_optimizers().defaults["lr"] == 2e-5
+
+
+def test_a_missing_extra_names_itself(bert, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r'needs transformers: pip install "lightning-rdrop\[huggingface\]"'):
+        SequenceClassifier(bert, 2)
 
 
 @pytest.mark.parametrize("warmup", [2, 1 / 3])

@@ -338,3 +338,10 @@ def test_each_text_is_tokenized_once(tmp_path, bert):
     assert Counting.texts == 2  # of three, one comes twice
     assert sum(len(batch["labels"]) for epoch in epochs for batch in epoch) == 9
     assert all(torch.equal(batch["attention_mask"].bool(), batch["input_ids"] != 0) for e in epochs for batch in e)
+
+
+def test_workers_find_all_texts_tokenized(tmp_path, bert):
+    data = TextDataModule(bert, write(tmp_path, "t.csv", "sentence,label\na b c,x\nd,y\n"), num_workers=1)
+    data.setup("fit")
+    data.train_dataloader()
+    assert sorted(key[0] for key in data.tokens._known) == ["a b c", "d"]

@@ -132,7 +132,7 @@ class RDropMixin(Hooks):
         self.rdrop_rows: Tensor | None = None
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
         self.rdrop_denominators: dict[str, Tensor] = {}
-        """That of each of its terms, by name: they may be different ones, and several with several predictions."""
+        """Those of the terms, by name; several predictions have several."""
         self.rdrop_kl: Tensor | None = None
         """The kl of the last step that was logged, for callbacks; None before the first."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}

@@ -135,8 +135,9 @@ def test_errors_reach_the_user(folder):
 
 
 def test_a_checkpoint_that_is_missing_is_named_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(CONFIG))
-    (tmp_path / "mine.py").write_text(NETWORK.replace("super().__init__()", "raise RuntimeError('loaded')"))
+    # a module of its own name, which no other test finds imported
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(CONFIG).replace("mine.", "failing."))
+    (tmp_path / "failing.py").write_text(NETWORK.replace("super().__init__()", "raise RuntimeError('loaded')"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for subcommand in ("fit", "test"):
@@ -344,7 +345,7 @@ def test_an_optimizer_before_the_classes_are_known(here, capsys):
 
 
 def test_a_bar_of_80_columns(here, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_rdrop.lightning_cli.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_rdrop.lightning_cli.rdrop_cli.find_spec", lambda name: None)
     monkeypatch.setenv("COLUMNS", "80")
     bare = ["--trainer.logger=false", "--trainer.enable_progress_bar=true", "--trainer.enable_model_summary=false"]
     main(["fit", "--config=experiment.yaml", *bare, "--callbacks.curves=null", "--test_after_fit=false"])

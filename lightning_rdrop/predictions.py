@@ -17,13 +17,14 @@ from pytorch_lightning.utilities import move_data_to_device, rank_zero_info
 from lightning_rdrop.data import Row, TextDataModule
 from lightning_rdrop.modules import Task
 from lightning_rdrop.modules.task import one_each
+from lightning_rdrop.predict import MCPrediction
 
 
 class PredictionTable(BasePredictionWriter):
     """Writes what ``Trainer.predict`` finds as a table, in the order of the input, from however many processes.
 
-    A row has the columns of the input, ``prediction``, and for classes ``probability``, that of the prediction. The
-    file appears when it is complete, and takes the place of an older one.
+    A row has the columns of the input, ``prediction``, and for classes ``probability``, that of the prediction.
+    With ``mc_passes`` it has ``entropy`` and ``mutual_information`` too, in nats, or a number's ``std``. The file appears when it is complete, and takes the place of an older one.
 
     Args:
         path: a ``.csv`` or ``.jsonl`` file.
@@ -74,7 +75,7 @@ class PredictionTable(BasePredictionWriter):
             raise ValueError("predictions are one table: predict with one data loader at a time.")
         prediction = move_data_to_device(prediction, torch.device("cpu"))
         if isinstance(pl_module, Task):
-            rows = pl_module.readable(prediction, all_probabilities=self.all_probabilities)
+            rows = _cells(pl_module, prediction, self.all_probabilities)
         else:
             rows = one_each(prediction, type(pl_module).__name__)
         if batch_indices is None:  # the loader makes its own batches
@@ -109,6 +110,23 @@ class PredictionTable(BasePredictionWriter):
             unfinished.replace(self.path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _cells(module: Task, prediction: Any, all_probabilities: bool) -> list[dict[str, Any]]:
+    """Those of a batch; of a model average also how far its models agree, in nats, or as a standard deviation."""
+    if not isinstance(prediction, MCPrediction):
+        return module.readable(prediction, all_probabilities=all_probabilities)
+    if prediction.entropy is None or prediction.mutual_information is None:  # a number
+        return [
+            {"prediction": mean, "std": std}
+            for mean, std in zip(prediction.mean.tolist(), prediction.std.tolist(), strict=True)
+        ]
+    rows = module.readable(prediction.mean, all_probabilities=all_probabilities)
+    spread = zip(prediction.entropy.tolist(), prediction.mutual_information.tolist(), strict=True)
+    return [
+        row | {"entropy": entropy, "mutual_information": information}
+        for row, (entropy, information) in zip(rows, spread, strict=True)
+    ]
 
 
 def _gathered(found: dict[int, Row]) -> dict[int, Row]:

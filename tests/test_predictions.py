@@ -136,6 +136,36 @@ def test_numbers(tmp_path):
     assert found == [(2, 1), (0, 0), (0, 3), (0, 0), (1, 0)]
 
 
+class Masked(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.dropout = network, nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.network(x))
+
+
+def test_a_model_average_says_how_far_its_passes_agree(tmp_path):
+    from lightning_rdrop import Gaussian
+
+    class Numbers(TextRegressionDataModule):
+        encode = Letters.encode
+
+    table = write(tmp_path / "in.csv", ROWS)
+    module = Classifier(Masked(Count()), 3, mc_passes=8)
+    predict(module, Letters("none", predict=table), tmp_path / "out.csv", all_probabilities=True)
+    for row in read(tmp_path / "out.csv"):
+        mean = torch.tensor([float(row[f"probability of {index}"]) for index in range(3)])
+        assert row["prediction"] == str(int(mean.argmax()))
+        assert float(row["entropy"]) == pytest.approx(float(torch.special.entr(mean).sum()), abs=1e-5)
+        assert 0 < float(row["mutual_information"]) < float(row["entropy"])
+    module = Regressor(Masked(Pairs()), rdrop_distance=Gaussian(log_variance=True), mc_passes=8)
+    predict(module, Numbers("none", predict=table), tmp_path / "out.csv")
+    rows = read(tmp_path / "out.csv")
+    assert set(rows[0]) == {"id", "sentence", "prediction", "std"}
+    assert float(rows[0]["std"]) > 0
+
+
 def test_texts(tmp_path, bart):
     from lightning_rdrop.modules import Seq2Seq
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rdrop import AlphaScheduler, Bernoulli, Gaussian, RDropMixin
 from lightning_rdrop.guard import NanWatch
+from lightning_rdrop.guard.first_batch import fed_its_source, unshifted
 
 
 class Module(RDropMixin, pl.LightningModule):
@@ -375,6 +376,14 @@ def test_views_are_not_drawn_in_evaluation(fit, small, rows, stage):
         run(wrong(), rows)
 
 
+def test_evaluation_is_spoken_of_once(small, rows):
+    wrong = type("Wrong", (small,), {"validation_step": lambda self, batch, batch_idx: self.rdrop_step(batch).loss})
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.warns(UserWarning, match="views") as caught:
+        trainer.validate(wrong(rdrop_guard="warn"), rows)
+    assert len([one for one in caught if "views" in str(one.message).lower()]) == 1
+
+
 class Change(pl.Callback):
     """Does something to the module in the middle of a fit."""
 
@@ -614,6 +623,26 @@ def test_nan_in_the_middle_of_a_training_is_found_at_the_next_log(fit, small, ro
 
     with pytest.raises(ValueError, match="view 0 is NaN since batch 5"):
         fit(small(), rows, [Poison()], max_epochs=2, log_every_n_steps=4)
+
+
+def test_after_the_first_batch_the_device_is_waited_for_only_where_a_log_is_due(fit, small, rows, monkeypatch):
+    read, compared = [], []
+    monkeypatch.setattr(NanWatch, "reason", lambda watch: read.append(watch.batches))
+    monkeypatch.setattr("lightning_rdrop.guard.guard.diagnose", lambda *arguments: compared.append(arguments))
+    fit(small(), rows, max_epochs=2, log_every_n_steps=5)
+    assert read == [1, 6, 11, 16]
+    assert len(compared) == 1
+
+
+def test_a_network_that_only_looks_like_an_encoder_decoder_is_left_in_peace():
+    network = nn.Linear(8, 3)
+    network.config, network.get_output_embeddings = object(), lambda: network
+    assert fed_its_source(network, {"input_ids": tokens()}) is None
+
+
+def test_a_row_of_numbers_that_is_its_own_target_is_no_sequence():
+    assert unshifted(torch.arange(4), torch.arange(4)) is None
+    assert "were not shifted" in unshifted(torch.arange(4).view(1, 4), torch.arange(4).view(1, 4))
 
 
 def test_nan_in_one_view_names_it():

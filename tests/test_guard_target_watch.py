@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_rdrop import Bernoulli, Categorical, Gaussian
 from lightning_rdrop.guard.target_watch import TargetWatch
 from tests.conftest import Net
+from tests.networks import training_outputs
 
 
 def network(*more):
@@ -42,8 +43,11 @@ def test_where_values_are_waited_for_they_are_read_when_a_log_is_due(monkeypatch
     """As on a GPU."""
     monkeypatch.setattr("lightning_rdrop.guard.guard.is_readable", lambda tensor: False)
     distance, target, value = LATER["-1 for Bernoulli"]
+    module = Net(network(), rdrop_distance=distance)
+    seen = training_outputs(module)
     with pytest.raises(ValueError, match="target of batch 5 holds"):
-        fit(Net(network(), rdrop_distance=distance), spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
+        fit(module, spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
+    assert len(seen) == 9  # batches 0 to 8
 
 
 def test_a_target_is_spoken_of_once():

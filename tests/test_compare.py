@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, *arguments, **environment):
+def start(folder, *arguments, deaf=False, **environment):
+    """The command, with SIGINT ignored as by what a shell starts in the background, if it is deaf."""
     repository = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": repository, "COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         [sys.executable, "-m", "lightning_rdrop", "compare", *arguments],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN if deaf else signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -179,7 +182,7 @@ def test_interrupted_twice_it_goes_on_and_gives_the_same_table(folder, whole):
     command, out = [*TWO, "--seeds", "2", "--out", "stopped"], folder / "stopped"
     (folder / "hold").touch()
 
-    process = start(folder, *command)
+    process = start(folder, *command, deaf=True)
     wait_for(lambda: len(diary(folder, "begins")) == 1)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=300)

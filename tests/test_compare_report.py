@@ -57,6 +57,14 @@ def test_lower_may_be_better():
     assert "+0.0200 ± 0.0196 | worse |" in Report(plan("plain", "rdrop", mode="min"), HAND).markdown()
 
 
+def test_names_with_an_underscore():
+    report = plan("plain", "rdrop")
+    for config in report.variants.values():
+        config["callbacks"]["best"]["init_args"] |= {"monitor": "val_loss", "mode": "min"}
+    rows = [{"variant": "plain", "seed": 1, "test_acc": 0.5, "test_loss": 0.1, "val_loss": 0.2, "status": "done"}]
+    assert Report(report, rows).metrics == ["test_loss", "test_acc"]
+
+
 def test_what_is_not_shown_says_so():
     rows = [row("plain", 1, 0.5), row("plain", 2, 0.5), row("rdrop", 1, 0.7), row("rdrop", 2, 0.4)]
     assert "| +0.0500 ± 1.9059 | not shown |" in Report(plan("plain", "rdrop"), rows).markdown()

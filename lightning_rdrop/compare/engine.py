@@ -74,7 +74,7 @@ class Engine:
             executor.update_parameters(
                 timeout_min=_A_YEAR, gpus_per_node=len(gpus), visible_gpus=gpus, stderr_to_stdout=True
             )
-        with _errors_into(log / "engine.txt"):
+        with _output_into(log / "engine.txt"):
             return executor.submit(run)
 
     def _how_it_ended(self, job: Job[None]) -> str:
@@ -95,13 +95,18 @@ def _share(slot: int, workers: int) -> list[int]:
 
 
 @contextmanager
-def _errors_into(path: Path) -> Iterator[None]:
-    """A context in which processes are started that write their errors there: what an interrupt makes them say."""
-    kept = os.dup(2)
+def _output_into(path: Path) -> Iterator[None]:
+    """A context in which a process is started that prints there: what an interrupt makes it say is not for the user.
+
+    Nor is it to keep open, should it outlive this process, what this one prints to.
+    """
+    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
     try:
         with path.open("a") as file:
-            os.dup2(file.fileno(), 2)
+            for stream, _ in kept:
+                os.dup2(file.fileno(), stream)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for stream, copy in kept:
+            os.dup2(copy, stream)
+            os.close(copy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,19 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from lightning_rdrop.compare.plan import Plan
-from lightning_rdrop.compare.results import Row, finished, values
+from lightning_rdrop.compare.results import Row, finished, metrics, values
 from lightning_rdrop.compare.statistics import Difference, paired_difference
 from lightning_rdrop.plots import paired_differences
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_VERDICTS = {
+    1: {1: "better", 0: "not shown", -1: "worse"},
+    0: {1: "higher", 0: "not shown", -1: "lower"},
+    -1: {1: "worse", 0: "not shown", -1: "better"},
+}
+"""What is said of the sign of a difference, by which way is better."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Report:
     @property
     def metrics(self) -> list[str]:
         """The metrics of the test; that of the checkpoints first."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row if name.startswith("test/")))
+        names = [name for name in metrics(self.rows) if self.plan.monitor is None or name != self.plan.monitor[0]]
         return sorted(names, key=lambda name: not self._better(name))
 
     @property
@@ -185,20 +193,19 @@ class Report:
         validation = [] if self.plan.monitor is None else [number(line.validation)]
         compared = ["reference" if line.variant == self.reference else "", "", ""]
         if difference := line.difference:
-            verdicts = {0: "not shown", better or 1: "better" if better else "higher", -(better or 1): "worse"}
-            if not better:
-                verdicts[-1] = "lower"
+            verdict = _VERDICTS[better][difference.sign]
             interval = f" ± {margin}" if (margin := number(difference.margin)) else ""
             needed = str(difference.needed or "")
-            compared = [number(difference.mean, "+") + interval, verdicts[difference.sign], needed]
+            compared = [number(difference.mean, "+") + interval, verdict, needed]
         costs = ["" if math.isnan(cost) else f"{cost:.2f}x" for cost in (line.seconds, line.memory)]
         return [name, runs, *validation, number(line.mean), number(line.sd), *compared, *costs]
 
     def _better(self, metric: str) -> int:
         """1 where higher values of a metric are better, -1 where lower are; 0 where that is unknown."""
-        if self.plan.monitor is None or self.plan.monitor[0].rpartition("/")[2] != metric.removeprefix("test/"):
+        monitor, mode = self.plan.monitor or ("", "")
+        if metric != re.sub(r"^val(id|idation)?(?=[/_])", "test", monitor):
             return 0
-        return 1 if self.plan.monitor[1] == "max" else -1
+        return 1 if mode == "max" else -1
 
     def _line(self, variant: str, metric: str, chosen: bool) -> Line:
         own, other = (values(self.rows, name, metric) for name in (variant, self.reference))

@@ -12,6 +12,7 @@ from lightning_rdrop.compare.run import Run
 
 Row = dict[str, Any]
 _COSTS = ("steps", "seconds", "peak_memory_mib")
+_OTHERS = ("variant", "seed", *_COSTS, "status")
 
 
 class Results:
@@ -47,15 +48,19 @@ class Results:
         return row
 
     def _write(self) -> None:
-        names = dict.fromkeys(name for row in self.rows for name in row if name not in (*_COSTS, "status"))
-        metrics = sorted([*names][2:], key=lambda name: not name.startswith("test/"))
         part = self.path.with_suffix(".part")
         with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["variant", "seed", *metrics, *_COSTS, "status"], lineterminator="\n")
+            columns = ["variant", "seed", *metrics(self.rows), *_COSTS, "status"]
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
         part.replace(self.path)
+
+
+def metrics(rows: Iterable[Row]) -> list[str]:
+    """The columns of the test and, last, of the validation."""
+    return list(dict.fromkeys(name for row in rows for name in row if name not in _OTHERS))
 
 
 def finished(rows: Iterable[Row]) -> list[Row]:

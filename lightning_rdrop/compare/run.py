@@ -101,9 +101,11 @@ class Measured(RDropCLI):
 
     def measured(self) -> dict[str, Any]:
         """What one line of the table needs."""
-        metrics = self.trainer.callback_metrics
+        test = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if both := test.keys() & self._validation.keys():
+            raise ValueError(f"validation and test both log {both.pop()}: log them as val/... and test/...")
         return {
-            "test": {name: float(value) for name, value in metrics.items() if name.startswith("test/")},
+            "test": test,
             "validation": self._validation,
             "steps": self._steps,
             "seconds": self._seconds,

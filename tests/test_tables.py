@@ -201,6 +201,12 @@ def test_a_damaged_row_of_another_task(tmp_path, kind, row, message):
     assert message in str(refused.value)
 
 
+def test_several_labels_that_are_all_empty(tmp_path):
+    path = write(tmp_path, "t.jsonl", lines({"sentence": "a", "label": []}))
+    with pytest.raises(ValueError, match="All labels of the train table are empty: there is nothing to tell apart"):
+        MultilabelTextDataModule("none", path).setup("fit")
+
+
 def test_a_file_that_is_not_there(tmp_path):
     write(tmp_path, "train.csv", GOOD)
     with pytest.raises(FileNotFoundError, match=r"trian\.csv: there is no such file\. Did you mean train\.csv\?"):

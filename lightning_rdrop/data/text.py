@@ -138,7 +138,8 @@ class TextDataModule(pl.LightningDataModule):
             rows = self.table("train")
             labels = cells.in_order({cells.class_name(one) for row in rows for one in self.classes(row)})
             if len(labels) < self.fewest_classes:
-                raise ValueError(f"All labels of the train table are {labels[0]!r}: there is nothing to tell apart.")
+                only = repr(labels[0]) if labels else "empty"
+                raise ValueError(f"All labels of the train table are {only}: there is nothing to tell apart.")
             self.labels = labels
         return self.labels
 

@@ -24,8 +24,8 @@ class PredictionTable(BasePredictionWriter):
     """Writes what ``Trainer.predict`` finds as a table, in the order of the input, from however many processes.
 
     A row has the columns of the input, ``prediction``, and for classes ``probability``, that of the prediction. With
-    ``mc_passes`` it has ``entropy`` and ``mutual_information`` too, in nats, or the ``std`` of a number. The file appears
-    when it is complete, and takes the place of an older one.
+    ``mc_passes`` it has ``entropy`` and ``mutual_information`` too, in nats, or the ``std`` of a number. The file
+    appears when it is complete, and takes the place of an older one.
 
     Args:
         path: a ``.csv`` or ``.jsonl`` file.

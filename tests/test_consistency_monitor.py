@@ -131,9 +131,16 @@ class Thorough(nn.Module):
         return self.inner(x + 0.01 * noise if self.training else x)
 
 
+class Augmented(Validated):
+    """Draws random numbers where it reads a batch, in validation too."""
+
+    def rdrop_unpack(self, batch):
+        return batch[0] + 0.01 * torch.randn(8), batch[1]
+
+
 def trained(fit, callbacks, **kwargs):
     pl.seed_everything(5)
-    module = Validated(rdrop_passes="separate", **kwargs)
+    module = Augmented(rdrop_passes="separate", **kwargs)
     module.network = Thorough()
     module.network.inner[0].eval()
     module.val_dataloader = table

@@ -7,7 +7,6 @@ import warnings
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lightning_rdrop._lightning import Callback
@@ -107,14 +106,12 @@ class ConsistencyMonitor(Callback):
         if not self._looks_at(trainer, batch_idx):
             return
         module = require_rdrop(self, pl_module)
-        # in the mean time neither rdrop_unpack nor validation_step may take from a batch what the other needs
-        batch = map_tensors(batch, lambda tensor: tensor)
-        with trainer.precision_plugin.val_step_context(), torch.no_grad():
+        training = dict(zip(self._modules, self._training, strict=True)) if self._modules else None
+        batch = map_tensors(batch, lambda tensor: tensor)  # rdrop_unpack may pop what validation_step will need
+        with trainer.precision_plugin.val_step_context(), untouched(module, module.device):
             inputs, target = module.rdrop_unpack(batch)
-            training = dict(zip(self._modules, self._training, strict=True)) if self._modules else None
+            prediction = module.rdrop_predict(inputs)
             predictions = dropout_passes(module, inputs, self.passes, training=training)
-            with untouched(module, module.device):
-                prediction = module.rdrop_predict(inputs)
         self._warn_of_equal_passes(module, predictions)
         for name, average in _averages(module.rdrop_distance, predictions, prediction, target).items():
             rows: Any = average.weight  # a tensor, which is not waited for

@@ -1,65 +1,51 @@
-"""The command line: `lightning-rdrop fit|validate|test|predict`."""
+"""The command line: `lightning-rdrop fit|validate|test|predict`, and the commands of COMMANDS."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
-from pytorch_lightning import Callback
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.cli import ArgsType
 
-import lightning_rdrop.callbacks
-import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
-from lightning_rdrop.data import TextDataModule
+from lightning_rdrop.failures import is_message
+from lightning_rdrop.lightning_cli import RDropCLI
+from lightning_rdrop.mistakes import explain
+from lightning_rdrop.quickstart import quickstart
 
+__all__ = ["RDropCLI", "main"]
 
-class RDropCLI(LightningCLI):
-    """LightningCLI with named callbacks and a test after training.
-
-    ``callbacks`` is a mapping, so that a second config, or ``--callbacks.alpha.init_args.ramp=0.2``, can change one
-    argument of one callback; the Trainer's own list can only be replaced as a whole. ``test_after_fit`` tests the best
-    checkpoint after training, or the last weights if no checkpoint is chosen by a monitored metric.
-
-    Raises:
-        ValueError: ``test_after_fit`` without anything to test, before training.
-    """
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--callbacks", type=dict[str, Callback | None], default={}, help="Callbacks by name; null removes one."
-        )
-        parser.add_argument("--test_after_fit", type=bool, default=False, help="Test the best weights afterwards.")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        named = self._get(self.config_init, "callbacks", {})
-        kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *filter(None, named.values())]
-        return super().instantiate_trainer(**kwargs)
-
-    def before_fit(self) -> None:
-        """Find what ``test_after_fit`` lacks before training, not after it."""
-        if not self._get(self.config_init, "test_after_fit"):
-            return
-        data, model = self.datamodule, self.model
-        for hook, owners in (("test_dataloader", [data, model]), ("test_step", [model])):
-            if not any(is_overridden(hook, owner) for owner in owners):
-                names = " or ".join(type(owner).__name__ for owner in owners if owner is not None)
-                raise ValueError(
-                    f"test_after_fit is true, and there is no {hook} in {names}: add one, or leave test_after_fit out."
-                )
-        own = ("prepare_data", "rows", "test_dataloader")
-        if isinstance(data, TextDataModule) and not any(is_overridden(hook, data, TextDataModule) for hook in own):
-            data.table("test")
-
-    def after_fit(self) -> None:
-        if self._get(self.config_init, "test_after_fit"):
-            best = getattr(self.trainer.checkpoint_callback, "best_model_path", None)
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None)
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"quickstart": quickstart}
+"""What is not a method of the Trainer, by name; each is called with the arguments after it."""
 
 
 def main(args: ArgsType = None) -> None:
     """The console command; classes in the current folder can be imported, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    RDropCLI(args=args)
+    given = sys.argv[1:] if args is None else args
+    try:
+        if isinstance(given, list) and given and given[0] in COMMANDS:
+            COMMANDS[given[0]](given[1:])
+        else:
+            _lightning(args)
+    except Exception as error:
+        if os.environ.get("JSONARGPARSE_DEBUG") or not is_message(error):
+            raise
+        said = str(error)
+        said = explain(said) if said.startswith("Does not validate") else said  # a class that refused its arguments
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _lightning(args: ArgsType) -> None:
+    RDropCLI(
+        args=args,
+        parser_kwargs={
+            "prog": "lightning-rdrop",
+            "version": version("lightning-rdrop"),
+            "description": "Train, test and predict with R-Drop.",
+            "epilog": f"Other commands: {', '.join(COMMANDS)}.",
+        },
+    )

@@ -137,6 +137,7 @@ class RDropMixin(Hooks):
         super().__init_subclass__(**kwargs)
         require_first(cls, RDropMixin)
         notice_replaced_step(cls, RDropMixin)
+        extend_hook(cls, "setup", RDropMixin._rdrop_step_back)
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
         extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
@@ -221,6 +222,14 @@ class RDropMixin(Hooks):
                 *args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger
             )
         forget_hyperparameters(self, self.rdrop_unsaved)
+
+    def _rdrop_step_back(self, *_: Any, **__: Any) -> None:
+        """Stand behind the user's own submodules, with which a summary of the model is to begin."""
+        for name in ("rdrop_distance", "rdrop_regularizers"):
+            part = getattr(self, name)
+            if not any(True for _ in part.parameters()):  # else the optimizer's order of parameters would change
+                delattr(self, name)
+                setattr(self, name, part)
 
     def _rdrop_begin(self) -> None:
         """A fit begins: what was found out in an earlier one may not hold any more."""

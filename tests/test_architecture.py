@@ -10,7 +10,7 @@ import lightning_rdrop
 
 PACKAGE = Path(lightning_rdrop.__file__).parent
 FLOORS = [
-    "_compat _lightning arguments description divergence labels nesting plots probe schedule submodules terms",
+    "_compat _lightning arguments extras description divergence labels nesting plots probe schedule submodules terms",
     "transforms views",
     "_fused cross_entropy dropout",
     "distance",
@@ -24,6 +24,9 @@ FLOORS = [
     "callbacks",
     "data",
     "modules",
+    "failures mistakes predictions progress_bar quickstart",
+    "parser",
+    "lightning_cli",
     "cli",
     "__init__ __main__ docs",
 ]

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lightning_rdrop import RDropMixin
-from lightning_rdrop.cli import RDropCLI
+from lightning_rdrop.cli import RDropCLI, main
 
 NETWORK = """
 import torch
@@ -159,11 +159,11 @@ def test_a_test_that_cannot_be_made_is_found_before_training(model, data, messag
     [
         ([], ValueError, "There is no test table: give test="),
         (["--data.test=tset.json"], FileNotFoundError, "tset.json"),
-        (["--data.test=other.json"], ValueError, "test table, row 0: no column 'label'"),
+        (["--data.test=other.json"], ValueError, r"other\.json, line 1: no column 'label', only 'sentence'"),
     ],
 )
 def test_a_test_table_that_is_missing_is_found_before_training(tmp_path, monkeypatch, given, error, message):
-    (tmp_path / "train.json").write_text('{"sentence": "a", "label": 0}')
+    (tmp_path / "train.json").write_text('{"sentence": "a", "label": 0}\n{"sentence": "b", "label": 1}')
     (tmp_path / "other.json").write_text('{"sentence": "a"}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pl.Trainer, "fit", lambda *arguments, **more: pytest.fail("trained"))
@@ -171,3 +171,65 @@ def test_a_test_table_that_is_missing_is_found_before_training(tmp_path, monkeyp
     data = ["--data=TextDataModule", "--data.tokenizer=none", "--data.train=train.json", *given]
     with pytest.raises(error, match=message):
         RDropCLI(args=["fit", "--test_after_fit=true", "--trainer.accelerator=cpu", *model, *data])
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("sys.argv", ["lightning-rdrop"])
+    return folder
+
+
+def test_a_second_run_in_the_same_folder(here):
+    quiet = ["--trainer.logger=false", "--trainer.max_steps=1", "--test_after_fit=false", "--callbacks.curves=null"]
+    (here / "config.yaml").write_text("# somebody's own")
+    for _ in range(2):
+        main(
+            ["fit", "--config=experiment.yaml", *quiet, "--callbacks.best=null", "--trainer.enable_checkpointing=false"]
+        )
+    assert (here / "config.yaml").read_text() == "# somebody's own"
+    for number in (1, 2):
+        assert yaml.safe_load((here / f"config_{number}.yaml").read_text())["trainer"]["max_steps"] == 1
+
+
+def test_a_quickstart_without_a_clone(here, capsys):
+    pytest.importorskip("snownlp")
+    main(["quickstart", "start"])
+    assert capsys.readouterr().out.endswith("    cd start\n    lightning-rdrop fit --config quickstart.yaml\n")
+    assert sorted(path.name for path in (here / "start").iterdir()) == ["fasttext.py", "quickstart.yaml", "reviews.py"]
+    written = [(here / "start" / name).read_text() for name in ("fasttext.py", "quickstart.yaml", "reviews.py")]
+    assert not any("examples" in text for text in written)
+    config = yaml.safe_load(written[1])
+    assert config["model"]["init_args"]["network"]["class_path"] == "fasttext.FastText"
+    (here / "start/reviews.py").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["quickstart", "start"])
+    assert "reviews.py is there already" in capsys.readouterr().err
+    assert (here / "start/reviews.py").read_text() == "mine"
+
+
+def test_the_wheel_has_what_the_quickstart_writes():
+    import tomllib
+
+    from lightning_rdrop.quickstart import FILES
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f"examples/{name}": f"lightning_rdrop/quickstart_files/{name}" for name in sorted(FILES)}
+
+
+def test_an_optimizer_before_the_classes_are_known(here, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=SequenceClassifier", "--model.pretrained=none", "--optimizer=SGD"])
+    said = "error: --optimizer is made before the data tell num_classes: give --model.num_classes as well.\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_bar_of_80_columns(here, monkeypatch, capsys):
+    monkeypatch.setattr("lightning_rdrop.lightning_cli.find_spec", lambda name: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    bare = ["--trainer.logger=false", "--trainer.enable_progress_bar=true", "--trainer.enable_model_summary=false"]
+    main(["fit", "--config=experiment.yaml", *bare, "--callbacks.curves=null", "--test_after_fit=false"])
+    last = [line for line in capsys.readouterr().out.replace("\r", "\n").splitlines() if "accuracy=" in line][-1]
+    assert all(f"{name}=" in last[:80] for name in ("alpha", "ce", "kl", "accuracy"))

@@ -1,6 +1,9 @@
 """The ready modules but the language models: each in a real Trainer, and each loss against a formula."""
 
+import sys
+
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import texts, trained_on
 from scipy.stats import pearsonr, spearmanr
@@ -9,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import Gaussian
+from lightning_rdrop.data import TextDataModule
 from lightning_rdrop.modules import (
     Classifier,
     MultilabelClassifier,
@@ -87,8 +91,82 @@ def test_a_pretrained_model_trains_with_its_dropout_on(fit, pretrained, tmp_path
     assert trainer.callback_metrics["train/kl"] > 0
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = SequenceClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert again.hparams == {"pretrained": pretrained, "num_classes": 3, "learning_rate": 1e-4, "weight_decay": 0.01}
+    given = {"pretrained": pretrained, "num_classes": 3, "learning_rate": 1e-4}
+    assert again.hparams == given | {"weight_decay": 0.01, "warmup": None}
     torch.testing.assert_close(again.state_dict(), module.state_dict())
+
+
+def written(folder, name, labels):
+    text = "sentence,label\n" + "".join(
+        f"{letter},{label}\n" for letter, label in zip("abcdefgh", labels, strict=False)
+    )
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_the_data_tell_how_many_classes_there_are(fit, bert, tmp_path):
+    data = TextDataModule(bert, written(tmp_path, "train.csv", "xyzxyz"), batch_size=2)
+    module = SequenceClassifier(bert)
+    assert module.network is None
+    fit(module, data)
+    assert (module.num_classes, module.classes) == (3, ["x", "y", "z"])
+    assert module.network.classifier.out_features == 3
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = SequenceClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert (again.num_classes, again.classes) == (3, ["x", "y", "z"])
+    torch.testing.assert_close(again.state_dict(), module.state_dict())
+    with pytest.raises(ValueError, match=r"The model has the classes \(x, y, z\), and the data have \(a, b, c\)"):
+        fit(again, TextDataModule(bert, written(tmp_path, "other.csv", "abcabc"), batch_size=2))
+
+
+def test_a_number_of_classes_is_compared_with_the_data(fit, bert, tmp_path):
+    data = TextDataModule(bert, written(tmp_path, "train.csv", "xyzxyz"))
+    with pytest.raises(ValueError, match=r"num_classes is 2, and the data have 3 classes \(x, y, z\)"):
+        fit(SequenceClassifier(bert, 2), data)
+    with pytest.raises(ValueError, match=r"Classifier does not know how many classes there are: give num_classes="):
+        fit(Classifier(network()), [(torch.randn(2, 8), torch.tensor([0, 1]))])
+
+
+@pytest.mark.parametrize("kind", [SequenceClassifier, TokenClassifier, SequenceMultilabelClassifier, SequenceRegressor])
+def test_pretrained_models_are_fine_tuned_slowly(bert, kind):
+    module = kind(bert) if kind is SequenceRegressor else kind(bert, 2)
+    assert module.configure_optimizers().defaults["lr"] == 2e-5
+
+
+def test_a_missing_extra_names_itself(bert, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r'needs transformers: pip install "lightning-rdrop\[huggingface\]"'):
+        SequenceClassifier(bert, 2)
+
+
+@pytest.mark.parametrize("warmup", [2, 1 / 3])
+def test_warmup_and_linear_decay(fit, rows, warmup):
+    class Rates(pl.Callback):
+        seen = ()
+
+        def on_train_batch_start(self, trainer, *_):
+            self.seen = (*self.seen, trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = Rates()
+    fit(Classifier(network(), 3, learning_rate=0.4, warmup=warmup), rows, [rates], limit_train_batches=3, max_epochs=2)
+    assert rates.seen == pytest.approx([0, 0.2, 0.4, 0.3, 0.2, 0.1])  # and 0 after the sixth step
+
+
+def test_wrong_warmups(fit, rows):
+    with pytest.raises(ValueError, match=r"warmup must be an int, the steps, or a float in \[0, 1\]"):
+        Classifier(network(), 3, warmup=1.5)
+    with pytest.raises(
+        ValueError, match=r"warmup=0\.1 lets the learning rate fall until the end, and this training has"
+    ):
+        fit(Classifier(network(), 3, warmup=0.1), rows, max_epochs=-1)
+
+
+def test_a_summary_begins_with_the_network(fit, rows):
+    module = Classifier(network(), 3)
+    fit(module, rows, max_steps=1)
+    summary = [layer for layer, _ in pl.utilities.model_summary.ModelSummary(module).named_modules]
+    assert summary[0] == "network"
+    assert summary[-2:] == ["rdrop_distance", "rdrop_regularizers"]
 
 
 def test_token_classifier(fit, bert):

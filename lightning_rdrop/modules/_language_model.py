@@ -11,11 +11,11 @@ from torchmetrics import MetricCollection
 
 from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.cross_entropy import Head
-from lightning_rdrop.modules.task import Task
+from lightning_rdrop.modules._pretrained import Pretrained
 from lightning_rdrop.probe import untouched
 
 
-class LanguageModel(Task):
+class LanguageModel(Pretrained):
     """A Hugging Face model that predicts tokens, trained with or without materializing its logits.
 
     Args:

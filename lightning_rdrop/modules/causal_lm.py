@@ -23,17 +23,19 @@ class CausalLM(LanguageModel):
         pretrained: name or folder of the model, whose dropout is switched on.
         fused_head: compute the training loss without ever holding all logits. This saves most of the memory of a large
             vocabulary; the step's ``prediction`` is None then.
-        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
+        learning_rate: of AdamW.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
         ValueError: ``fused_head`` for a model whose logits do not come straight from its output layer.
     """
 
-    def __init__(self, pretrained: str, *, fused_head: bool = False, **kwargs: Any) -> None:
-        from transformers import AutoModelForCausalLM  # an extra, needed by this module alone
-
+    def __init__(
+        self, pretrained: str, *, fused_head: bool = False, learning_rate: float = 2e-5, **kwargs: Any
+    ) -> None:
         metrics = MetricCollection({"perplexity": Perplexity(ignore_index=-100)})
-        super().__init__(load(AutoModelForCausalLM, pretrained), metrics, fused_head=fused_head, **kwargs)
+        network = load("AutoModelForCausalLM", pretrained)
+        super().__init__(network, metrics, fused_head=fused_head, learning_rate=learning_rate, **kwargs)
 
     def rdrop_unpack(self, batch: Any) -> tuple[dict[str, Any], Tensor]:
         inputs = dict(batch)
@@ -49,3 +51,6 @@ class CausalLM(LanguageModel):
 
     def rdrop_hidden(self, inputs: Any) -> Tensor:
         return super().rdrop_hidden(inputs)[:, :-1]
+
+    def readable(self, prediction: Any, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        raise TypeError("CausalLM predicts the logits of all tokens, which no table can hold: use it from Python.")

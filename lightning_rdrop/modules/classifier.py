@@ -9,10 +9,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_rdrop.divergence import log_probabilities
-from lightning_rdrop.modules.task import Task
+from lightning_rdrop.modules._classes import ClassTask
 
 
-class Classifier(Task):
+class Classifier(ClassTask):
     """Classification of examples, or of tokens, with any network that returns logits.
 
     Validation and test log the cross-entropy, the accuracy and the macro F1 over the rows whose target is not -100;
@@ -20,7 +20,7 @@ class Classifier(Task):
 
     Args:
         network: returns logits (N, ..., C) for the inputs of a batch.
-        num_classes: C.
+        num_classes: C; ``None`` takes the number of classes in a :class:`~lightning_rdrop.data.TextDataModule`.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`.
 
     Example:
@@ -31,14 +31,19 @@ class Classifier(Task):
         torch.Size([5, 3])
     """
 
-    def __init__(self, network: nn.Module, num_classes: int, **kwargs: Any) -> None:
-        metrics = MetricCollection(
+    def __init__(self, network: nn.Module, num_classes: int | None = None, **kwargs: Any) -> None:
+        super().__init__(network, None, **kwargs)
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.set_count(num_classes)
+
+    def metrics_of(self, count: int) -> MetricCollection:
+        return MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=-100),
-                "f1": MulticlassF1Score(num_classes, average="macro", ignore_index=-100),
+                "accuracy": MulticlassAccuracy(count, average="micro", ignore_index=-100),
+                "f1": MulticlassF1Score(count, average="macro", ignore_index=-100),
             }
         )
-        super().__init__(network, metrics, **kwargs)
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         metrics.update(prediction.flatten(0, -2), target.flatten())
@@ -47,3 +52,24 @@ class Classifier(Task):
         """Class probabilities, (N, ..., C)."""
         logits: Tensor = super().predict_step(batch, batch_idx)
         return log_probabilities(logits).exp()
+
+    def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        names = self.classes or [str(index) for index in range(prediction.shape[-1])]
+        best = prediction.max(-1)
+        indices, values = best.indices.tolist(), best.values.tolist()
+        rows = [{"prediction": _named(one, names), "probability": p} for one, p in zip(indices, values, strict=True)]
+        if all_probabilities:
+            for row, probabilities in zip(rows, prediction.tolist(), strict=True):
+                row["probabilities"] = _by_name(probabilities, names)
+        return rows
+
+
+def _named(index: Any, names: list[str]) -> Any:
+    """The name of a class, or those of several, nested as the indices are."""
+    return [_named(one, names) for one in index] if isinstance(index, list) else names[index]
+
+
+def _by_name(probabilities: list[Any], names: list[str]) -> Any:
+    if isinstance(probabilities[0], list):
+        return [_by_name(one, names) for one in probabilities]
+    return dict(zip(names, probabilities, strict=True))

@@ -9,17 +9,18 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelAccuracy, MultilabelF1Score
 
 from lightning_rdrop.distance import Bernoulli, Distance
-from lightning_rdrop.modules.task import Task
+from lightning_rdrop.modules._classes import ClassTask
 
 
-class MultilabelClassifier(Task):
+class MultilabelClassifier(ClassTask):
     """Multi-label classification with any network that returns a logit for each label.
 
     Validation and test log the binary cross-entropy, the accuracy and the macro F1; prediction returns probabilities.
 
     Args:
         network: returns logits (N, L) for the inputs of a batch; targets are (N, L), 0 or 1.
-        num_labels: L.
+        num_labels: L; ``None`` takes the number of classes in a
+            :class:`~lightning_rdrop.data.MultilabelTextDataModule`.
         rdrop_distance: ``None`` is :class:`~lightning_rdrop.Bernoulli`.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`.
 
@@ -31,13 +32,25 @@ class MultilabelClassifier(Task):
         (('bce', 'kl'), True)
     """
 
+    count_argument = "num_labels"
+
     def __init__(
-        self, network: nn.Module, num_labels: int, *, rdrop_distance: Distance | None = None, **kwargs: Any
+        self,
+        network: nn.Module,
+        num_labels: int | None = None,
+        *,
+        rdrop_distance: Distance | None = None,
+        **kwargs: Any,
     ) -> None:
-        metrics = MetricCollection(
-            {"accuracy": MultilabelAccuracy(num_labels, average="micro"), "f1": MultilabelF1Score(num_labels)}
+        super().__init__(network, None, rdrop_distance=rdrop_distance or Bernoulli(), **kwargs)
+        self.num_labels = num_labels
+        if num_labels is not None:
+            self.set_count(num_labels)
+
+    def metrics_of(self, count: int) -> MetricCollection:
+        return MetricCollection(
+            {"accuracy": MultilabelAccuracy(count, average="micro"), "f1": MultilabelF1Score(count)}
         )
-        super().__init__(network, metrics, rdrop_distance=rdrop_distance or Bernoulli(), **kwargs)
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         metrics.update(prediction.sigmoid(), target.long())
@@ -46,3 +59,14 @@ class MultilabelClassifier(Task):
         """The probability of each label, (N, L)."""
         logits: Tensor = super().predict_step(batch, batch_idx)
         return logits.float().sigmoid()
+
+    def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        """The classes that are more likely than not, and their probabilities."""
+        names = self.classes or [str(index) for index in range(prediction.shape[-1])]
+        found = []
+        for values in prediction.tolist():
+            row = dict(zip(names, values, strict=True))
+            likely = {name: p for name, p in row.items() if p > 0.5}
+            cells = {"prediction": list(likely), "probability": list(likely.values())}
+            found.append(cells | {"probabilities": row} if all_probabilities else cells)
+        return found

@@ -40,3 +40,10 @@ class Regressor(Task):
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         mean = prediction if prediction.shape == target.shape else prediction[..., 0]
         metrics.update(mean.float().flatten(), target.float().flatten())
+
+    def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        if not getattr(self.rdrop_distance, "log_variance", False):
+            return super().readable(prediction)
+        means, log_variances = prediction.unbind(-1)
+        pairs = zip(means.tolist(), log_variances.tolist(), strict=True)
+        return [{"prediction": mean, "log_variance": log_variance} for mean, log_variance in pairs]

@@ -9,12 +9,11 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection, SpearmanCorrCoef
 
 from lightning_rdrop.arguments import one_of
-from lightning_rdrop.modules._pretrained import load
-from lightning_rdrop.modules.task import Task
+from lightning_rdrop.modules._pretrained import Pretrained, load
 from lightning_rdrop.simcse import Pooling, SimCSEMixin, pool
 
 
-class SentenceEncoder(SimCSEMixin, Task):
+class SentenceEncoder(SimCSEMixin, Pretrained):
     """Sentence embeddings with a Hugging Face encoder, trained by SimCSE on sentences without labels.
 
     Validation and test log Spearman's correlation between cosine similarity and score over pairs of sentences, such as
@@ -23,19 +22,21 @@ class SentenceEncoder(SimCSEMixin, Task):
     Args:
         pretrained: name or folder of the model, whose dropout is switched on.
         pooling: ``"cls"``, ``"mean"`` or ``"first-last-average"``, see :func:`~lightning_rdrop.simcse.pool`.
+        learning_rate: of AdamW.
         kwargs: the arguments of :class:`~lightning_rdrop.SimCSEMixin`, and of
             :class:`~lightning_rdrop.modules.Task` those for the optimizer.
     """
 
-    def __init__(self, pretrained: str, *, pooling: Pooling = "cls", **kwargs: Any) -> None:
-        from transformers import AutoModel  # an extra, needed by the modules of Hugging Face models alone
-
+    def __init__(
+        self, pretrained: str, *, pooling: Pooling = "cls", learning_rate: float = 2e-5, **kwargs: Any
+    ) -> None:
         one_of("pooling", pooling, get_args(Pooling))
-        network: Any = load(AutoModel, pretrained)
+        network: Any = load("AutoModel", pretrained)
         if getattr(network, "pooler", None) is not None:
             network.pooler = None  # unused parameters, whose gradients DDP would wait for
         # by keyword: jsonargparse cannot follow positional arguments through SimCSEMixin, and would ask for both
-        super().__init__(network=network, metrics=MetricCollection({"spearman": SpearmanCorrCoef()}), **kwargs)
+        metrics = MetricCollection({"spearman": SpearmanCorrCoef()})
+        super().__init__(network=network, metrics=metrics, learning_rate=learning_rate, **kwargs)
         self.pooling = pooling
 
     def rdrop_predict(self, inputs: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
 
 from lightning_rdrop.distance import Categorical
+from lightning_rdrop.extras import require
 from lightning_rdrop.modules._language_model import LanguageModel
 from lightning_rdrop.modules._pretrained import load
 from lightning_rdrop.transforms import RandomReplacement
@@ -45,7 +46,8 @@ class Seq2Seq(LanguageModel):
             vocabulary; the step's ``prediction`` is None then.
         max_new_tokens: the maximum length of a generated text, in tokens.
         num_beams: of beam search; 1 is greedy decoding.
-        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
+        learning_rate: of AdamW.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
         ValueError: an unknown score; a probability out of its range; a batch without ``labels``; ``fused_head`` for a
@@ -66,10 +68,9 @@ class Seq2Seq(LanguageModel):
         fused_head: bool = False,
         max_new_tokens: int = 64,
         num_beams: int = 1,
+        learning_rate: float = 2e-5,
         **kwargs: Any,
     ) -> None:
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # an extra, needed by this module alone
-
         # ROUGE's default normalizer removes everything but letters a to z and digits
         split: dict[str, Any] = {"normalizer": str, "tokenizer": list} if characters else {}
         known: dict[str, Callable[[], Metric]] = {
@@ -82,9 +83,11 @@ class Seq2Seq(LanguageModel):
             raise ValueError(f"scores must be any of {', '.join(map(repr, known))}, got {unknown[0]!r}.")
         metrics = MetricCollection({score: known[score]() for score in chosen})
         distance = Categorical(label_smoothing=label_smoothing)
-        network = load(AutoModelForSeq2SeqLM, pretrained)
-        super().__init__(network, metrics, rdrop_distance=distance, fused_head=fused_head, **kwargs)
-        self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        network = load("AutoModelForSeq2SeqLM", pretrained)
+        super().__init__(
+            network, metrics, rdrop_distance=distance, fused_head=fused_head, learning_rate=learning_rate, **kwargs
+        )
+        self.tokenizer = require("transformers", "huggingface", "Seq2Seq").AutoTokenizer.from_pretrained(pretrained)
         self.replace = RandomReplacement(random_replacement, special=self.tokenizer.all_special_ids)
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_rdrop.modules._pretrained import load
+from lightning_rdrop.modules._pretrained import LATER, PretrainedClasses
 from lightning_rdrop.modules.classifier import Classifier
 
 
-class SequenceClassifier(Classifier):
+class SequenceClassifier(PretrainedClasses, Classifier):
     """Text classification with a Hugging Face sequence classifier.
 
     Args:
         pretrained: name or folder of the model, whose dropout is switched on.
-        num_classes: C of the logits (N, C).
-        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``learning_rate``.
+        num_classes: C of the logits (N, C); ``None`` takes the number of classes in a
+            :class:`~lightning_rdrop.data.TextDataModule`.
+        learning_rate: of AdamW.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
     """
 
-    def __init__(self, pretrained: str, num_classes: int, **kwargs: Any) -> None:
-        from transformers import AutoModelForSequenceClassification  # an extra, needed by this module alone
-
-        network = load(AutoModelForSequenceClassification, pretrained, num_labels=num_classes)
-        super().__init__(network, num_classes, **kwargs)
+    def __init__(
+        self, pretrained: str, num_classes: int | None = None, *, learning_rate: float = 2e-5, **kwargs: Any
+    ) -> None:
+        super().__init__(LATER, num_classes, learning_rate=learning_rate, **kwargs)
+        if num_classes is not None:
+            self.configure_model()

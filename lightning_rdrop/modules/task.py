@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
 
@@ -18,38 +20,55 @@ from lightning_rdrop.mixin import RDropMixin
 class Task(RDropMixin, pl.LightningModule):
     """A network trained by R-Drop with AdamW, and evaluated with torchmetrics as ``val/...`` and ``test/...``.
 
-    For another optimizer or a learning rate schedule use the CLI's ``--optimizer`` and ``--lr_scheduler``, or override
+    For another optimizer or schedule use the CLI's ``--optimizer`` and ``--lr_scheduler``, or override
     ``configure_optimizers``.
 
     Args:
         network: called with the inputs of a batch; returns predictions, or an object with ``.logits``.
-        metrics: what validation and test measure, besides the task loss.
-        learning_rate: of AdamW.
+        metrics: what validation and test measure, besides the task loss. ``None`` if :meth:`set_metrics` tells later.
+        learning_rate: of AdamW; with ``warmup`` its peak.
         weight_decay: of AdamW.
+        warmup: raise the learning rate linearly from 0, and let it fall linearly to 0 at the end of the training: an
+            int counts optimizer steps of the rise, a float in [0, 1] is a share of the training. ``None`` keeps it
+            constant.
         rdrop: the arguments of :class:`~lightning_rdrop.RDropMixin`.
+
+    Raises:
+        ValueError: ``warmup`` out of its range, or in a training that has no end.
     """
 
     rdrop_unsaved = (*RDropMixin.rdrop_unsaved, "network", "metrics")
+    network: nn.Module
+    val_metrics: MetricCollection
+    test_metrics: MetricCollection
 
     def __init__(
         self,
         network: nn.Module,
-        metrics: MetricCollection,
+        metrics: MetricCollection | None,
         *,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
+        warmup: int | float | None = None,
         **rdrop: Any,
     ) -> None:
         super().__init__(**rdrop)
-        self.save_hyperparameters()
-        self.network = network
+        later = [name for name, given in (("network", network), ("metrics", metrics)) if given is None]
+        self.save_hyperparameters(ignore=later)  # no arguments of a subclass that makes them itself
+        self.register_module("network", network)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
+        self.warmup = None if warmup is None else _checked_warmup(warmup)
+        if metrics is not None:
+            self.set_metrics(metrics)
         # weighted by tokens, hence exact for batches of any size; MeanMetric would skip NaN by default
         self.val_loss = MeanMetric(nan_strategy=math.nan)
         self.test_loss = MeanMetric(nan_strategy=math.nan)
+
+    def set_metrics(self, metrics: MetricCollection) -> None:
+        """Measure these in validation and test."""
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
@@ -66,12 +85,39 @@ class Task(RDropMixin, pl.LightningModule):
         bare = isinstance(batch, Tensor) or targetless
         return self.rdrop_predict(batch if bare else self.rdrop_unpack(batch)[0])
 
+    def readable(self, prediction: Any, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        """Hook: what ``predict_step`` returned for a batch, as the cells of a table: a mapping for each example.
+
+        ``"prediction"`` is for people: the name of a class, a number, a text. Classifiers add ``"probability"``, that
+        of the prediction.
+
+        Args:
+            prediction: of N examples, on the CPU.
+            all_probabilities: add ``"probabilities"``, those of all classes by name.
+
+        Raises:
+            TypeError: a prediction that no cell can hold.
+        """
+        return one_each(prediction, type(self).__name__)
+
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             (parameter for parameter in self.parameters() if parameter.requires_grad),
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
         )
+        if self.warmup is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                f"warmup={self.warmup} lets the learning rate fall until the end, and this training has none: give the "
+                "Trainer max_epochs or max_steps, or leave warmup out."
+            )
+        rise = self.warmup if isinstance(self.warmup, int) else self.warmup * steps
+        factor = partial(warmup_and_decay, rise=rise, steps=int(steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         """Hook: update the metrics with the prediction for a batch."""
@@ -86,3 +132,51 @@ class Task(RDropMixin, pl.LightningModule):
         self.measure(metrics, batch, prediction, target)
         self.log(f"{metrics.prefix}{self.rdrop_distance.term_names[0]}", loss, batch_size=len(target))
         self.log_dict(metrics, batch_size=len(target), prog_bar=metrics is self.val_metrics)
+
+
+def warmup_and_decay(step: int, rise: float, steps: int) -> float:
+    r"""The learning rate as a factor of its peak: :math:`s / r` up to step r, then :math:`(S - s) / (S - r)`.
+
+    Args:
+        step: s, the number of optimizer steps so far.
+        rise: r, the steps of the rise.
+        steps: S, those of the training.
+
+    Source: Devlin et al., BERT, 2019 (arXiv 1810.04805), appendix A.
+
+    Example:
+        >>> [warmup_and_decay(step, rise=2, steps=6) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return step / rise if step < rise else max(0.0, steps - step) / max(1.0, steps - rise)
+
+
+def _checked_warmup(warmup: int | float) -> int | float:
+    non_negative("warmup", warmup)
+    if isinstance(warmup, float) and warmup > 1:
+        raise ValueError(f"warmup must be an int, the steps, or a float in [0, 1], a share of training, got {warmup}.")
+    return warmup
+
+
+def one_each(prediction: Any, owner: str) -> list[dict[str, Any]]:
+    """The predictions of a batch one by one, as ``{"prediction": ...}``.
+
+    Args:
+        prediction: a tensor (N, ...), or a list of N texts or numbers.
+        owner: whose prediction it is, for the message.
+
+    Raises:
+        TypeError: it is something else.
+
+    Example:
+        >>> one_each(torch.tensor([0.5, 2.0]), "Regressor")
+        [{'prediction': 0.5}, {'prediction': 2.0}]
+    """
+    if isinstance(prediction, Tensor) and prediction.dim():
+        prediction = prediction.tolist()
+    if not isinstance(prediction, (list, tuple)):
+        raise TypeError(
+            f"{owner}.predict_step returned a {type(prediction).__name__}, and not one prediction for each example: "
+            "define readable(self, prediction, *, all_probabilities), which returns a list of mappings."
+        )
+    return [{"prediction": one} for one in prediction]

@@ -1,0 +1,78 @@
+"""Read tables that Hugging Face datasets are saved as: Parquet files and folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_rdrop.data.table import Row, Table
+from lightning_rdrop.extras import require
+
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test",),
+    "predict": ("predict",),
+    "unlabeled": ("unlabeled", "unsupervised"),
+}
+"""What the splits of a ``DatasetDict`` are called."""
+
+
+def read_parquet(path: Path) -> Table:
+    """Read a Parquet file.
+
+    Raises:
+        ValueError: the file is none.
+        ModuleNotFoundError: pyarrow is not installed.
+    """
+    parquet = require("pyarrow.parquet", "datasets", f"{path}: a Parquet file")
+    try:
+        table = parquet.read_table(path)
+    except Exception as error:  # of pyarrow's own kinds
+        raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}).") from None
+    described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    return _named(table.to_pylist(), described.get("info", {}).get("features", {}), str(path))
+
+
+def read_folder(path: Path, split: str | None) -> Table:
+    """Read a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote.
+
+    Raises:
+        ValueError: another folder, or a ``DatasetDict`` without this split.
+        ModuleNotFoundError: datasets is not installed.
+    """
+    if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        raise ValueError(f"{path}: a folder, and not that of a Hugging Face DatasetDict (save_to_disk). Give a file.")
+    found = require("datasets", "datasets", f"{path}: a folder").load_from_disk(str(path))
+    if isinstance(found, dict):
+        name = next((name for name in SPLITS.get(split or "", ()) if name in found), None)
+        if name is None:
+            raise ValueError(
+                f"{path}: the DatasetDict has the splits {', '.join(found)}, and none for {split!r}. "
+                f"Give one of them: {path / next(iter(found), 'split')}."
+            )
+        path, found = path / name, found[name]
+    return _named(found.to_list(), found.features.to_dict(), str(path))
+
+
+def _named(rows: Sequence[Row], features: Mapping[str, Any], source: str) -> Table:
+    """Class labels by their names; -1 is none."""
+    names = {column: found for column, feature in features.items() if (found := _class_names(feature))}
+    if not names:
+        return Table(rows, source)
+    return Table([{**row, **{column: _name(row[column], names[column]) for column in names}} for row in rows], source)
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    if not isinstance(feature, Mapping):
+        return None
+    names: list[str] | None = feature.get("names")
+    return names or _class_names(feature.get("feature"))
+
+
+def _name(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_name(one, names) for one in value]
+    return names[value] if isinstance(value, int) and value >= 0 else None

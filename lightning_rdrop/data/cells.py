@@ -1,0 +1,122 @@
+"""What the cells of a table may hold."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_rdrop.data.table import Row
+
+
+def cell(row: Row, column: str) -> Any:
+    """The cell of a row in a column.
+
+    Raises:
+        ValueError: there is no such column, or the cell is blank.
+
+    Example:
+        >>> cell({"Label": "x"}, "label")
+        Traceback (most recent call last):
+        ValueError: no column 'label', only 'Label'. Did you mean 'Label'?
+    """
+    if column not in row:
+        near = [name for name in row if name.strip().casefold() == column.casefold()]
+        near = near or difflib.get_close_matches(column, row, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no column {column!r}, only {', '.join(map(repr, row))}.{hint}")
+    value = row[column]
+    if (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    ):
+        raise ValueError(f"the column {column!r} is blank.")
+    return value
+
+
+def text(row: Row, column: str) -> str:
+    """A text.
+
+    Raises:
+        ValueError: the cell is blank or no text.
+    """
+    value = cell(row, column)
+    if not isinstance(value, str):
+        raise ValueError(f"the column {column!r} must be a text, got {spell(value)}.")
+    return value
+
+
+def number(row: Row, column: str) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: the cell is blank or no number.
+
+    Example:
+        >>> number({"score": "2.5"}, "score")
+        2.5
+    """
+    value = cell(row, column)
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"the column {column!r} must be a finite number, got {spell(value)}.")
+    return found
+
+
+def items(row: Row, column: str, what: str) -> list[Any]:
+    """A list.
+
+    Raises:
+        ValueError: the cell is missing or no list.
+    """
+    value = cell(row, column)
+    if not isinstance(value, list):
+        raise ValueError(f"the column {column!r} must be a list of {what}, got {spell(value)}; JSON holds lists.")
+    return value
+
+
+def class_name(value: Any) -> str:
+    """The name of a class: a text without the space around it, or an integer, which pandas may write as 1.0.
+
+    Raises:
+        ValueError: something else.
+
+    Example:
+        >>> class_name(" good"), class_name(3), class_name(3.0)
+        ('good', '3', '3')
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    name = str(value).strip()
+    if not isinstance(value, (str, int)) or not name:
+        raise ValueError(f"a class is a text or an integer, got {spell(value)}.")
+    return name
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Classes in the order of their indices: by number if all are integers, else by text.
+
+    Example:
+        >>> in_order({"10", "9"}), in_order({"10", "9", "none"})
+        (['9', '10'], ['10', '9', 'none'])
+    """
+    names = sorted(names)
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        names.sort(key=int)
+    return names
+
+
+def spell(value: Any) -> str:
+    """A value and its type, shortened, for a message.
+
+    Example:
+        >>> spell([1, 2])
+        '[1, 2] (list)'
+    """
+    shown = repr(value)
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"

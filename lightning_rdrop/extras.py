@@ -1,0 +1,31 @@
+"""What is imported only when it is needed, because not everybody needs it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """A module of an optional dependency.
+
+    Args:
+        module: its dotted name.
+        extra: of this package, which installs it.
+        purpose: what needs it, for the message.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message has the line that installs it.
+
+    Example:
+        >>> require("nosuchmodule", "huggingface", "TextDataModule")
+        Traceback (most recent call last):
+        ModuleNotFoundError: TextDataModule needs nosuchmodule: pip install "lightning-rdrop[huggingface]"
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it needs is not
+        line = f'{purpose} needs {error.name}: pip install "lightning-rdrop[{extra}]"'
+        raise ModuleNotFoundError(line, name=error.name) from None

@@ -1,0 +1,152 @@
+"""LightningCLI with callbacks by name, a test after training, and predictions as a table."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+import lightning_rdrop.callbacks
+import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
+from lightning_rdrop.data import TextDataModule
+from lightning_rdrop.parser import RDropParser
+from lightning_rdrop.predictions import PredictionTable
+from lightning_rdrop.progress_bar import NarrowProgressBar
+
+
+class NumberedConfig(SaveConfigCallback):
+    """Saves the config of each run; where a folder has one already, the next is ``config_1.yaml``.
+
+    Tests and predictions without a logger have no folder of their own, and leave none behind.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" and not trainer.loggers:
+            return
+        folder = Path(trainer.log_dir or ".")
+        number = 0
+        while not self.already_saved and (folder / self.config_filename).exists():
+            number += 1
+            self.config_filename = f"config_{number}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class RDropCLI(LightningCLI):
+    """LightningCLI with named callbacks, a test after training, and predictions as a table.
+
+    ``callbacks`` is a mapping, so that a second config, or ``--callbacks.alpha.init_args.ramp=0.2``, can change one
+    argument of one callback; the Trainer's own list can only be replaced as a whole. ``test_after_fit`` tests the best
+    checkpoint after training, or the last weights if no checkpoint is chosen by a monitored metric. ``predictions`` of
+    ``predict`` is the file of a :class:`~lightning_rdrop.predictions.PredictionTable`.
+
+    Args:
+        args, kwargs: those of ``LightningCLI``.
+
+    Raises:
+        ValueError: ``test_after_fit`` without anything to test, before training; a number of classes that is not that
+            of the checkpoint.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"save_config_callback": NumberedConfig, "parser_class": RDropParser} | kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--callbacks", type=dict[str, Callback | None], default={}, help="Callbacks by name; null removes one."
+        )
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="Test the best weights afterwards.")
+
+    def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(add_subcommands, *args, **kwargs)
+        if add_subcommands:
+            predict = self._parser("predict")
+            predict.add_argument("--predictions", type=str | None, help="Write a table to this .csv or .jsonl file.")
+            predict.add_argument(
+                "--all_probabilities", type=bool, default=False, help="Of each class, not of the predicted one alone."
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self.given = self.config.clone()  # a checkpoint's own arguments are going to replace the model's
+
+    def before_instantiate_classes(self) -> None:
+        for name in ("num_classes", "num_labels"):
+            arguments = self.config.get(f"{self.subcommand}.model.init_args") or {}
+            given, now = self.given.get(f"{self.subcommand}.model.init_args.{name}"), arguments.get(name)
+            if None not in (given, now) and given != now:
+                raise ValueError(f"{name} is {given}, and the checkpoint was trained for {now} classes.")
+            later = "pretrained" in arguments and name in arguments and now is None
+            if later and self.config.get(f"{self.subcommand}.optimizer"):
+                raise ValueError(f"--optimizer is made before the data tell {name}: give --model.{name} as well.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = self._get(self.config_init, "trainer.callbacks") or []
+        named = self._get(self.config_init, "callbacks", {})
+        callbacks = [*(given if isinstance(given, list) else [given]), *filter(None, named.values())]
+        if path := self._get(self.config_init, "predictions"):
+            every = self._get(self.config_init, "all_probabilities")
+            callbacks.append(PredictionTable(path, all_probabilities=every))
+        bar = self._get(self.config_init, "trainer.enable_progress_bar") is not False
+        if bar and find_spec("rich") is None and not any(isinstance(one, ProgressBar) for one in callbacks):
+            callbacks.append(NarrowProgressBar())  # Lightning's own is wider than a screen; that of rich breaks lines
+        return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
+
+    def before_fit(self) -> None:
+        """Find what ``test_after_fit`` lacks before training, not after it."""
+        if not self._get(self.config_init, "test_after_fit"):
+            return
+        data, model = self.datamodule, self.model
+        for hook, owners in (("test_dataloader", [data, model]), ("test_step", [model])):
+            if not any(is_overridden(hook, owner) for owner in owners):
+                names = " or ".join(type(owner).__name__ for owner in owners if owner is not None)
+                raise ValueError(
+                    f"test_after_fit is true, and there is no {hook} in {names}: add one, or leave test_after_fit out."
+                )
+        own = ("prepare_data", "rows", "test_dataloader")
+        if isinstance(data, TextDataModule) and not any(is_overridden(hook, data, TextDataModule) for hook in own):
+            data.table("test")
+
+    def before_predict(self) -> None:
+        self._say_untrained()
+        if self._get(self.config_init, "predictions"):
+            self.config_init["predict"]["return_predictions"] = False  # the table has them
+
+    def before_validate(self) -> None:
+        self._say_untrained()
+
+    def before_test(self) -> None:
+        self._say_untrained()
+
+    def after_fit(self) -> None:
+        if self._get(self.config_init, "test_after_fit"):
+            best = getattr(self.trainer.checkpoint_callback, "best_model_path", None)
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None)
+        self._say_where()
+
+    def after_validate(self) -> None:
+        self._say_where()
+
+    def after_test(self) -> None:
+        self._say_where()
+
+    def _say_untrained(self) -> None:
+        if self._get(self.config_init, "ckpt_path") is None:
+            rank_zero_info(
+                f"{self.subcommand} without --ckpt_path: the model is untrained, but for weights that it loads itself."
+            )
+
+    @rank_zero_only
+    def _say_where(self) -> None:
+        """Where the loggers and the checkpoints wrote."""
+        for logger in self.trainer.loggers:
+            if folder := getattr(logger, "log_dir", None):
+                print(f"{type(logger).__name__}: {folder}")
+        callback = self.trainer.checkpoint_callback
+        if self.subcommand == "fit" and (path := getattr(callback, "best_model_path", None)):
+            print(f"checkpoint: {path}")

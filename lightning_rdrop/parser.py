@@ -1,0 +1,49 @@
+"""The argument parser of the command: errors in one line, help without markup."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import DefaultHelpFormatter
+from pytorch_lightning.cli import LightningArgumentParser
+
+from lightning_rdrop.mistakes import explain
+
+_ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(.+?)`")
+_LITERAL = re.compile(r"``(.+?)``|`([^`\n]+?)(?: <[^>\n]*>)?`_?")
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """Formats help, which is made of docstrings, without their markup."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return super()._split_lines(without_markup(text), width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return super()._fill_text(without_markup(text), width, indent)
+
+
+class RDropParser(LightningArgumentParser):
+    """A parser that says in one line what is wrong; with ``JSONARGPARSE_DEBUG=true`` it raises instead."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=PlainHelp, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        self.exit(2, f"error: {explain(message, parser)}\n")
+
+
+def without_markup(text: str) -> str:
+    """A text without the roles and quotes of Sphinx.
+
+    Example:
+        >>> without_markup("see :class:`~lightning_rdrop.modules.Task`, ``None`` or :func:`read_table`")
+        'see Task, None or read_table'
+    """
+    text = _ROLE.sub(r"\1", text)
+    return _LITERAL.sub(lambda match: match[1] or match[2], text)

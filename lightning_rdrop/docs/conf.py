@@ -23,7 +23,7 @@ napoleon_custom_sections = [("Shapes", "params_style")]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!lightning_rdrop\.)[\w.]+|dict\[str"),  # of other packages
-    ("py:class", r"lightning_rdrop\.(_.*|description|duplicate_at|hooks|labels|modules\._.*)\.\w+"),
+    ("py:class", r"lightning_rdrop\.(_.*|data\.\w+|description|duplicate_at|hooks|labels|modules\._.*)\.\w+"),
 ]
 
 FILES = {"index": "README.md", "recipes": "examples/README.md", "contributing": "CONTRIBUTING.md"}

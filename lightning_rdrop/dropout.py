@@ -25,7 +25,7 @@ _READ_FROM_CONFIG = {
     r"FalconDecoderLayer": ["attention_dropout", "hidden_dropout"],
     r"PersimmonAttention|(DistilBert|Falcon|GPTNeoX?)FlashAttention2": ["attention_dropout"],
     r"GPTJFlashAttention2": ["attn_pdrop"],
-    r"Data2VecVisionSdpaSelfAttention": ["attention_probs_dropout_prob"],
+    r"(Beit|Data2VecVision)SdpaSelfAttention": ["attention_probs_dropout_prob"],
     r"Blt(LocalEncoder|LocalDecoder|GlobalTransformer)|ProphetNetEncoder": ["dropout"],
 }
 """The classes of Hugging Face whose ``forward`` reads a probability from ``self.config``, and its name there."""

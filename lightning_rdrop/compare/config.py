@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
 import shlex
@@ -17,12 +16,11 @@ from lightning_rdrop.lightning_cli import RDropCLI
 Config = dict[str, Any]
 
 
-def resolve(arguments: Sequence[str], *, defaults: bool = False) -> Config:
+def resolve(arguments: Sequence[str]) -> Config:
     """The config that ``fit`` would run with these arguments.
 
     Args:
         arguments: those of the command line.
-        defaults: whether to give what is left at its default, too.
 
     Raises:
         ValueError: ``fit`` does not take them.
@@ -30,7 +28,7 @@ def resolve(arguments: Sequence[str], *, defaults: bool = False) -> Config:
     printed, errors = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(errors):
         try:
-            RDropCLI(args=["fit", *arguments, "--print_config" if defaults else "--print_config=skip_default"])
+            RDropCLI(args=["fit", *arguments, "--print_config=skip_default"])
         except SystemExit as stopped:
             if stopped.code:
                 raise ValueError(_reason(errors.getvalue())) from None
@@ -43,19 +41,6 @@ def arguments_of(overlay: str) -> list[str]:
     words = shlex.split(overlay)
     files = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     return [argument for file in words[:files] for argument in ("--config", file)] + words[files:]
-
-
-def nearest(message: str, config: Config) -> str:
-    """What a name that an error does not accept may mean, as a sentence; empty if nothing in the config is like it."""
-    wrong = re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)|Key '([\w.]+)'", message)
-    if wrong is None:
-        return ""
-    name = next(filter(None, wrong.groups()))
-    keys = [key.replace(".init_args", "") for key, _ in _leaves(config)]
-    by_end = {key.rpartition(".")[2]: key for key in keys}
-    near = difflib.get_close_matches(name, keys, n=1)
-    near = near or [by_end[end] for end in difflib.get_close_matches(name.rpartition(".")[2], by_end, n=1)]
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def changes(old: Config, new: Config) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lightning_rdrop.compare.config import Config, arguments_of, changes, checkpointed, nearest, resolve
+from lightning_rdrop.compare.config import Config, arguments_of, changes, checkpointed, resolve
 
 _GRID = "grid"
 """The family of a grid that is not one of a variant."""
@@ -64,13 +64,13 @@ class Plan:
         for name, overlay in overlays.items():
             arguments = [*files, *arguments_of(overlay)]
             for key in seed_to:
-                _resolve(f"--seed-to {key}", [*arguments, f"--{key}=1"], arguments)
+                _resolve(f"--seed-to {key}", [*arguments, f"--{key}=1"])
             for values in itertools.product(*(settings for owner, settings in axes if owner == name)):
                 label = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in values)
                 member = label if name == _GRID else f"{name}:{label}" if label else name
                 settings = [f"--{key}={value}" for key, value in values]
                 said = f"--variant {name}={overlay}" if not settings else f"--grid {' '.join(settings)}"
-                plan.variants[member] = _resolve(said, [*arguments, *settings], arguments if settings else files)
+                plan.variants[member] = _resolve(said, [*arguments, *settings])
                 plan.families.setdefault(name, []).append(member)
         _same_monitor(plan)
         return plan
@@ -160,10 +160,9 @@ def _same_monitor(plan: Plan) -> None:
         raise ValueError("--grid chooses on validation: give the config a ModelCheckpoint with a monitor and a mode.")
 
 
-def _resolve(what: str, arguments: Sequence[str], right: Sequence[str] = ()) -> Config:
-    """The config of these arguments; ``right`` are some that are known to be right, with the names that were meant."""
+def _resolve(what: str, arguments: Sequence[str]) -> Config:
+    """The config of these arguments, or what is wrong with them, and where."""
     try:
         return resolve(arguments)
     except ValueError as error:
-        near = nearest(str(error), resolve(right, defaults=True)) if right else ""
-        raise ValueError(f"{what}: {error}{near}") from None
+        raise ValueError(f"{what}: {error}") from None

@@ -366,6 +366,8 @@ def test_a_prediction_without_a_variance_is_refused():
 
 def test_weights_are_no_part_of_a_checkpoint():
     assert Bernoulli(pos_weight=torch.ones(3)).state_dict() == {}
+    for distance in (Cosine(), Gaussian(), FromDistribution(distributions.Poisson), Categorical(weight=torch.ones(3))):
+        assert distance.to(torch.float64).state_dict() == {}
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, whole):
     assert rows["greed", 1]["status"].startswith("failed: out of memory (RuntimeError: ")
     for how in ("killed", "exit"):
         assert rows[how, 1]["status"].startswith("failed: ended without a result (killed, or out of memory); ")
-        assert (whole / f"runs/{how}/1/log").as_posix() in rows[how, 1]["status"]
+        assert f"; runs/{how}/1/log/" in rows[how, 1]["status"]  # where to look, on whatever machine
     assert "crash, seed 1: failed: KeyError" in printed
     report = (whole / "report.md").read_text()
     assert "| crash | 0 (1 failed) |" in report

@@ -52,7 +52,7 @@ class Engine:
                 for job, run, slot in ended:
                     free.append(slot)
                     if run.result is None:
-                        run.write({"status": f"failed: {self._how_it_ended(job)}"})
+                        run.write({"status": f"failed: {self._how_it_ended(job, run)}"})
                     yield run
         finally:
             for job, *_ in running:
@@ -77,11 +77,11 @@ class Engine:
         with _output_into(log / "engine.txt"):
             return executor.submit(run)
 
-    def _how_it_ended(self, job: Job[None]) -> str:
+    def _how_it_ended(self, job: Job[None], run: Run) -> str:
         state = job.state.lower() if self.name == "slurm" else "killed, or out of memory"
         log = job.paths.stdout
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        return f"ended without a result ({state}); {log} ends: {lines[-1][:200] if lines else 'with nothing'}"
+        return f"ended without a result ({state}); {log.relative_to(run.folder.parents[2])} ends: {lines[-1][:200] if lines else 'with nothing'}"
 
 
 def _share(slot: int, workers: int) -> list[int]:

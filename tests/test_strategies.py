@@ -39,7 +39,7 @@ class Pair:
     def __init__(self):
         self.ranks = []
 
-    def run(self, function, *arguments, seconds=60):
+    def run(self, function, *arguments, seconds=240):
         """What it returns on rank 0 and on rank 1."""
         if not self.ranks:
             self.start()

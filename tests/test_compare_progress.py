@@ -1,11 +1,10 @@
 from pathlib import Path
 
 import pytest
-from test_compare_report import failed, plan, row
+from test_compare_report import failed, plan, report_of, row
 
 from lightning_rdrop.compare import progress
 from lightning_rdrop.compare.progress import Progress
-from lightning_rdrop.compare.report import Report
 from lightning_rdrop.compare.run import Run
 
 pytest.importorskip("rich")
@@ -32,7 +31,7 @@ def test_the_time_left_is_that_of_the_runs_that_wait(clock, capsys):
         ):
             clock[0] = now
             rows.append(ended)
-            shown.ended(run, ended, Report(plan("plain", "rdrop"), rows))
+            shown.ended(run, ended, report_of(plan("plain", "rdrop"), rows))
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == "[2/5] plain, seed 1: test/accuracy 0.5000, test/ce 0.5000. about 6 min left"  # 3 * 100 s * 1.2
     assert second == "[3/5] rdrop, seed 1: test/accuracy 0.6000, test/ce 0.4000. about 6 min left"  # 320 s * 1.125
@@ -44,7 +43,7 @@ def test_a_terminal_has_the_table_so_far_and_a_bar(clock, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with Progress(4, RUNS) as shown:
         clock[0], ended = 7200.0, row("plain", 1, 0.5, seconds=7000.0)
-        shown.ended(RUNS[0], ended, Report(plan("plain", "rdrop"), [ended]))
+        shown.ended(RUNS[0], ended, report_of(plan("plain", "rdrop"), [ended]))
     printed = capsys.readouterr().out
     for part in ("test/accuracy", "reference", "1/4", "about 6.0 h left"):
         assert part in printed

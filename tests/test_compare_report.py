@@ -7,6 +7,7 @@ from lightning_rdrop.compare.config import resolve
 from lightning_rdrop.compare.equal_cost import add_equal_cost
 from lightning_rdrop.compare.plan import Plan
 from lightning_rdrop.compare.report import Report
+from lightning_rdrop.compare.summary import Summary
 
 for package in ("scipy", "rich", "matplotlib"):
     pytest.importorskip(package)
@@ -34,6 +35,10 @@ def plan(*variants, mode="max", **families):
     return Plan({name: copy.deepcopy(config) for name in variants}, alone | families)
 
 
+def report_of(plan, rows):
+    return Report(Summary(plan, rows))
+
+
 HAND = [  # differences of rdrop: 0.02, 0.01, 0.03, 0.00, 0.04, as in test_compare_statistics
     *(row("plain", seed, 0.1 * seed, val=0.6) for seed in range(1, 6)),
     *(row("rdrop", seed, 0.1 * seed + more, val=0.7, seconds=16.0, memory=150.0)
@@ -42,9 +47,9 @@ HAND = [  # differences of rdrop: 0.02, 0.01, 0.03, 0.00, 0.04, as in test_compa
 
 
 def test_the_table_worked_out_by_hand(tmp_path):
-    report = Report(plan("plain", "rdrop"), HAND)
+    report = report_of(plan("plain", "rdrop"), HAND)
     written = report.markdown()
-    assert report.metrics == ["test/accuracy", "test/ce"]
+    assert report.summary.metrics == ["test/accuracy", "test/ce"]
     assert "| plain | 5 | 0.6000 | 0.3000 | 0.1581 | reference |  |  | 1.00x | 1.00x |" in written
     assert "| rdrop | 5 | 0.7000 | 0.3200 | 0.1636 | +0.0200 ± 0.0196 | better | 8 | 1.60x | 1.50x |" in written
     assert "| -0.0200 ± 0.0196 | lower |" in written  # of ce it is not known which way is better
@@ -54,7 +59,7 @@ def test_the_table_worked_out_by_hand(tmp_path):
 
 
 def test_lower_may_be_better():
-    assert "+0.0200 ± 0.0196 | worse |" in Report(plan("plain", "rdrop", mode="min"), HAND).markdown()
+    assert "+0.0200 ± 0.0196 | worse |" in report_of(plan("plain", "rdrop", mode="min"), HAND).markdown()
 
 
 def test_names_with_an_underscore():
@@ -62,17 +67,17 @@ def test_names_with_an_underscore():
     for config in report.variants.values():
         config["callbacks"]["best"]["init_args"] |= {"monitor": "val_loss", "mode": "min"}
     rows = [{"variant": "plain", "seed": 1, "test_acc": 0.5, "test_loss": 0.1, "val_loss": 0.2, "status": "done"}]
-    assert Report(report, rows).metrics == ["test_loss", "test_acc"]
+    assert Summary(report, rows).metrics == ["test_loss", "test_acc"]
 
 
 def test_what_is_not_shown_says_so():
     rows = [row("plain", 1, 0.5), row("plain", 2, 0.5), row("rdrop", 1, 0.7), row("rdrop", 2, 0.4)]
-    assert "| +0.0500 ± 1.9059 | not shown |" in Report(plan("plain", "rdrop"), rows).markdown()
+    assert "| +0.0500 ± 1.9059 | not shown |" in report_of(plan("plain", "rdrop"), rows).markdown()
 
 
 def test_only_seeds_of_both_are_paired():
     rows = [*HAND[:5], row("rdrop", 2, 0.3, seconds=20.0), failed("rdrop", 1), row("rdrop", 9, 0.9, seconds=99.0)]
-    written = Report(plan("plain", "rdrop"), rows).markdown()
+    written = report_of(plan("plain", "rdrop"), rows).markdown()
     assert "| rdrop | 2 (1 failed) | 0.5000 | 0.6000 | 0.4243 | +0.1000 | not shown |  | 2.00x | 1.00x |" in written
     assert "- rdrop, seed 1: failed: KeyError: 'x'" in written
 
@@ -83,9 +88,9 @@ def test_a_grid_is_chosen_on_validation_whatever_the_test_says(mode):
     for seed in (1, 2, 3):
         rows += [row("plain", seed, 0.5), row("a=1", seed, 0.9, val=0.6), row("a=2", seed, 0.1, val=0.8)]
     rows.append(row("a=1", 4, 0.9, val=1.0))  # a seed that one of them alone has does not count
-    report = Report(plan("plain", "a=1", "a=2", mode=mode, grid=["a=1", "a=2"]), rows)
+    report = report_of(plan("plain", "a=1", "a=2", mode=mode, grid=["a=1", "a=2"]), rows)
     chosen = {"max": "a=2", "min": "a=1"}[mode]
-    assert report.chosen("grid") == chosen
+    assert report.summary.chosen("grid") == chosen
     assert f"| {chosen} * | " in report.markdown()
     assert f"{chosen} (marked *) was chosen among 2 variants by the mean of val/accuracy, on validation data only" in (
         report.markdown()
@@ -94,13 +99,13 @@ def test_a_grid_is_chosen_on_validation_whatever_the_test_says(mode):
 
 def test_the_reference_may_be_the_chosen_one_of_a_grid():
     rows = [row(name, seed, 0.5, val=val) for name, val in (("p=1", 0.1), ("p=2", 0.2), ("r", 0.3)) for seed in (1, 2)]
-    report = Report(Plan(plan("p=1", "p=2", "r").variants, {"plain": ["p=1", "p=2"], "r": ["r"]}), rows)
-    assert report.reference == "p=2"
+    report = report_of(Plan(plan("p=1", "p=2", "r").variants, {"plain": ["p=1", "p=2"], "r": ["r"]}), rows)
+    assert report.summary.reference == "p=2"
     assert "| p=2 * | 2 | 0.2000 | 0.5000 | 0.0000 | reference |" in report.markdown()
 
 
 def test_a_report_of_nothing(tmp_path):
-    Report(plan("plain", "rdrop"), [failed("plain", 1)]).write(tmp_path)
+    report_of(plan("plain", "rdrop"), [failed("plain", 1)]).write(tmp_path)
     assert "- plain, seed 1: failed" in (tmp_path / "report.md").read_text()
 
 
@@ -118,7 +123,7 @@ def test_plain_training_with_the_seconds_of_rdrop(trainer, expected):
     before.variants["plain"]["trainer"] = trainer
     after = add_equal_cost(before, HAND, "rdrop")
     assert after.variants["plain-time-of-rdrop"]["trainer"] == expected
-    assert "plain-time-of-rdrop is plain with the seconds of rdrop, by 1.60 times" in Report(after, HAND).notes()
+    assert "plain-time-of-rdrop is plain with the seconds of rdrop, by 1.60 times" in report_of(after, HAND).notes()
     # it is made once: what later seeds take changes it no more
     slower = [*HAND, row("plain", 6, 0.5), row("rdrop", 6, 0.5, seconds=100.0)]
     assert add_equal_cost(after, slower, "rdrop") == after

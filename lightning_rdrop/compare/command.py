@@ -20,6 +20,7 @@ from lightning_rdrop.compare.progress import Progress
 from lightning_rdrop.compare.report import Report
 from lightning_rdrop.compare.results import Results, Row
 from lightning_rdrop.compare.run import Run
+from lightning_rdrop.compare.summary import Summary
 
 
 def parser() -> ArgumentParser:
@@ -120,7 +121,7 @@ def work(
     waiting = [run for run in runs if not table.is_done(run)]
     with Progress(len(runs), waiting) as progress:
         for run in engine.execute(waiting):
-            row, report = table.add(run), Report(plan, table.rows)
+            row, report = table.add(run), Report(Summary(plan, table.rows))
             report.write(folder)
             progress.ended(run, row, report)
     return table.rows
@@ -133,7 +134,7 @@ def report_on(folder: Path) -> None:
     plan = Plan.read(folder)
     if plan is None:
         raise ValueError(f"--report {folder}: there is no comparison.yaml in it, which every comparison begins with.")
-    report, console = Report(plan, Results(folder / "results.csv").rows), Console()
+    report, console = Report(Summary(plan, Results(folder / "results.csv").rows)), Console()
     report.write(folder)
     console.print(report.table())
     console.print(report.notes(), highlight=False)

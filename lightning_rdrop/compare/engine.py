@@ -81,8 +81,8 @@ class Engine:
         state = job.state.lower() if self.name == "slurm" else "killed, or out of memory"
         log = job.paths.stdout
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        last = lines[-1][:200] if lines else "with nothing"
-        return f"ended without a result ({state}); {log.relative_to(run.folder.parents[2])} ends: {last}"
+        said = lines[-1][:200] if lines else "with nothing"
+        return f"ended without a result ({state}); {log.relative_to(run.folder.parents[2])} ends: {said}"
 
 
 def _share(slot: int, workers: int) -> list[int]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from lightning_rdrop.compare.config import Config, callbacks
 from lightning_rdrop.compare.plan import Plan
-from lightning_rdrop.compare.report import Report
 from lightning_rdrop.compare.results import Row
+from lightning_rdrop.compare.summary import Summary
 
 
 def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
@@ -29,10 +29,10 @@ def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
     """
     if family in plan.equal_cost:
         return plan
-    report = Report(plan, rows)
-    reference, variant = report.reference, report.chosen(family)
-    ratio = max(1.0, report.relative(variant, "seconds"))
-    if math.isnan(report.relative(variant, "seconds")):
+    summary = Summary(plan, rows)
+    reference, variant = summary.reference, summary.chosen(family)
+    ratio = max(1.0, summary.relative(variant, "seconds"))
+    if math.isnan(summary.relative(variant, "seconds")):
         raise ValueError(f"--equal-cost {family}: no seed of both {variant} and {reference} is finished.")
     added = {
         f"{next(iter(plan.families))}-time-of-{family}": _longer(plan.variants[reference], ratio),

@@ -52,13 +52,13 @@ class Progress:
 
         self.waiting.remove(run)
         self._seconds += row.get("seconds", 0.0)
-        left = self._left(report.rows)
+        left = self._left(report.summary.rows)
         self.bar.update(self.task, advance=1, description=left)
         if self.console.is_terminal:
             self.live.update(Group(report.table(), self.bar))
         else:
             task = self.bar.tasks[0]
-            metrics = ", ".join(f"{name} {row[name]:.4f}" for name in report.metrics if name in row)
+            metrics = ", ".join(f"{name} {row[name]:.4f}" for name in report.summary.metrics if name in row)
             said = metrics if row["status"] == "done" else row["status"]
             print(f"[{task.completed:.0f}/{task.total:.0f}] {run.variant}, seed {run.seed}: {said}. {left}", flush=True)
 

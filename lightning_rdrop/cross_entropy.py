@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rdrop import _compat, arguments
-from lightning_rdrop._fused import fused, without_autocast
-from lightning_rdrop.labels import Labels, composite
+from lightning_rdrop._fused import fused, traced, without_autocast
+from lightning_rdrop.labels import Labels, RowWeights, composite
 from lightning_rdrop.terms import Terms
 
 
@@ -23,6 +23,7 @@ def rdrop_cross_entropy(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     chunk: int | None = None,
+    compile: bool = False,
 ) -> Terms:
     r"""Cross-entropy plus alpha times the symmetric KL of K views, with the gradient made in the forward pass.
 
@@ -38,9 +39,10 @@ def rdrop_cross_entropy(
         \tfrac12 (q - y) + \tfrac\alpha4 [q - p - q (d - b)]
 
     so that a chunk of rows is read once and its gradient written once, while both are in cache; nothing else as large
-    as the logits is ever allocated. Half precision is computed in float32. Where this does not apply (more or fewer
-    views, class probabilities as target, ``torch.compile``, ``torch.func``, second derivatives), the same value comes
-    from the formula above and autograd.
+    as the logits is ever allocated. Half precision is computed in float32. Inside a step that is compiled as a whole the
+    gradient is made in the backward pass, of the logits and a few numbers a row. Where neither applies (more or fewer
+    views, class probabilities as target, ``torch.func``, second derivatives), the same value comes from the formula above
+    and autograd.
 
     Args:
         logits: shape (K, N, C), views first. A class may be masked with -inf in all views.
@@ -50,6 +52,8 @@ def rdrop_cross_entropy(
         label_smoothing: in [0, 1), in the cross-entropy only.
         weight: shape (C,), one weight a class, in the cross-entropy only.
         chunk: the number of logits that are processed at once; by default what suits the device.
+        compile: compute by a kernel that ``torch.compile`` makes, once for all sizes, some ten seconds on first use:
+            about half the time of the eager way from some ten thousand logits on. Where there is no compiler a warning says so.
 
     Raises:
         ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of its range.
@@ -69,7 +73,7 @@ def rdrop_cross_entropy(
             f"{tuple(logits.shape)}, {logits.dtype}."
         )
     target = _checked(target, *logits.shape[1:])
-    terms = checked_terms(logits, None, target, alpha, Labels(ignore_index, label_smoothing, weight), chunk)
+    terms = checked_terms(logits, None, target, alpha, Labels(ignore_index, label_smoothing, weight), chunk=chunk, compile=compile)
     terms.prediction = logits[0]
     return terms
 
@@ -85,6 +89,7 @@ def linear_rdrop_cross_entropy(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     chunk: int | None = None,
+    compile: bool = False,
 ) -> Terms:
     r"""The same for logits that are a linear map of hidden states, of which only a chunk is ever held.
 
@@ -103,6 +108,7 @@ def linear_rdrop_cross_entropy(
         ignore_index, label_smoothing: as for :func:`rdrop_cross_entropy`.
         class_weight: shape (C,), one weight a class, in the cross-entropy only.
         chunk: the number of logits that are held at once; by default what suits the device.
+        compile: as for :func:`rdrop_cross_entropy`.
 
     Returns:
         terms without a prediction, which would be the logits.
@@ -129,7 +135,7 @@ def linear_rdrop_cross_entropy(
     if target.dim() != 1:
         raise ValueError("target must be class indices (N,): probabilities (N, C) would be as large as the logits.")
     labels = Labels(ignore_index, label_smoothing, class_weight)
-    return checked_terms(hidden, Head(weight, bias), target, alpha, labels, chunk)
+    return checked_terms(hidden, Head(weight, bias), target, alpha, labels, chunk=chunk, compile=compile)
 
 
 class Head(NamedTuple):
@@ -155,7 +161,9 @@ def checked_terms(
     target: Tensor,
     alpha: float | Tensor,
     labels: Labels,
+    weights: RowWeights = RowWeights(),
     chunk: int | None = None,
+    compile: bool = False,
 ) -> Terms:
     """The terms, without a prediction, of states and a target whose shapes have been checked.
 
@@ -165,7 +173,8 @@ def checked_terms(
         target: shape (N,) of class indices; without a head, or (N, C) of class probabilities.
         alpha: the weight of kl.
         labels: the other arguments of the cross-entropy.
-        chunk: as for :func:`rdrop_cross_entropy`.
+        weights: how often each row counts.
+        chunk, compile: as for :func:`rdrop_cross_entropy`.
 
     Raises:
         ValueError: class weights of another shape, or a chunk out of its range.
@@ -186,9 +195,12 @@ def checked_terms(
         bias = None if head.bias is None else head.bias.to(dtype)
         states, head = states.to(dtype), Head(head.weight.to(dtype), bias)
     with without_autocast(device):
-        if _fuses(states, target):
-            return fused((states,) if head is None else (states, *head), target, alpha, labels, chunk)
-        return composite(states if head is None else F.linear(states, *head), target, alpha, labels)
+        fuses = states.shape[0] == 2 and target.dim() == 1 and _is_plain(states) and not _compat.is_transformed()
+        if fuses and not torch.compiler.is_compiling():
+            inputs = (states,) if head is None else (states, *head)
+            return fused(inputs, target, alpha, labels, weights, chunk, compile)
+        logits = states if head is None else F.linear(states, *head)
+        return (traced if fuses else composite)(logits, target, alpha, labels, weights)
 
 
 def _checked(target: Tensor, rows: int, classes: int) -> Tensor:
@@ -201,13 +213,6 @@ def _checked(target: Tensor, rows: int, classes: int) -> Tensor:
             f"of shape (N, C) = ({rows}, {classes}), got {tuple(target.shape)}, {target.dtype}."
         )
     return target.long() if indices else target
-
-
-def _fuses(states: Tensor, target: Tensor) -> bool:
-    """Whether the gradient can be made in the forward pass: two views, class indices, and nothing that traces."""
-    if states.shape[0] != 2 or target.dim() != 1 or not _is_plain(states):
-        return False
-    return not _compat.is_traced()
 
 
 def _is_plain(tensor: Tensor) -> bool:

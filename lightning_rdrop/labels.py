@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +94,28 @@ def blank(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
     return logits.masked_fill(~counted.unsqueeze(dim), 0)
 
 
-def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels) -> Terms:
+class RowWeights(NamedTuple):
+    """How often each row counts in each term: as often as its weight says where there is one, else once.
+
+    Args:
+        ce: shape (N,), or None.
+        kl: shape (N,), or None.
+        everywhere: kl is over all rows, whatever their target is.
+    """
+
+    ce: Tensor | None = None
+    kl: Tensor | None = None
+    everywhere: bool = False
+
+    @property
+    def given(self) -> bool:
+        """Whether a row may count otherwise than once, or in one term alone."""
+        return self.everywhere or self.ce is not None or self.kl is not None
+
+
+def composite(
+    logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels, weights: RowWeights = RowWeights()
+) -> Terms:
     r"""The R-Drop loss by its formula and autograd: for any number of views, any target and any transform of torch.
 
     .. math::
@@ -105,6 +127,7 @@ def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Lab
         target: shape (N,) of class indices, or (N, C) of class probabilities.
         alpha: the weight of kl.
         labels: the other arguments of the cross-entropy.
+        weights: how often each row counts.
 
     Example:
         >>> from torch import tensor
@@ -112,10 +135,22 @@ def composite(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Lab
         >>> composite(logits, tensor([0]), 4.0, Labels()).loss  # ln 2 + 4 ln(1.5) / 20
         tensor(0.7742)
     """
-    views, counted = len(logits), labels.counted(target)
-    logits = blank(logits, counted, -1)
-    ce = labels.average(logits.flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1)), counted.repeat(views))
+    views, in_ce = len(logits), labels.counted(target)
+    in_kl = torch.ones_like(in_ce) if weights.everywhere else in_ce
+    in_ce, in_kl = (
+        counted if weight is None else counted & (weight != 0)
+        for counted, weight in ((in_ce, weights.ce), (in_kl, weights.kl))
+    )
+    flat, target = blank(logits, in_ce, -1).flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1))
+    ce = labels.average(flat, target, in_ce.repeat(views))
+    ce = ce if weights.ce is None else ce.weighted(weights.ce.repeat(views))
     zero = torch.zeros_like(ce.total)
-    pairs = (Average.of(symmetric_kl(logits[j], logits[k]), counted) for j, k in combinations(range(views), 2))
-    kl_rows = None if labels.weight is None else counted.sum().to(zero)
-    return Terms.of(ce, sum(pairs, start=Average(zero, zero)), alpha, rows=ce.weight / views, kl_rows=kl_rows)
+    between = Average(zero, zero)
+    logits = blank(logits, in_kl, -1)
+    for j, k in combinations(range(views), 2):
+        pair = Average.of(symmetric_kl(logits[j], logits[k]), in_kl)
+        between += pair if weights.kl is None else pair.weighted(weights.kl)
+    kl_rows = None
+    if labels.weight is not None or weights.given:
+        kl_rows = (in_kl if weights.kl is None else weights.kl.where(in_kl, 0)).sum().to(zero)
+    return Terms.of(ce, between, alpha, rows=ce.weight / views, kl_rows=kl_rows)

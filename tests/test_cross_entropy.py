@@ -14,11 +14,11 @@ from lightning_rdrop import (
     Categorical,
     JensenShannon,
     RDropLoss,
-    _fused,
     linear_rdrop_cross_entropy,
     rdrop_cross_entropy,
 )
-from lightning_rdrop._fused import Sweep
+from lightning_rdrop._fused import sweep
+from lightning_rdrop._fused.sweep import Sweep
 from lightning_rdrop.labels import Labels
 from lightning_rdrop.labels import composite as written_out
 from tests import reference
@@ -397,7 +397,7 @@ def test_class_weights_in_several_chunks_where_every_row_counts(smoothing):
 
 
 def test_the_chunks_of_a_chunk_of_the_head_have_their_own_labels(monkeypatch):
-    monkeypatch.setattr(_fused, "_CACHED", 2 * 7 * 3)  # three rows at a time, of the ten that the head holds
+    monkeypatch.setattr(sweep, "_CACHED", 2 * 7 * 3)  # three rows at a time, of the ten that the head holds
     hidden = torch.randn(2, 25, 4, dtype=torch.double, requires_grad=True)
     weight = torch.randn(7, 4, dtype=torch.double, requires_grad=True)
     target = torch.randint(7, (25,))

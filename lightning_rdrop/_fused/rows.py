@@ -1,0 +1,97 @@
+"""How each row counts in the two terms, as factors that have the means in them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rdrop import _compat
+from lightning_rdrop.labels import Labels, RowWeights
+
+
+class Rows(NamedTuple):
+    """How n rows count."""
+
+    ignored: Tensor | None  # (n, 1), those that count in neither term; None where all count
+    label: Tensor  # (n, 1); 0 where a row has none
+    nll: Tensor  # (n, 1): the factor of log p(y) of each view in ce, not positive
+    smoothing: Tensor | None  # (n, 1): that of w_c log p_c for every c, likewise; None without label smoothing
+    kl: Tensor  # that of J in kl; () for all that count, (n, 1) where they are weighted
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a row may count in one of the terms alone."""
+        return self.kl.dim() > 0
+
+    @property
+    def kl_column(self) -> Tensor:
+        """The factor of J for each row, (n, 1)."""
+        column = self.kl.expand(self.label.shape)
+        return column if self.weighted or self.ignored is None else column.masked_fill(self.ignored, 0)
+
+    def of(self, start: int, stop: int) -> Rows:
+        """Those from ``start`` to ``stop``."""
+        if stop - start >= len(self.label):
+            return self
+        parts: list[Any] = [part[start:stop] if isinstance(part, Tensor) and part.dim() else part for part in self]
+        return Rows(*parts)
+
+
+class Counted(NamedTuple):
+    """The rows of a target, and over how many each term is a mean."""
+
+    rows: Rows
+    class_weight: Tensor | None  # (C,)
+    n_labels: Tensor
+    ce_rows: Tensor
+    kl_rows: Tensor
+
+
+def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, dtype: torch.dtype) -> Counted:
+    """How the rows of a target (N,) of class indices count.
+
+    Args:
+        target: shape (N,).
+        labels: what the cross-entropy is told of it.
+        weights: how often each row counts.
+        classes: C.
+        dtype: that of the factors.
+    """
+    n, device = target.numel(), target.device
+    label = target.unsqueeze(-1)
+    has_label = label != labels.ignore_index
+    n_labels = ce_rows = kl_rows = has_label.sum(dtype=dtype)
+    in_ce: Tensor | float = 1.0
+    ignored: Tensor | None = None
+    if not _compat.is_readable(target) or n_labels.item() < n:
+        in_ce, ignored = has_label.to(dtype), ~has_label
+        label = label.masked_fill(ignored, 0)
+    in_kl: Tensor | float = 1.0
+    if weights.given:
+        in_ce, in_kl = (
+            torch.ones_like(label, dtype=dtype) * mask * (1.0 if weight is None else weight.to(dtype).unsqueeze(-1))
+            for mask, weight in ((in_ce, weights.ce), (1.0 if weights.everywhere else in_ce, weights.kl))
+        )
+        ignored = (in_ce == 0) & (in_kl == 0)
+        ce_rows, kl_rows = in_ce.sum(), in_kl.sum()
+    smoothed = in_ce
+    class_weight = None if labels.weight is None else labels.weight.to(device, dtype)
+    if class_weight is not None:
+        in_ce = class_weight[label] * in_ce
+        ce_rows = in_ce.sum()
+    ce_mean, kl_mean = (
+        1 / max(1, n) if ignored is None and total is n_labels else 1 / total.where(total != 0, 1)
+        for total in (ce_rows, kl_rows)
+    )
+
+    def factor(part: Tensor | float) -> Tensor:
+        return part if isinstance(part, Tensor) else torch.full((), part, dtype=dtype, device=device)
+
+    nll = factor(in_ce * ce_mean * ((labels.label_smoothing - 1) / 2)).expand(label.shape)
+    smoothing = None
+    if labels.label_smoothing:
+        smoothing = factor(smoothed * ce_mean * (-labels.label_smoothing / (2 * classes))).expand(label.shape)
+    rows = Rows(ignored, label, nll, smoothing, factor(in_kl * kl_mean / 4))
+    return Counted(rows, class_weight, n_labels, ce_rows, kl_rows)

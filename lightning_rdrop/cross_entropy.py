@@ -73,7 +73,9 @@ def rdrop_cross_entropy(
             f"{tuple(logits.shape)}, {logits.dtype}."
         )
     target = _checked(target, *logits.shape[1:])
-    terms = checked_terms(logits, None, target, alpha, Labels(ignore_index, label_smoothing, weight), chunk=chunk, compile=compile)
+    terms = checked_terms(
+        logits, None, target, alpha, Labels(ignore_index, label_smoothing, weight), chunk=chunk, compile=compile
+    )
     terms.prediction = logits[0]
     return terms
 

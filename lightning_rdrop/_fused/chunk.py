@@ -9,97 +9,106 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """How n rows count, all in tensors. A row whose factors are all 0 is not looked at."""
+    """How n rows count, all in tensors."""
 
+    ignored: Tensor | None  # (n, 1), the rows that count in neither term; None where all count
     label: Tensor  # (n, 1)
     nll: Tensor  # (n, 1): the factor of log p(y) of each view in ce, not positive
     kl: Tensor  # (n, 1): that of J in kl
-    smoothing: Tensor | None = None  # (n, 1): that of w_c log p_c for every c in ce, likewise
-    class_weight: Tensor | None = None  # (C,)
+    smoothing: Tensor | None  # (n, 1): that of w_c log p_c for every c in ce, likewise
+    class_weight: Tensor | None  # (C,)
 
 
 class Normalizer(NamedTuple):
-    """What makes log-probabilities of the logits of n rows: their largest, and the logarithm of the rest."""
+    """What makes probabilities of the logits of a view: the largest, and the sum of exp(logits - largest)."""
 
     peak: Tensor  # (n, 1)
-    log_sum: Tensor  # (n, 1)
+    total: Tensor  # (n, 1)
 
 
-class Moments(NamedTuple):
-    """What the gradient of n rows takes besides their logits."""
+class Views(NamedTuple):
+    """Two views of n rows, (n, C) each."""
 
-    first: Normalizer
-    second: Normalizer
-    first_mean: Tensor  # (n, 1): E_p[log p - log q]
-    second_mean: Tensor  # (n, 1): E_q[log p - log q]
+    p: Tensor
+    q: Tensor
+    log_ratio: Tensor  # log p - log q
 
 
-def terms_of(first: Tensor, second: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Moments]:
-    """What some rows add to ce and kl, and their moments.
+def blanked(logits: Tensor, factors: Factors) -> Tensor:
+    """Logits (n, C) in the dtype of the factors, with 0 where a row does not count, whatever stands there."""
+    logits = logits.to(factors.nll.dtype)
+    return logits if factors.ignored is None else torch.where(factors.ignored, 0, logits)
+
+
+def normalized(first: Tensor, second: Tensor) -> tuple[Views, Normalizer, Normalizer]:
+    """Two views of blanked logits (n, C), and their normalizers. Each exponential is made once."""
+    peaks = first.amax(-1, keepdim=True), second.amax(-1, keepdim=True)
+    powers = (first - peaks[0]).exp(), (second - peaks[1]).exp()
+    one, other = (Normalizer(peak, power.sum(-1, keepdim=True)) for peak, power in zip(peaks, powers, strict=True))
+    return Views(powers[0] / one.total, powers[1] / other.total, _log_ratio(first, second, one, other)), one, other
+
+
+def normalized_again(first: Tensor, second: Tensor, one: Normalizer, other: Normalizer) -> Views:
+    """The views of :func:`normalized`, of the same logits and their normalizers."""
+    p, q = ((z - n.peak).exp() / n.total for z, n in ((first, one), (second, other)))
+    return Views(p, q, _log_ratio(first, second, one, other))
+
+
+def terms_of(
+    first: Tensor, second: Tensor, views: Views, one: Normalizer, other: Normalizer, factors: Factors
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What some rows add to ce and kl, and the means of the log-ratio under p and under q, (n, 1) each.
 
     Args:
-        first: shape (n, C), the logits of the first view.
-        second: same shape, of the second.
+        first, second: blanked logits (n, C).
+        views, one, other: what :func:`normalized` makes of them.
         factors: how the rows count.
     """
-    normalizers = _normalizer(_counted(first, factors)), _normalizer(_counted(second, factors))
-    log_p, log_q = (_log_probs(z, n, factors) for z, n in zip((first, second), normalizers, strict=True))
-    p, q, log_ratio = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q)
+    p, q, log_ratio = views
     first_mean = (p * log_ratio).sum(-1, keepdim=True)
     divergence = ((p - q) * log_ratio).sum(-1, keepdim=True)
     kl = torch.where(factors.kl != 0, factors.kl * divergence, 0).sum()
-    label = factors.label
-    ce = torch.where(factors.nll != 0, factors.nll * (log_p.gather(-1, label) + log_q.gather(-1, label)), 0).sum()
+    pairs = ((first, one), (second, other))
+    own = sum(z.gather(-1, factors.label) - n.peak - n.total.log() for z, n in pairs)
+    ce = torch.where(factors.nll != 0, factors.nll * own, 0).sum()
     if factors.smoothing is not None:
-        both = log_p + log_q if factors.class_weight is None else (log_p + log_q) * factors.class_weight
-        ce = ce + torch.where(factors.smoothing != 0, factors.smoothing * both.sum(-1, keepdim=True), 0).sum()
-    return ce, kl, Moments(*normalizers, first_mean, first_mean - divergence)
+        log_probs = sum(z - n.peak - n.total.log() for z, n in pairs)
+        weighted = log_probs if factors.class_weight is None else log_probs * factors.class_weight
+        every = weighted.sum(-1, keepdim=True)
+        ce = ce + torch.where(factors.smoothing != 0, factors.smoothing * every, 0).sum()
+    return ce, kl, first_mean, first_mean - divergence
 
 
 def gradient_of(
-    first: Tensor, second: Tensor, factors: Factors, moments: Moments, ce_weight: Tensor, kl_weight: Tensor
+    views: Views, first_mean: Tensor, second_mean: Tensor, factors: Factors, ce_weight: Tensor, kl_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients (n, C) of ``ce_weight * ce + kl_weight * kl``, in the dtype of the factors.
+    """The gradients (n, C) of ``ce_weight * ce + kl_weight * kl`` for the logits of both views.
 
     Args:
-        first, second, factors: as for :func:`terms_of`.
-        moments: what that returned.
+        views: the probabilities.
+        first_mean, second_mean: the means of :func:`terms_of`.
+        factors: how the rows count.
         ce_weight: shape ().
         kl_weight: shape ().
     """
-    log_p, log_q = _log_probs(first, moments.first, factors), _log_probs(second, moments.second, factors)
-    p, q, log_ratio = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q)
-    classes = torch.arange(first.shape[-1], device=first.device, dtype=torch.int32)
-    to_log_probs = torch.where(classes == factors.label.to(torch.int32), factors.nll * ce_weight, 0)
+    p, q, log_ratio = views
     total = factors.nll * ce_weight
+    classes = torch.arange(p.shape[-1], device=p.device, dtype=torch.int32)
+    direct = torch.where(classes == factors.label.to(torch.int32), total, 0)
     if factors.smoothing is not None:
         smoothing, weight = factors.smoothing * ce_weight, factors.class_weight
-        to_log_probs = to_log_probs + (smoothing if weight is None else smoothing * weight)
-        total = total + smoothing * (first.shape[-1] if weight is None else weight.sum())
+        direct = direct + (smoothing if weight is None else smoothing * weight)
+        total = total + smoothing * (p.shape[-1] if weight is None else weight.sum())
     pull = factors.kl * kl_weight
-    to_first = torch.where(pull != 0, pull * (1 + log_ratio - moments.first_mean), 0)  # also where views are inf apart
-    to_second = torch.where(pull != 0, pull * (1 - log_ratio + moments.second_mean), 0)
-    return p * (to_first - total) - pull * q + to_log_probs, q * (to_second - total) - pull * p + to_log_probs
+    # where kl is switched off, also views that are infinitely far do not pull
+    lift, from_first, from_second = (
+        torch.where(pull != 0, pull * part, 0) for part in (log_ratio, 1 - first_mean, 1 + second_mean)
+    )
+    to_first = p * (from_first - total + lift) - pull * q + direct
+    to_second = q * (from_second - total - lift) - pull * p + direct
+    return to_first, to_second
 
 
-def _counted(logits: Tensor, factors: Factors) -> Tensor:
-    """In the dtype of the factors, with 0 where a row does not count, whatever stands there."""
-    counts = (factors.nll != 0) | (factors.kl != 0)
-    if factors.smoothing is not None:
-        counts = counts | (factors.smoothing != 0)
-    return torch.where(counts, logits.to(factors.nll.dtype), 0)
-
-
-def _normalizer(logits: Tensor) -> Normalizer:
-    peak = logits.amax(-1, keepdim=True)
-    return Normalizer(peak, (logits - peak).exp().sum(-1, keepdim=True).log())
-
-
-def _log_probs(logits: Tensor, normalizer: Normalizer, factors: Factors) -> Tensor:
-    return _counted(logits, factors) - normalizer.peak - normalizer.log_sum
-
-
-def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """0 for a class that neither view allows, which has no part in the sum."""
-    log_ratio = log_p - log_q
-    return torch.where(log_ratio != log_ratio, 0, log_ratio)  # -inf - -inf
+def _log_ratio(first: Tensor, second: Tensor, one: Normalizer, other: Normalizer) -> Tensor:
+    log_ratio = (first - one.peak) - (second - other.peak) - (one.total.log() - other.total.log())
+    return torch.where(log_ratio != log_ratio, 0, log_ratio)  # -inf - -inf: a class that neither view allows

@@ -1,4 +1,4 @@
-"""The arithmetic of a chunk, compiled: once for any number of rows, of classes and any alpha."""
+"""The arithmetic of a chunk, compiled: once for any number of rows and any alpha, twice for any number of classes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_rdrop._fused.chunk import Factors, gradient_of, terms_of
+from lightning_rdrop._fused.chunk import Factors, blanked, gradient_of, normalized, terms_of
 from lightning_rdrop._fused.rows import Rows
 
 _ASKED: ContextVar[bool] = ContextVar("_ASKED", default=False)
-_FAILED: set[tuple[object, ...]] = set()
-"""What could not be compiled, which is not tried again."""
+_COMPILED: dict[tuple[object, ...], bool] = {}
+"""Whether a kind of chunk could be compiled; one that could not is not tried again."""
 
 
 @contextmanager
@@ -48,29 +48,35 @@ def compiled(
         ce_weight, kl_weight: shape ().
         out: same shape as the logits, but not the same memory.
     """
-    kind = (logits.device.type, logits.dtype, out.dtype, rows.smoothing is None, class_weight is None)
-    if len(rows.label) < 2 or kind in _FAILED:  # a graph of one row is another one than that of several
+    factors = rows.factors(class_weight)
+    kind = (logits.device.type, logits.dtype, out.dtype, logits.shape[2], *(part is None for part in factors))
+    if len(factors.label) < 2 or not _COMPILED.get(kind, True):  # one row would be a graph of its own
         return None
-    columns = (None if part is None else part.contiguous() for part in (rows.label, rows.nll, rows.kl_column, rows.smoothing))
     # detached, so that no guard looks at the tensor of which a chunk is a view
-    tensors = (*logits.contiguous().unbind(0), *out.unbind(0), *columns, class_weight, ce_weight, kl_weight)
+    by_row = [part.detach() for part in (*logits.contiguous().unbind(0), *out.unbind(0))]
+    columns = [None if part is None else part.detach() for part in factors[:-1]]
+    if kind not in _COMPILED:
+        for part in (*by_row, *columns):
+            if part is not None:
+                torch._dynamo.mark_dynamic(part, 0)
     try:
-        return _compiled()(*(None if tensor is None else tensor.detach() for tensor in tensors))
+        found = _compiled()(*by_row, ce_weight, kl_weight, *columns, class_weight)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        _FAILED.add(kind)
+        _COMPILED[kind] = False
         warnings.warn(
-            f"The loss could not be compiled, and is computed without: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:300]}",
+            f"The loss could not be compiled, and is computed without: {' '.join(str(error).split())[:300]}",
             stacklevel=2,
         )
         return None
+    _COMPILED[kind] = True
+    return found
 
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_write, dynamic=True, fullgraph=True)
+    return torch.compile(_write, fullgraph=True)
 
 
 def _write(
@@ -78,17 +84,15 @@ def _write(
     second: Tensor,
     to_first: Tensor,
     to_second: Tensor,
-    label: Tensor,
-    nll: Tensor,
-    kl: Tensor,
-    smoothing: Tensor | None,
-    class_weight: Tensor | None,
     ce_weight: Tensor,
     kl_weight: Tensor,
+    *factors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    factors = Factors(label, nll, kl, smoothing, class_weight)
-    ce, kl_sum, moments = terms_of(first, second, factors)
-    gradients = gradient_of(first, second, factors, moments, ce_weight, kl_weight)
+    known = Factors(*factors)  # type: ignore[arg-type]
+    first, second = blanked(first, known), blanked(second, known)
+    views, *normalizers = normalized(first, second)
+    ce, kl, *means = terms_of(first, second, views, *normalizers, known)
+    gradients = gradient_of(views, *means, known, ce_weight, kl_weight)
     to_first.copy_(gradients[0])
     to_second.copy_(gradients[1])
-    return ce, kl_sum
+    return ce, kl

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop import _compat
+from lightning_rdrop._fused.chunk import Factors
 from lightning_rdrop.labels import Labels, RowWeights
 
 
@@ -25,11 +26,13 @@ class Rows(NamedTuple):
         """Whether a row may count in one of the terms alone."""
         return self.kl.dim() > 0
 
-    @property
-    def kl_column(self) -> Tensor:
-        """The factor of J for each row, (n, 1)."""
-        column = self.kl.expand(self.label.shape)
-        return column if self.weighted or self.ignored is None else column.masked_fill(self.ignored, 0)
+    def factors(self, class_weight: Tensor | None) -> Factors:
+        """The same for the pure functions: each a column, with memory of its own for each row."""
+        kl = self.kl.expand(self.label.shape)
+        if self.ignored is not None and not self.weighted:
+            kl = kl.masked_fill(self.ignored, 0)
+        columns = (self.ignored, self.label, self.nll, kl, self.smoothing)
+        return Factors(*(None if part is None else part.contiguous() for part in columns), class_weight)  # type: ignore[arg-type]
 
     def of(self, start: int, stop: int) -> Rows:
         """Those from ``start`` to ``stop``."""

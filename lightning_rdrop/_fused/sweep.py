@@ -21,6 +21,9 @@ _CACHED = 2**19
 _COMPILED = 2**20
 """Those of a chunk whose arithmetic is compiled, where the call takes more of the time."""
 
+_FEW = 2**15
+"""Below, the call of what was compiled takes more time on a CPU than eager arithmetic does."""
+
 _HELD = 2**22
 """Logits that the head holds at once on a CPU: 16 MiB of float32, enough rows for a fast matrix product."""
 
@@ -99,7 +102,7 @@ class Sweep:
 
     def _logits(self, logits: Tensor, gradient: Tensor | None, chunk: int | None, start: int = 0) -> None:
         """The logits (2, n, C) of the rows from ``start`` on, in chunks; the gradient may take their place."""
-        is_compiled = self.compile and gradient is not None
+        is_compiled = self.compile and gradient is not None and not (logits.is_cpu and logits.numel() < _FEW)
         if chunk is None:
             chunk = _STREAMED if not logits.is_cpu else _COMPILED if is_compiled else _CACHED
         for rows in _pieces(logits.shape[1], chunk // (2 * logits.shape[2])):

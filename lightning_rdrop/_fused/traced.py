@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rdrop._fused.chunk import Factors, Moments, Normalizer, gradient_of, terms_of
+from lightning_rdrop._fused.chunk import (
+    Factors,
+    Normalizer,
+    blanked,
+    gradient_of,
+    normalized,
+    normalized_again,
+    terms_of,
+)
 from lightning_rdrop._fused.rows import counted
 from lightning_rdrop.labels import Labels, RowWeights
 from lightning_rdrop.terms import Terms, combined
@@ -25,8 +33,7 @@ def traced(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     known = counted(target, labels, weights, logits.shape[2], dtype)
-    rows = known.rows
-    ce, kl = _Traced.apply(logits, rows.label, rows.nll, rows.kl_column, rows.smoothing, known.class_weight)
+    ce, kl = _Traced.apply(logits, *known.rows.factors(known.class_weight))  # type: ignore[no-untyped-call]
     kl_rows = None if labels.weight is None and not weights.given else known.kl_rows
     return Terms(combined(ce, kl, alpha), ce, kl, rows=known.ce_rows, kl_rows=kl_rows)
 
@@ -36,15 +43,18 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *factors: Any) -> tuple[Tensor, Tensor]:
-        ce, kl, (first, second, *means) = terms_of(logits[0], logits[1], Factors(*factors))
-        ctx.save_for_backward(logits, *factors, *first, *second, *means)
+        known = Factors(*factors)
+        first, second = blanked(logits[0], known), blanked(logits[1], known)
+        views, one, other = normalized(first, second)
+        ce, kl, *means = terms_of(first, second, views, one, other, known)
+        ctx.save_for_backward(logits, *factors, *one, *other, *means)
         # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
         return ce, kl.where(~kl.isnan() | ce.isnan(), torch.inf)
 
     @staticmethod
     def backward(ctx: Any, to_ce: Tensor, to_kl: Tensor) -> tuple[Tensor | None, ...]:
         logits, *saved = ctx.saved_tensors
-        factors = Factors(*saved[:5])
-        moments = Moments(Normalizer(*saved[5:7]), Normalizer(*saved[7:9]), *saved[9:])
-        gradient = torch.stack(gradient_of(logits[0], logits[1], factors, moments, to_ce, to_kl))
-        return gradient.to(logits.dtype), None, None, None, None, None
+        factors, (one, other), means = Factors(*saved[:6]), map(Normalizer, saved[6:10:2], saved[7:10:2]), saved[10:]
+        views = normalized_again(blanked(logits[0], factors), blanked(logits[1], factors), one, other)
+        gradient = torch.stack(gradient_of(views, *means, factors, to_ce, to_kl))
+        return gradient.to(logits.dtype), *[None] * len(factors)

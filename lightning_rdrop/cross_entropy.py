@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_rdrop import _compat, arguments
 from lightning_rdrop._fused import fused, traced, without_autocast
-from lightning_rdrop.labels import Labels, RowWeights, composite
+from lightning_rdrop.labels import EVENLY, Labels, RowWeights, composite
 from lightning_rdrop.terms import Terms
 
 
@@ -39,10 +39,10 @@ def rdrop_cross_entropy(
         \tfrac12 (q - y) + \tfrac\alpha4 [q - p - q (d - b)]
 
     so that a chunk of rows is read once and its gradient written once, while both are in cache; nothing else as large
-    as the logits is ever allocated. Half precision is computed in float32. Inside a step that is compiled as a whole the
-    gradient is made in the backward pass, of the logits and a few numbers a row. Where neither applies (more or fewer
-    views, class probabilities as target, ``torch.func``, second derivatives), the same value comes from the formula above
-    and autograd.
+    as the logits is ever allocated. Half precision is computed in float32. Inside a step that is compiled as a whole
+    the gradient is made in the backward pass, of the logits and a few numbers a row. Where neither applies (more or
+    fewer views, class probabilities as target, ``torch.func``, second derivatives), the same value comes from the
+    formula above and autograd.
 
     Args:
         logits: shape (K, N, C), views first. A class may be masked with -inf in all views.
@@ -52,8 +52,9 @@ def rdrop_cross_entropy(
         label_smoothing: in [0, 1), in the cross-entropy only.
         weight: shape (C,), one weight a class, in the cross-entropy only.
         chunk: the number of logits that are processed at once; by default what suits the device.
-        compile: compute by a kernel that ``torch.compile`` makes, once for all sizes, some ten seconds on first use:
-            about half the time of the eager way from some ten thousand logits on. Where there is no compiler a warning says so.
+        compile: compute by a kernel that ``torch.compile`` makes on first use, in some ten seconds, for any number of
+            rows and any alpha. Fewer than some ten thousand logits are faster without it on a CPU, and computed so;
+            and where no compiler is found a warning says so, and all are.
 
     Raises:
         ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of its range.
@@ -163,7 +164,7 @@ def checked_terms(
     target: Tensor,
     alpha: float | Tensor,
     labels: Labels,
-    weights: RowWeights = RowWeights(),
+    weights: RowWeights = EVENLY,
     chunk: int | None = None,
     compile: bool = False,
 ) -> Terms:

@@ -113,8 +113,12 @@ class RowWeights(NamedTuple):
         return self.everywhere or self.ce is not None or self.kl is not None
 
 
+EVENLY = RowWeights()
+"""Every row that counts counts once, in both terms."""
+
+
 def composite(
-    logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels, weights: RowWeights = RowWeights()
+    logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels, weights: RowWeights = EVENLY
 ) -> Terms:
     r"""The R-Drop loss by its formula and autograd: for any number of views, any target and any transform of torch.
 

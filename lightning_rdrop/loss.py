@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.distance import Categorical, Distance
 from lightning_rdrop.terms import Terms
@@ -26,6 +27,8 @@ class RDropLoss(nn.Module):
 
     Args:
         distance: D; ``None`` is :class:`~lightning_rdrop.Categorical`.
+        compile: compile the arithmetic of a distance that has some to compile, :class:`~lightning_rdrop.Categorical`
+            alone or within another, as ``compile=True`` of :func:`~lightning_rdrop.rdrop_cross_entropy` does.
 
     Shapes:
         predictions (K, N, ...), views first; target (N, ...), what the distance takes. With a ``head``, a linear
@@ -41,12 +44,14 @@ class RDropLoss(nn.Module):
         (tensor(0.6931), tensor(0.0203), tensor(0.7742))
     """
 
-    def __init__(self, distance: Distance | None = None) -> None:
+    def __init__(self, distance: Distance | None = None, *, compile: bool = False) -> None:
         super().__init__()
+        self.is_compiled = compile
         self.distance = Categorical() if distance is None else distance
 
     def forward(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
-        return self.distance.terms(predictions, target, alpha, head)
+        with compiled_loss(self.is_compiled):
+            return self.distance.terms(predictions, target, alpha, head)
 
     def consistency(self, predictions: Tensor, alpha: float | Tensor, target: Tensor | None = None) -> Terms:
         """The terms of unlabelled rows, which have no ce: loss = alpha kl.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_rdrop import own_losses, unlabeled, views
 from lightning_rdrop._compat import forget_hyperparameters
+from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of, positive_int
 from lightning_rdrop.data_views import first_view
@@ -66,6 +67,8 @@ class RDropMixin(Hooks):
             ones have but one pass, and plain cross-entropy, as in Su's experiments.
         rdrop_regularizers: further terms of the loss, such as :class:`~lightning_rdrop.VAT`, each logged by its name;
             see :class:`~lightning_rdrop.Regularizer`. Checkpoints describe them as they do the distance.
+        rdrop_compile_loss: compile the arithmetic of the loss, which is then faster, some ten seconds after the first
+            step begins; see :func:`~lightning_rdrop.rdrop_cross_entropy`.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
             dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a mode
             changes; NaN is looked for whenever the Trainer logs.
@@ -106,6 +109,7 @@ class RDropMixin(Hooks):
         rdrop_unlabeled_weight: float = 1.0,
         rdrop_labeled_weight: float = 1.0,
         rdrop_regularizers: Sequence[Regularizer] = (),
+        rdrop_compile_loss: bool = False,
         rdrop_guard: Literal["error", "warn", "off"] = "error",
         **kwargs: Any,
     ) -> None:
@@ -128,6 +132,7 @@ class RDropMixin(Hooks):
         self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
         self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
         self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers, self._rdrop_logged()))
+        self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
         """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
@@ -307,7 +312,8 @@ class RDropMixin(Hooks):
     ) -> Terms:
         alpha = weight * self._rdrop_checked_alpha()
         predictions, losses = own_losses.parted(predictions)
-        terms = self.rdrop_distance.terms(predictions, target, alpha, self.rdrop_head())
+        with compiled_loss(self.rdrop_compile_loss):
+            terms = self.rdrop_distance.terms(predictions, target, alpha, self.rdrop_head())
         terms.examples = examples
         self._rdrop_extend(terms, inputs, target, () if inputs is None else self.rdrop_regularizers, losses)
         return terms

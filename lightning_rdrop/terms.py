@@ -82,12 +82,7 @@ class Average:
                 "Average.over; of Together's parts each has a weight of its own: {'name': Weighted(...)}."
             )
         totals, weights = self.rows
-        if not 1 <= weight.dim() <= totals.dim() or weight.shape != totals.shape[: weight.dim()]:
-            raise ValueError(
-                f"A weight of shape {tuple(weight.shape)} does not fit rows of shape {tuple(totals.shape)}: give one "
-                f"for each example, ({len(totals) if totals.dim() else 1},), or for each row."
-            )
-        weight = weight.to(totals)[(..., *[None] * (totals.dim() - weight.dim()))]
+        weight = fitted(weight.to(totals), totals.shape)
         return Average.over((totals * weight).where(weight != 0, 0), weights * weight)
 
     @property
@@ -168,6 +163,28 @@ class Terms:
         if self.rows is None:
             return {}
         return {"ce": self.rows, "kl": self.rows if self.kl_rows is None else self.kl_rows}
+
+
+def fitted(weight: Tensor, shape: torch.Size) -> Tensor:
+    """A weight that broadcasts over rows of a shape (N, ...).
+
+    Args:
+        weight: shape (N,), or further dimensions of the rows.
+        shape: that of the rows.
+
+    Raises:
+        ValueError: a weight of another shape.
+
+    Example:
+        >>> fitted(torch.ones(4), torch.Size([4, 6])).shape
+        torch.Size([4, 1])
+    """
+    if not 1 <= weight.dim() <= len(shape) or weight.shape != shape[: weight.dim()]:
+        raise ValueError(
+            f"A weight of shape {tuple(weight.shape)} does not fit rows of shape {tuple(shape)}: give one for each "
+            f"example, ({shape[0] if shape else 1},), or for each row."
+        )
+    return weight[(..., *[None] * (len(shape) - weight.dim()))]
 
 
 def combined(ce: Tensor, kl: Tensor, alpha: float | Tensor) -> Tensor:

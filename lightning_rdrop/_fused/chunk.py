@@ -69,13 +69,12 @@ def terms_of(
     divergence = ((p - q) * log_ratio).sum(-1, keepdim=True)
     kl = torch.where(factors.kl != 0, factors.kl * divergence, 0).sum()
     pairs = ((first, one), (second, other))
-    own = sum(z.gather(-1, factors.label) - n.peak - n.total.log() for z, n in pairs)
-    ce = torch.where(factors.nll != 0, factors.nll * own, 0).sum()
+    own, other_own = (z.gather(-1, factors.label) - n.peak - n.total.log() for z, n in pairs)
+    ce = torch.where(factors.nll != 0, factors.nll * (own + other_own), 0).sum()
     if factors.smoothing is not None:
-        log_probs = sum(z - n.peak - n.total.log() for z, n in pairs)
-        weighted = log_probs if factors.class_weight is None else log_probs * factors.class_weight
-        every = weighted.sum(-1, keepdim=True)
-        ce = ce + torch.where(factors.smoothing != 0, factors.smoothing * every, 0).sum()
+        log_p, log_q = (z - n.peak - n.total.log() for z, n in pairs)
+        every = log_p + log_q if factors.class_weight is None else (log_p + log_q) * factors.class_weight
+        ce = ce + torch.where(factors.smoothing != 0, factors.smoothing * every.sum(-1, keepdim=True), 0).sum()
     return ce, kl, first_mean, first_mean - divergence
 
 

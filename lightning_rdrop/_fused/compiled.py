@@ -90,9 +90,9 @@ def _write(
 ) -> tuple[Tensor, Tensor]:
     known = Factors(*factors)  # type: ignore[arg-type]
     first, second = blanked(first, known), blanked(second, known)
-    views, *normalizers = normalized(first, second)
-    ce, kl, *means = terms_of(first, second, views, *normalizers, known)
-    gradients = gradient_of(views, *means, known, ce_weight, kl_weight)
+    views, one, other = normalized(first, second)
+    ce, kl, first_mean, second_mean = terms_of(first, second, views, one, other, known)
+    gradients = gradient_of(views, first_mean, second_mean, known, ce_weight, kl_weight)
     to_first.copy_(gradients[0])
     to_second.copy_(gradients[1])
     return ce, kl

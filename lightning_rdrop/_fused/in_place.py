@@ -1,6 +1,7 @@
 """The arithmetic of a chunk for eager mode, by hand in the memory of few tensors.
 
-The pure functions of :mod:`lightning_rdrop._fused.chunk` are the same, and take 1.5 to 3 times as long without a compiler.
+The pure functions of :mod:`lightning_rdrop._fused.chunk` are the same, and take 1.5 to 3 times as long where no
+compiler makes one loop of them.
 """
 
 from __future__ import annotations

@@ -31,8 +31,14 @@ class Rows(NamedTuple):
         kl = self.kl.expand(self.label.shape)
         if self.ignored is not None and not self.weighted:
             kl = kl.masked_fill(self.ignored, 0)
-        columns = (self.ignored, self.label, self.nll, kl, self.smoothing)
-        return Factors(*(None if part is None else part.contiguous() for part in columns), class_weight)  # type: ignore[arg-type]
+        return Factors(
+            ignored=None if self.ignored is None else self.ignored.contiguous(),
+            label=self.label.contiguous(),
+            nll=self.nll.contiguous(),
+            kl=kl.contiguous(),
+            smoothing=None if self.smoothing is None else self.smoothing.contiguous(),
+            class_weight=class_weight,
+        )
 
     def of(self, start: int, stop: int) -> Rows:
         """Those from ``start`` to ``stop``."""

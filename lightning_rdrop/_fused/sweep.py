@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Sweep:
             kl = kl.where(~kl.isnan() | ce.isnan(), torch.inf)
         return ce, kl
 
-    def over(self, wanted: Sequence[bool], first: Tensor, *head: Tensor | None) -> Sequence[Tensor | None]:
+    def over(self, wanted: Sequence[bool], first: Tensor, *head: Any) -> Sequence[Tensor | None]:
         """Sweep logits (2, N, C); or hidden states, a weight and a bias. Returns the gradients that are wanted."""
         if head:
             return self._head(wanted, first, *head)

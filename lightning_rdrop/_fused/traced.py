@@ -46,15 +46,15 @@ class _Traced(torch.autograd.Function):
         known = Factors(*factors)
         first, second = blanked(logits[0], known), blanked(logits[1], known)
         views, one, other = normalized(first, second)
-        ce, kl, *means = terms_of(first, second, views, one, other, known)
-        ctx.save_for_backward(logits, *factors, *one, *other, *means)
+        ce, kl, first_mean, second_mean = terms_of(first, second, views, one, other, known)
+        ctx.save_for_backward(logits, *factors, *one, *other, first_mean, second_mean)
         # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
         return ce, kl.where(~kl.isnan() | ce.isnan(), torch.inf)
 
     @staticmethod
     def backward(ctx: Any, to_ce: Tensor, to_kl: Tensor) -> tuple[Tensor | None, ...]:
         logits, *saved = ctx.saved_tensors
-        factors, (one, other), means = Factors(*saved[:6]), map(Normalizer, saved[6:10:2], saved[7:10:2]), saved[10:]
+        factors, one, other = Factors(*saved[:6]), Normalizer(*saved[6:8]), Normalizer(*saved[8:10])
         views = normalized_again(blanked(logits[0], factors), blanked(logits[1], factors), one, other)
-        gradient = torch.stack(gradient_of(views, *means, factors, to_ce, to_kl))
+        gradient = torch.stack(gradient_of(views, saved[10], saved[11], factors, to_ce, to_kl))
         return gradient.to(logits.dtype), *[None] * len(factors)

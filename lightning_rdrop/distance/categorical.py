@@ -14,8 +14,8 @@ from lightning_rdrop.cross_entropy import Head, checked_terms
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import ROUNDING, one_tensor, softmaxed
 from lightning_rdrop.divergence import kl, log_probabilities, symmetric_kl
-from lightning_rdrop.labels import Labels, blank
-from lightning_rdrop.terms import Average, Terms
+from lightning_rdrop.labels import Labels, RowWeights, blank
+from lightning_rdrop.terms import Average, Terms, fitted
 
 
 class Categorical(Distance):
@@ -135,7 +135,9 @@ class Categorical(Distance):
         """The divergence of each row, (N, ...), which :meth:`between` sums."""
         return symmetric_kl(first, second, self.class_dim)
 
-    def terms(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
+    def weighted_terms(
+        self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None, weights: RowWeights
+    ) -> Terms:
         """The same loss, with its gradient made in the forward pass; with a ``head``, the logits are never held."""
         if head is not None:
             if self.class_dim != -1:
@@ -145,13 +147,18 @@ class Categorical(Distance):
             target = self.checked(head.like_logits(predictions[0]), target)
             if target.is_floating_point():
                 raise ValueError("A fused head takes class indices: probabilities would be as large as the logits.")
-            return checked_terms(predictions.flatten(1, -2), head, target.flatten(), alpha, self.labels)
+            weights = _flat(weights, target.shape)
+            return checked_terms(predictions.flatten(1, -2), head, target.flatten(), alpha, self.labels, weights)
         first = views.view(predictions, 0)
         target = self.checked(first, target)
         dim = self.class_dim
         logits = predictions.movedim(dim if dim < 0 else dim + 1, -1).flatten(1, -2)
-        flat = target.movedim(dim, -1).flatten(0, -2) if target.is_floating_point() else target.flatten()
-        terms = checked_terms(logits, None, flat, alpha, self.labels)
+        if target.is_floating_point():
+            target = target.movedim(dim, -1)
+            weights, target = _flat(weights, target.shape[:-1]), target.flatten(0, -2)
+        else:
+            weights, target = _flat(weights, target.shape), target.flatten()
+        terms = checked_terms(logits, None, target, alpha, self.labels, weights)
         terms.prediction = first
         return terms
 
@@ -204,3 +211,11 @@ class Categorical(Distance):
         counted = self.counted(first, target)
         first, second = (blank(view, counted, self.class_dim) for view in (first, second))
         return Average.of(measure(first, second), counted)
+
+
+def _flat(weights: RowWeights, shape: torch.Size) -> RowWeights:
+    """A weight for each of the rows of a shape, in one dimension."""
+    ce, kl = (
+        None if weight is None else fitted(weight, shape).expand(shape).flatten() for weight in (weights.ce, weights.kl)
+    )
+    return weights._replace(ce=ce, kl=kl)

@@ -12,6 +12,7 @@ from lightning_rdrop import views
 from lightning_rdrop.description import Described
 from lightning_rdrop.distance.predictive import Predictive
 from lightning_rdrop.divergence import at_least_float32
+from lightning_rdrop.labels import EVENLY, RowWeights
 from lightning_rdrop.terms import Average, Terms
 
 
@@ -20,8 +21,8 @@ class Distance(Described, Predictive):
 
     R-Drop for any task: :math:`\text{mean } D(y, f) + \alpha \cdot \tfrac12 \text{ mean } \tfrac12 [D(f_2, f_1) +
     D(f_1, f_2)]`. A subclass defines :meth:`to_target` and :meth:`between`, the two sums; :meth:`terms` makes the loss
-    of them. A subclass that knows a faster way to the same loss overrides :meth:`terms` as well, and its subclasses
-    inherit that, unless they measure something else.
+    of them. A subclass that knows a faster way to the same loss overrides :meth:`terms` as well, or
+    :meth:`weighted_terms`, which it calls, and its subclasses inherit that, unless they measure something else.
 
     Source: Su Jianlin, spaces.ac.cn/archives/8496.
     """
@@ -41,8 +42,9 @@ class Distance(Described, Predictive):
         def depth(name: str) -> int:
             return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
 
-        if any(depth(measure) < depth("terms") for measure in cls.measures):
-            cls.terms = Distance.terms  # type: ignore[method-assign]
+        for way in ("terms", "weighted_terms"):
+            if any(depth(measure) < depth(way) for measure in cls.measures):
+                setattr(cls, way, getattr(Distance, way))
 
     def to_target(self, prediction: Any, target: Any) -> Average:
         """D(target, prediction), summed over the rows that count, with their weight.
@@ -140,11 +142,24 @@ class Distance(Described, Predictive):
         Raises:
             TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes.
         """
+        return self.weighted_terms(predictions, target, alpha, head, EVENLY)
+
+    def weighted_terms(
+        self, predictions: Any, target: Any, alpha: float | Tensor, head: Any, weights: RowWeights
+    ) -> Terms:
+        """The same of rows that count as often as their weights say, for :class:`~lightning_rdrop.Weighted`.
+
+        Args:
+            predictions, target, alpha, head: as for :meth:`terms`.
+            weights: how often each row counts in each term, (N,) or further dimensions of the rows.
+        """
         if head is not None:
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
         count = views.count(predictions)
         task = self.to_target(views.merge(predictions), views.repeat(target, count))
-        between = self.over_pairs(predictions, target)
+        if weights.ce is not None:
+            task = task.weighted(views.repeat(weights.ce, count))
+        between = self.over_pairs(predictions, None if weights.everywhere else target, weights.kl)
         rows = task.weight / count
         kl_rows = between.weight / math.comb(count, 2) if count > 1 else None
         return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=rows, kl_rows=kl_rows)
@@ -161,17 +176,19 @@ class Distance(Described, Predictive):
         between = self.over_pairs(predictions, target)
         return Terms.of(Average(zero, zero), between, alpha, prediction=views.view(predictions, 0))
 
-    def over_pairs(self, predictions: Any, target: Any = None) -> Average:
+    def over_pairs(self, predictions: Any, target: Any = None, weight: Tensor | None = None) -> Average:
         """:meth:`between` over all pairs of K views, summed over pairs and rows, with their number.
 
         Args:
             predictions: shape (K, N, ...), views first.
             target: as for :meth:`between`.
+            weight: how often each row counts, (N,) or further dimensions of the rows; None is once.
         """
         apart = [views.view(predictions, number) for number in range(views.count(predictions))]
         zero = _zero(predictions)
         pairs = (self.between(first, second, target) for first, second in combinations(apart, 2))
-        return sum(pairs, start=Average(zero, zero))
+        weighted = pairs if weight is None else (pair.weighted(weight) for pair in pairs)
+        return sum(weighted, start=Average(zero, zero))
 
 
 def _zero(predictions: Any) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rdrop.distance.wrapped import Wrapped
-from lightning_rdrop.terms import Average
+from lightning_rdrop.distance.wrapped import Wrapped, both
+from lightning_rdrop.labels import RowWeights
+from lightning_rdrop.terms import Average, Terms
 
 
 class MaskedConsistency(Wrapped):
@@ -48,6 +49,14 @@ class MaskedConsistency(Wrapped):
 
     def to_target(self, prediction: Any, target: Any) -> Average:
         return self.distance.to_target(prediction, self.pair(target)[0])
+
+    def weighted_terms(
+        self, predictions: Any, target: Any, alpha: float | Tensor, head: Any, weights: RowWeights
+    ) -> Terms:
+        target, mask = self.pair(target)
+        kl = weights.kl if weights.everywhere else both(mask, weights.kl)
+        weights = weights._replace(kl=kl, everywhere=True)
+        return self.distance.weighted_terms(predictions, target, alpha, head, weights)
 
     def over_rows(self, measure: Callable[[Any], Average], target: Any, numbers: Tensor) -> Average:
         return measure(None).weighted(numbers)

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rdrop.distance.wrapped import Wrapped
-from lightning_rdrop.terms import Average
+from lightning_rdrop.distance.wrapped import Wrapped, both
+from lightning_rdrop.labels import RowWeights
+from lightning_rdrop.terms import Average, Terms
 
 
 class Weighted(Wrapped):
@@ -49,6 +50,14 @@ class Weighted(Wrapped):
     def to_target(self, prediction: Any, target: Any) -> Average:
         target, weight = self.pair(target)
         return self.distance.to_target(prediction, target).weighted(weight)
+
+    def weighted_terms(
+        self, predictions: Any, target: Any, alpha: float | Tensor, head: Any, weights: RowWeights
+    ) -> Terms:
+        target, weight = self.pair(target)
+        kl = weights.kl if weights.everywhere else both(weight, weights.kl)
+        weights = weights._replace(ce=both(weight, weights.ce), kl=kl)
+        return self.distance.weighted_terms(predictions, target, alpha, head, weights)
 
     def over_rows(self, measure: Callable[[Any], Average], target: Any, numbers: Tensor) -> Average:
         return measure(target).weighted(numbers)

@@ -93,3 +93,18 @@ class Wrapped(Distance):
         if target is None or isinstance(target, Tensor):  # unlabelled rows, and which of them count
             return measure(target)
         return self.over_rows(measure, *self.pair(target))
+
+
+def both(one: Tensor, other: Tensor | None) -> Tensor:
+    """The product of two numbers for each row, of which one may be of examples, (N,), and the other of tokens, (N, T).
+
+    Example:
+        >>> from torch import tensor
+        >>> both(tensor([1, 2]), tensor([[1, 0], [1, 1]]))
+        tensor([[1, 0],
+                [2, 2]])
+    """
+    if other is None:
+        return one
+    less, more = sorted((one, other), key=Tensor.dim)
+    return less[(..., *[None] * (more.dim() - less.dim()))] * more

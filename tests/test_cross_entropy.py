@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,7 +17,7 @@ from lightning_rdrop import (
     linear_rdrop_cross_entropy,
     rdrop_cross_entropy,
 )
-from lightning_rdrop._fused import sweep
+from lightning_rdrop._fused import compiled, compiled_loss, sweep
 from lightning_rdrop._fused.sweep import Sweep
 from lightning_rdrop.labels import Labels
 from lightning_rdrop.labels import composite as written_out
@@ -58,6 +58,19 @@ def composite(logits, target, alpha):
     return written_out(logits, target, alpha, Labels()).loss
 
 
+@pytest.fixture(params=["in place", "pure"])
+def arithmetic(request, monkeypatch):
+    """By hand and in place, or by the pure functions; what a compiler makes of these has a file of its own."""
+    if request.param == "pure":
+        monkeypatch.setattr(sweep, "_FEW", 0)
+        monkeypatch.setattr(compiled, "_compiled", lambda: compiled._write)
+    with compiled_loss(request.param == "pure"):
+        yield
+
+
+BOTH = pytest.mark.usefixtures("arithmetic")
+
+
 CASES = st.fixed_dictionaries(
     {
         "rows": st.integers(1, 40),
@@ -89,7 +102,8 @@ def draw(case, dtype=torch.float32):
     return logits.to(dtype).requires_grad_(), target
 
 
-@settings(deadline=None, max_examples=150)
+@BOTH
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CASES)
 def test_gradient_is_as_exact_as_autograd_of_the_formula(case):
     logits, target = draw(case)
@@ -107,7 +121,8 @@ def test_gradient_is_as_exact_as_autograd_of_the_formula(case):
     torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=40)
+@BOTH
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CASES, st.sampled_from([torch.bfloat16, torch.float16]))
 def test_half_precision(case, dtype):
     case["scale"] = min(case["scale"], 200.0)
@@ -121,6 +136,7 @@ def test_half_precision(case, dtype):
     torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@BOTH
 @pytest.mark.parametrize("classes", [7, 600])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -154,6 +170,7 @@ def separately(logits, target, alpha, **arguments):
     return ce + alpha * (both - ce), ce, both - ce
 
 
+@BOTH
 @pytest.mark.parametrize("classes", [7, 600])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -171,6 +188,7 @@ def test_every_term_has_its_gradient(classes, smoothing, weighted, combine):
     torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
 
 
+@BOTH
 @pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=COMBINATIONS)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_every_term_of_the_head_has_its_gradient(combine, frozen):
@@ -190,6 +208,7 @@ def test_every_term_of_the_head_has_its_gradient(combine, frozen):
     torch.testing.assert_close(ours, theirs)
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_term_has_its_gradient_in_half_precision(dtype):
     logits, target = torch.randn(2, 4096, 64).to(dtype).requires_grad_(), torch.randint(64, (4096,))
@@ -201,6 +220,7 @@ def test_every_term_has_its_gradient_in_half_precision(dtype):
         torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-3)
 
 
+@BOTH
 def test_one_term_after_another():
     logits, target = torch.randn(2, 5, 7, dtype=torch.double, requires_grad=True), torch.randint(7, (5,))
     terms = rdrop_cross_entropy(logits, target, 4.0)
@@ -209,6 +229,7 @@ def test_one_term_after_another():
     torch.testing.assert_close(gradient(terms.loss, logits), found[1])
 
 
+@BOTH
 def test_the_usual_backward_sweeps_once(monkeypatch):
     calls = []
     monkeypatch.setattr(Sweep, "over", lambda *a, real=Sweep.over: calls.append(1) or real(*a))
@@ -235,6 +256,7 @@ def test_terms_are_freed_without_the_garbage_collector():
         gc.enable()
 
 
+@BOTH
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 3000, None])
@@ -256,6 +278,7 @@ def test_the_head_in_float64(bias, smoothing, chunk):
     assert terms.prediction is None
 
 
+@BOTH
 def test_worked_out_by_hand():
     # p = (1/2, 1/2), q = (3/4, 1/4), y = 0: ce = (ln 2 + ln 4/3) / 2; J = (1/4)(ln 3/4 - ln 1/4) = ln 3 / 4; kl = J / 4
     logits = torch.tensor([[[0.5, 0.5]], [[0.75, 0.25]]], dtype=torch.double).log().requires_grad_()
@@ -271,6 +294,7 @@ def test_worked_out_by_hand():
     torch.testing.assert_close(gradient(terms.loss, logits).float(), torch.stack([first, second]).unsqueeze(1))
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [15, 1000])
 def test_identical_views_have_no_kl(dtype, classes):
@@ -282,6 +306,7 @@ def test_identical_views_have_no_kl(dtype, classes):
     torch.testing.assert_close(gradient(terms.loss, logits), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("classes", [7, 1000])
 def test_kl_keeps_its_digits(classes):
     for j in (1e-2, 1e-4, 1e-6):
@@ -297,6 +322,7 @@ def test_kl_keeps_its_digits(classes):
         torch.testing.assert_close(terms.kl.double(), exact.kl, rtol=1e-3, atol=0)
 
 
+@BOTH
 @pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 110.0), (torch.bfloat16, 100.0), (torch.float16, 20.0)])
 def test_right_where_the_official_snippet_is_not_finite(dtype, gap):
     logits = torch.zeros(2, 3, 5, dtype=dtype)
@@ -310,6 +336,7 @@ def test_right_where_the_official_snippet_is_not_finite(dtype, gap):
     torch.testing.assert_close(ours.double(), gradient(formula(exact, target, 4.0), exact), rtol=1e-2, atol=1e-6)
 
 
+@BOTH
 def test_nothing_counts():
     for classes in (7, 600):
         logits = torch.randn(2, 3, classes, requires_grad=True)
@@ -320,6 +347,7 @@ def test_nothing_counts():
         assert not gradient(terms.loss, logits).any()
 
 
+@BOTH
 def test_a_row_that_does_not_count_may_hold_anything():
     logits, target = torch.randn(2, 3, 4), torch.tensor([1, -100, 2])
     logits[0, 1, 0] = -torch.inf  # label 0 stands in for the row, and only one view masks it
@@ -430,6 +458,7 @@ def test_class_156_of_uint8_is_not_the_padding(views):
     assert Categorical().between(logits[0], logits[0], target).weight == 2
 
 
+@BOTH
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("classes", [3, 600])
 def test_views_are_infinitely_far_where_one_masks_a_class(views, classes):
@@ -443,6 +472,7 @@ def test_views_are_infinitely_far_where_one_masks_a_class(views, classes):
     assert rdrop_cross_entropy(logits, torch.tensor([0]), 4.0).kl.isnan()
 
 
+@BOTH
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("alpha", [0, 0.0])
 def test_alpha_0_switches_kl_off_however_far_the_views_are(views, alpha):
@@ -461,6 +491,7 @@ def test_alpha_0_switches_kl_off_however_far_the_views_are(views, alpha):
     torch.testing.assert_close(terms.ce, ce)
 
 
+@BOTH
 @pytest.mark.parametrize("leaf", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_backward_again(leaf, scale):
@@ -488,6 +519,7 @@ def test_two_losses_of_the_same_logits():
     torch.testing.assert_close(logits.grad, gradient(expected, logits))
 
 
+@BOTH
 def test_second_derivatives():
     target = torch.randint(4, (3,))
     logits = torch.randn(2, 3, 4, dtype=torch.double, requires_grad=True)
@@ -561,6 +593,7 @@ def test_no_grad_and_inference():
     assert not rdrop_cross_entropy(logits, target, 4.0).loss.requires_grad
 
 
+@BOTH
 def test_autocast():
     hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
     target = torch.randint(300, (5,))
@@ -578,6 +611,7 @@ def test_autocast():
         torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05 * float(exact[1].abs().max()))
 
 
+@BOTH
 def test_float16_gradients_do_not_vanish():
     """A mean over many rows has gradients of 1e-8 and less, which a GradScaler lifts only on the way back."""
     logits = torch.randn(2, 4096, 64).half().requires_grad_()
@@ -588,6 +622,7 @@ def test_float16_gradients_do_not_vanish():
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2e-3, atol=1e-5)
 
 
+@BOTH
 def test_frozen_and_tied_weights():
     embedding = nn.Embedding(50, 8)
     tokens, target = torch.randint(50, (2, 5)), torch.randint(50, (5,))
@@ -620,6 +655,7 @@ def test_class_probabilities():
     torch.testing.assert_close(terms.kl, rdrop_cross_entropy(logits, torch.zeros(5, dtype=torch.long), 4.0).kl)
 
 
+@BOTH
 def test_memory_that_is_not_in_a_row():
     logits = torch.randn(7, 5, 2, requires_grad=True)
     target = torch.randint(7, (10,))[::2]
@@ -685,12 +721,14 @@ def test_bad_arguments(call, error, message):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu():
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu(compile):
     logits, target = torch.randn(2, 300, 1000, requires_grad=True), torch.randint(1000, (300,))
     there = logits.detach().cuda().requires_grad_()
+    rdrop_cross_entropy(there, target.cuda(), 4.0, chunk=10**5, compile=compile)  # a compiler may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = rdrop_cross_entropy(there, target.cuda(), 4.0, chunk=10**5).loss
+        loss = rdrop_cross_entropy(there, target.cuda(), 4.0, chunk=10**5, compile=compile).loss
     finally:
         torch.cuda.set_sync_debug_mode("default")
     loss.backward()

@@ -53,14 +53,14 @@ def compiled(
     if len(factors.label) < 2 or not _COMPILED.get(kind, True):  # one row would be a graph of its own
         return None
     # detached, so that no guard looks at the tensor of which a chunk is a view
-    by_row = [part.detach() for part in (*logits.contiguous().unbind(0), *out.unbind(0))]
+    by_row = [part.detach() for part in (*map(Tensor.contiguous, logits.unbind(0)), *out.unbind(0))]
     columns = [None if part is None else part.detach() for part in factors[:-1]]
     if kind not in _COMPILED:
         for part in (*by_row, *columns):
             if part is not None:
                 torch._dynamo.mark_dynamic(part, 0)
     try:
-        found = _compiled()(*by_row, ce_weight, kl_weight, *columns, class_weight)
+        found = _compiled()(*by_row, ce_weight.detach(), kl_weight.detach(), *columns, class_weight)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

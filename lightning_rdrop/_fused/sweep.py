@@ -117,7 +117,7 @@ class Sweep:
     def _compiled(self, logits: Tensor, rows: Rows, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         out = torch.empty_like(logits) if gradient.data_ptr() == logits.data_ptr() else gradient
         ce_weight, kl_weight = (
-            torch.as_tensor(weight, dtype=self.dtype, device=logits.device)
+            weight if isinstance(weight, Tensor) else logits.new_full((), weight, dtype=self.dtype)
             for weight in (self.ce_weight, self.kl_weight)
         )
         if self.grad_scale is not None:

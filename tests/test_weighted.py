@@ -20,13 +20,16 @@ from lightning_rdrop import (
     Focal,
     FromDistribution,
     Gaussian,
+    Head,
     MaskedConsistency,
     RDropLoss,
     RDropMixin,
     Together,
     Weighted,
+    cross_entropy,
     symmetric_kl,
 )
+from lightning_rdrop._fused import compiled, sweep
 from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.description import describe, rebuild, spell
 
@@ -338,3 +341,63 @@ def test_ctc_is_weighted_by_example():
     twice = [0, 2, 2]
     wanted = RDropLoss(CTC())((logits[:, twice], lengths[:, twice]), tokens[twice], 1.0)
     torch.testing.assert_close((terms.ce, terms.kl), (wanted.ce, wanted.kl))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("way", ["in place", "pure", "traced", "formula"])
+def test_weighted_rows_by_every_way_and_with_a_head(monkeypatch, nested, way):
+    """The mean over rows that are there as often as their weight says, of a head that makes no logits too."""
+    hidden, head = torch.randn(2, 4, 3, 6, dtype=torch.double), Head(torch.randn(5, 6, dtype=torch.double))
+    labels, mask = torch.randint(5, (4, 3)), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 1, 1]])
+    labels[0, 0] = labels[1, 1] = -100
+    weight = torch.tensor([2.0, 1.0, 0.0, 0.5])
+    distance = Weighted(MaskedConsistency(Categorical(label_smoothing=0.1)))
+    target = ((labels, mask), weight)
+    if not nested:
+        distance, target, mask = Weighted(Categorical(label_smoothing=0.1)), (labels, weight), labels != -100
+    w = weight[:, None].double()
+    logits = (hidden @ head.weight.T).requires_grad_()
+    rows = F.cross_entropy(
+        logits.flatten(0, 2), labels.repeat(2, 1, 1).flatten(), reduction="none", label_smoothing=0.1
+    ).view(2, 4, 3)
+    ce = (w * rows).sum() / (2 * (w * (labels != -100)).sum())
+    kl = (w * mask * symmetric_kl(*logits)).sum() / (w * mask).sum() / 2
+    (expected,) = torch.autograd.grad(ce + 3 * kl, logits)
+
+    if way == "pure":
+        monkeypatch.setattr(sweep, "_FEW", 0)
+        monkeypatch.setattr(compiled, "_compiled", lambda: compiled._write)
+    elif way == "formula":
+        monkeypatch.setattr(cross_entropy, "_is_plain", lambda tensor: False)
+    loss = RDropLoss(distance, compile=way == "pure")
+    step = torch.compile(loss, backend="aot_eager") if way == "traced" else loss
+    terms = step(logits, target, 3.0)
+    torch.testing.assert_close((terms.ce, terms.kl, terms.loss), (ce, kl, ce + 3 * kl))
+    torch.testing.assert_close(torch.autograd.grad(terms.loss, logits)[0], expected)
+    assert (terms.rows, terms.kl_rows) == ((w * (labels != -100)).sum(), (w * mask).sum())
+    if way in ("in place", "pure"):
+        with torch.no_grad():
+            torch.testing.assert_close(loss(hidden, target, 3.0, head).loss, ce + 3 * kl)
+
+
+@pytest.mark.parametrize("way", ["in place", "pure", "formula"])
+def test_a_row_adds_to_the_term_in_which_it_counts_alone(monkeypatch, way):
+    """However far its views are, and however improbable its label."""
+    if way == "pure":
+        monkeypatch.setattr(sweep, "_FEW", 0)
+        monkeypatch.setattr(compiled, "_compiled", lambda: compiled._write)
+    elif way == "formula":
+        monkeypatch.setattr(cross_entropy, "_is_plain", lambda tensor: False)
+    logits = torch.randn(2, 3, 5, dtype=torch.double)
+    logits[0, 0, 4] = -torch.inf  # views that are infinitely far, where kl has weight 0
+    logits[:, 1, 0] = -torch.inf  # class 0, which stands in for the label that there is not
+    logits.requires_grad_()
+    labels, mask = torch.tensor([1, -100, 2]), torch.tensor([0, 1, 1])
+    terms = RDropLoss(MaskedConsistency(Categorical()), compile=way == "pure")(logits, (labels, mask), 3.0)
+    ce = F.cross_entropy(logits[:, [0, 2]].flatten(0, 1), labels[[0, 2]].repeat(2))
+    kl = symmetric_kl(*logits[:, 1:]).mean() / 2
+    torch.testing.assert_close((terms.ce, terms.kl), (ce, kl))
+    ours = torch.autograd.grad(terms.loss, logits)[0]
+    (from_kl,) = torch.autograd.grad(3 * kl, logits, allow_unused=True)
+    (from_ce,) = torch.autograd.grad(ce, logits)
+    torch.testing.assert_close(ours, from_ce + from_kl.nan_to_num(0.0))

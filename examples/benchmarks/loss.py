@@ -1,14 +1,19 @@
 """What the loss costs, forward and backward, beside plain cross-entropy and other ways to write R-Drop:
 
     python examples/benchmarks/loss.py
+    python examples/benchmarks/loss.py --quick    # two minutes: times alone, with one thread, not of the largest size
 
 Ratios of medians to ``F.cross_entropy`` on the same 2N rows, all ways in turns in one process, and the peak of memory
-that each adds, in a process of its own. Prints the tables, and writes loss.csv and loss.png.
+that each adds, in a process of its own. Prints the tables and on what they were measured, and writes loss.csv and
+loss.png.
 """
 
 import argparse
 import csv
+import datetime
 import multiprocessing
+import os
+import platform
 import resource
 import shutil
 import statistics
@@ -61,6 +66,10 @@ def ours(logits, target):
     return rdrop_cross_entropy(logits, target, ALPHA).loss
 
 
+def ours_compiled(logits, target):
+    return rdrop_cross_entropy(logits, target, ALPHA, compile=True).loss
+
+
 def plain_head(hidden, weight, target):
     return plain(hidden @ weight.T, target)
 
@@ -79,10 +88,16 @@ def ours_head(hidden, weight, target):
     return linear_rdrop_cross_entropy(hidden, weight, target, ALPHA).loss
 
 
+def ours_compiled_head(hidden, weight, target):
+    return linear_rdrop_cross_entropy(hidden, weight, target, ALPHA, compile=True).loss
+
+
 LOSSES = {"plain": plain, "official": official, "PaddleNLP": paddlenlp, "composite": composite, "ours": ours}
 if shutil.which("g++"):
-    LOSSES["composite, compiled"] = torch.compile(composite, dynamic=False)
+    LOSSES |= {"composite, compiled": torch.compile(composite, dynamic=False), "ours, compiled": ours_compiled}
 HEADS = {"plain": plain_head, "official": official_head, "ours": ours_head}
+if shutil.which("g++"):
+    HEADS["ours, compiled"] = ours_compiled_head
 if hasattr(F, "linear_cross_entropy"):
     HEADS["torch's chunked head"] = chunked_head
 
@@ -119,7 +134,7 @@ def clocked(loss, leaves, target, calls=1):
 def times(size, threads, rounds, seconds):
     """The median time of a step for each way, all in turns."""
     leaves, target = arguments(size)
-    torch.compiler.reset()  # it gives up after a few sizes
+    torch.compiler.reset()  # each size as in a training that has no other
     torch.set_num_threads(threads)
     found, calls, end = {}, {}, time.monotonic() + seconds
     for name, loss in ways(size).items():
@@ -149,9 +164,9 @@ def peaks(size):
         return {name: pool.apply(peak, (name, size)) for name in ways(size)}
 
 
-def measure(sizes, threads, rounds, seconds):
+def measure(sizes, threads, rounds, seconds, memory):
     for size in sizes:
-        memory = peaks(size)
+        added = peaks(size) if memory else dict.fromkeys(ways(size), 0)
         for count in threads:
             found = times(size, count, rounds, seconds)
             yield [
@@ -161,7 +176,7 @@ def measure(sizes, threads, rounds, seconds):
                     "way": name,
                     "seconds": value,
                     "ratio": value / found["plain"],
-                    "bytes": memory[name],
+                    "bytes": added[name],
                 }
                 for name, value in found.items()
             ]
@@ -170,17 +185,27 @@ def measure(sizes, threads, rounds, seconds):
 def table(sizes, title, given):
     """Measures, and prints line by line."""
     names, rows = list(ways(sizes[0])), []
-    print(f"\n| {title}, threads | plain, ms | {' | '.join(names[1:])} | peak memory, MiB: {', '.join(names)} |")
-    print("|---" * (len(names) + 2) + "|", flush=True)
-    for group in measure(sizes, given.threads, given.rounds, given.seconds):
-        ratios = " | ".join(f"{row['ratio']:.2f}" for row in group[1:])
-        memory = ", ".join(f"{row['bytes'] / 2**20:.0f}" for row in group)
+    peak = [] if given.quick else [f"peak memory, MiB: {', '.join(names)}"]
+    columns = [f"{title}, threads", "plain, ms", *names[1:], *peak]
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+    for group in measure(sizes, given.threads, given.rounds, given.seconds, not given.quick):
         first = group[0]
-        print(
-            f"| {first['size']}, {first['threads']} | {1e3 * first['seconds']:.3g} | {ratios} | {memory} |", flush=True
-        )
+        cells = [f"{first['size']}, {first['threads']}", f"{1e3 * first['seconds']:.3g}"]
+        cells += [f"{row['ratio']:.2f}" for row in group[1:]]
+        cells += [", ".join(f"{row['bytes'] / 2**20:.0f}" for row in group)] if peak else []
+        print(f"| {' | '.join(cells)} |", flush=True)
         rows += group
     return rows
+
+
+def machine():
+    """What the figures belong to."""
+    processor = platform.processor() or platform.machine()
+    if (file := Path("/proc/cpuinfo")).exists():
+        fields = dict(line.partition("\t")[::2] for line in file.read_text().splitlines())
+        processor = fields.get("model name", ": " + processor).lstrip(": ")
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{datetime.date.today()}, {processor}, {vectors}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def draw(rows, path):
@@ -209,13 +234,18 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20, help="for a size, after its first few rounds")
+    parser.add_argument("--quick", action="store_true", help="about two minutes")
     parser.add_argument("--folder", type=Path, default=Path("."), help="of loss.csv and loss.png")
     given = parser.parse_args()
-    losses = table(SIZES, "N x C", given)
+    if given.quick:
+        given.threads, given.seconds, LEAST = [1], 2, 1
+    print(machine())
+    losses = table(SIZES[:-1] if given.quick else SIZES, "N x C", given)
     heads = table([HEAD], "head, N x D x C", given)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    with open(given.folder / "loss.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, losses[0])
-        writer.writeheader()
-        writer.writerows(losses + heads)
-    draw(losses, given.folder / "loss.png")
+    if not given.quick:
+        given.folder.mkdir(parents=True, exist_ok=True)
+        with open(given.folder / "loss.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, losses[0])
+            writer.writeheader()
+            writer.writerows(losses + heads)
+        draw(losses, given.folder / "loss.png")

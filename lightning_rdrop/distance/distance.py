@@ -140,7 +140,7 @@ class Distance(Described, Predictive):
                 :class:`~lightning_rdrop.Head`; several by name for :class:`~lightning_rdrop.Together`.
 
         Raises:
-            TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes.
+            TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes, alone or within another.
         """
         return self.weighted_terms(predictions, target, alpha, head, EVENLY)
 

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ from lightning_rdrop import (
 )
 from lightning_rdrop._fused import compiled, function, sweep
 from lightning_rdrop.labels import Labels, composite
+from lightning_rdrop.modules import Classifier
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 CLASSES = 33
@@ -193,6 +195,21 @@ def test_inside_a_compiled_step_there_is_no_graph_of_the_formula(monkeypatch, sm
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_is_one_graph_of_a_compiled_step(compile):
+    torch._dynamo.reset()
+    logits, target = example(9)
+    loss = RDropLoss(compile=compile)
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(logits, target, 4.0).loss
+    torch.testing.assert_close(found, loss.distance.terms(logits, target, 4.0).loss)
+
+
+def test_the_command_line_can_ask_for_it():
+    parser = ArgumentParser()
+    parser.add_class_arguments(Classifier, "model")
+    assert parser.get_defaults().model.rdrop_compile_loss is False
+
+
 def test_what_a_compiled_step_keeps_for_its_backward_pass():
     """The logits, and a few numbers a row: no other floats that are as many."""
     kept = []
@@ -212,7 +229,7 @@ def test_the_number_of_rows_may_be_one_in_the_last_chunk(monkeypatch):
     torch.testing.assert_close(terms.loss.double(), exact(logits, target, 4.0).loss, rtol=1e-5, atol=0)
 
 
-def test_weighted_rows_and_a_head_go_through_the_sweep(monkeypatch):
+def test_weighted_rows_go_through_the_sweep(monkeypatch):
     calls = []
     monkeypatch.setattr(function.Sweep, "over", lambda *a, real=function.Sweep.over: calls.append(1) or real(*a))
     logits, target = example(9, torch.double)

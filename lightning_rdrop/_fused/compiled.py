@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 
@@ -19,9 +19,16 @@ _COMPILED: dict[tuple[object, ...], bool] = {}
 """Whether a kind of chunk could be compiled; one that could not is not tried again."""
 
 
+def compiled_loss(compile: bool = True) -> AbstractContextManager[None]:
+    """A context in which losses compile their arithmetic, as ``compile=True`` of the functions does.
+
+    Inside a step that is compiled as a whole there is nothing to ask for.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _asking(compile)
+
+
 @contextmanager
-def compiled_loss(compile: bool = True) -> Iterator[None]:
-    """A context in which losses compile their arithmetic, as ``compile=True`` of the functions does."""
+def _asking(compile: bool) -> Iterator[None]:
     token = _ASKED.set(compile)
     try:
         yield

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -32,20 +33,30 @@ class FashionMNIST(pl.LightningDataModule):
         train_size: the number of training images.
         draw: seed of the choice among them, and of the split into training and validation.
         batch_size: images in a batch.
+        unlabeled_batch_size: those of the other training images, without their labels, beside each batch; 0 is none.
     """
 
-    def __init__(self, folder: str, train_size: int = 50_000, draw: int = 0, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        folder: str,
+        train_size: int = 50_000,
+        draw: int = 0,
+        batch_size: int = 64,
+        unlabeled_batch_size: int = 0,
+    ) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.train_size = train_size
         self.draw = draw
         self.batch_size = batch_size
+        self.unlabeled_batch_size = unlabeled_batch_size
 
     def setup(self, stage: str) -> None:
         images = TensorDataset(*self.table("train"))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.draw)).tolist()
         self.val = Subset(images, order[-10_000:])
         self.train = Subset(images, order[:-10_000][: self.train_size])
+        self.unlabeled = Subset(images.tensors[0], order[:-10_000][self.train_size :])
         self.test = TensorDataset(*self.table("test"))
 
     def table(self, split: str) -> tuple[Tensor, Tensor]:
@@ -57,8 +68,12 @@ class FashionMNIST(pl.LightningDataModule):
         )
         return (images.view(-1, 1, 28, 28).float() - 73) / 90, labels.long()  # mean and deviation of the pixels
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True)
+    def train_dataloader(self) -> DataLoader | CombinedLoader:
+        labeled = DataLoader(self.train, self.batch_size, shuffle=True)
+        if not self.unlabeled_batch_size:
+            return labeled
+        unlabeled = DataLoader(self.unlabeled, self.unlabeled_batch_size, shuffle=True)
+        return CombinedLoader({"labeled": labeled, "unlabeled": unlabeled}, "min_size")  # an epoch of the labelled ones
 
     def val_dataloader(self) -> DataLoader:
         return self._in_order(self.val)

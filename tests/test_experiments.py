@@ -47,7 +47,7 @@ def write_texts(folder, model):
 
 def write_images(folder):
     """Files as Fashion-MNIST has them."""
-    for part, count in (("train", 10_200), ("t10k", 40)):
+    for part, count in (("train", 2_200), ("t10k", 40)):
         images = torch.randint(256, (count, 784), dtype=torch.uint8)
         for kind, header, values in (("images-idx3", 16, images), ("labels-idx1", 8, images[:, 0] % 10)):
             raw = gzip.compress(bytes(header) + values.numpy().tobytes(), compresslevel=1)

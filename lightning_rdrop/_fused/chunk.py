@@ -48,9 +48,19 @@ def normalized(first: Tensor, second: Tensor) -> tuple[Views, Normalizer, Normal
     return Views(powers[0] / one.total, powers[1] / other.total, _log_ratio(first, second, one, other)), one, other
 
 
-def normalized_again(first: Tensor, second: Tensor, one: Normalizer, other: Normalizer) -> Views:
-    """The views of :func:`normalized`, of the same logits and their normalizers."""
-    p, q = ((z - n.peak).exp() / n.total for z, n in ((first, one), (second, other)))
+def normalizer(logits: Tensor) -> Normalizer:
+    """That of blanked logits (n, C)."""
+    peak = logits.amax(-1, keepdim=True)
+    return Normalizer(peak, (logits - peak).exp().sum(-1, keepdim=True))
+
+
+def normalized_by(first: Tensor, second: Tensor, one: Normalizer, other: Normalizer) -> Views:
+    """Two views of blanked logits (n, C), whose normalizers are known.
+
+    An exponential that is used twice would be stored, which in a graph of all rows takes as much memory as the logits:
+    so those here are others than those of :func:`normalizer`.
+    """
+    p, q = ((z - n.peak - n.total.log()).exp() for z, n in ((first, one), (second, other)))
     return Views(p, q, _log_ratio(first, second, one, other))
 
 

@@ -12,8 +12,8 @@ from lightning_rdrop._fused.chunk import (
     Normalizer,
     blanked,
     gradient_of,
-    normalized,
-    normalized_again,
+    normalized_by,
+    normalizer,
     terms_of,
 )
 from lightning_rdrop._fused.rows import counted
@@ -45,7 +45,8 @@ class _Traced(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *factors: Any) -> tuple[Tensor, Tensor]:
         known = Factors(*factors)
         first, second = blanked(logits[0], known), blanked(logits[1], known)
-        views, one, other = normalized(first, second)
+        one, other = normalizer(first), normalizer(second)
+        views = normalized_by(first, second, one, other)
         ce, kl, first_mean, second_mean = terms_of(first, second, views, one, other, known)
         ctx.save_for_backward(logits, *factors, *one, *other, first_mean, second_mean)
         # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
@@ -55,6 +56,6 @@ class _Traced(torch.autograd.Function):
     def backward(ctx: Any, to_ce: Tensor, to_kl: Tensor) -> tuple[Tensor | None, ...]:
         logits, *saved = ctx.saved_tensors
         factors, one, other = Factors(*saved[:6]), Normalizer(*saved[6:8]), Normalizer(*saved[8:10])
-        views = normalized_again(blanked(logits[0], factors), blanked(logits[1], factors), one, other)
+        views = normalized_by(blanked(logits[0], factors), blanked(logits[1], factors), one, other)
         gradient = torch.stack(gradient_of(views, saved[10], saved[11], factors, to_ce, to_kl))
         return gradient.to(logits.dtype), *[None] * len(factors)

@@ -55,8 +55,8 @@ def in_place(
     log_ratio = (log_p - log_q).nan_to_num_(0.0, torch.inf, -torch.inf)
     difference = p - q
     if rows.weighted:
-        log_ratio.masked_fill_(rows.kl == 0, 0)  # however far the views of such a row are
-        kl = torch.linalg.vecdot(difference, log_ratio).dot(rows.kl[:, 0])
+        log_ratio.masked_fill_(torch.as_tensor(rows.kl == 0), 0)  # however far the views of such a row are
+        kl = (torch.linalg.vecdot(difference, log_ratio).unsqueeze(-1) * rows.kl).sum()
     else:
         kl = difference.flatten().dot(log_ratio.flatten()) * rows.kl
     if out is not None:

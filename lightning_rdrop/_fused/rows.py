@@ -19,16 +19,17 @@ class Rows(NamedTuple):
     label: Tensor  # (n, 1); 0 where a row has none
     nll: Tensor  # (n, 1): the factor of log p(y) of each view in ce, not positive
     smoothing: Tensor | None  # (n, 1): that of w_c log p_c for every c, likewise; None without label smoothing
-    kl: Tensor  # that of J in kl; () for all that count, (n, 1) where they are weighted
+    kl: Tensor | float  # that of J in kl; a scalar for all that count, or (n, 1) where they are weighted
 
     @property
     def weighted(self) -> bool:
         """Whether a row may count in one of the terms alone."""
-        return self.kl.dim() > 0
+        return isinstance(self.kl, Tensor) and self.kl.dim() > 0
 
     def factors(self, class_weight: Tensor | None) -> Factors:
         """The same for the pure functions: each a column, with memory of its own for each row."""
-        kl = self.kl.expand(self.label.shape)
+        kl = self.kl if isinstance(self.kl, Tensor) else self.nll.new_full((), self.kl)
+        kl = kl.expand(self.label.shape)
         if self.ignored is not None and not self.weighted:
             kl = kl.masked_fill(self.ignored, 0)
         return Factors(
@@ -75,7 +76,7 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
     in_ce: Tensor | float = 1.0
     ignored: Tensor | None = None
     if not _compat.is_readable(target) or n_labels.item() < n:
-        in_ce, ignored = has_label.to(dtype), ~has_label
+        in_ce, ignored = has_label, ~has_label
         label = label.masked_fill(ignored, 0)
     in_kl: Tensor | float = 1.0
     if weights.given:
@@ -90,17 +91,20 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
     if class_weight is not None:
         in_ce = class_weight[label] * in_ce
         ce_rows = in_ce.sum()
-    ce_mean, kl_mean = (
-        1 / max(1, n) if ignored is None and total is n_labels else 1 / total.where(total != 0, 1)
-        for total in (ce_rows, kl_rows)
-    )
+
+    def over(total: Tensor) -> Tensor | float:
+        if total is not n_labels:
+            return 1 / total.where(total != 0, 1)
+        return 1 / max(1, n) if ignored is None else 1 / total.clamp(min=1)
 
     def factor(part: Tensor | float) -> Tensor:
         return part if isinstance(part, Tensor) else torch.full((), part, dtype=dtype, device=device)
 
+    ce_mean = over(ce_rows)
+    kl_mean = ce_mean if kl_rows is ce_rows else over(kl_rows)
     nll = factor(in_ce * ce_mean * ((labels.label_smoothing - 1) / 2)).expand(label.shape)
     smoothing = None
     if labels.label_smoothing:
         smoothing = factor(smoothed * ce_mean * (-labels.label_smoothing / (2 * classes))).expand(label.shape)
-    rows = Rows(ignored, label, nll, smoothing, factor(in_kl * kl_mean / 4))
+    rows = Rows(ignored, label, nll, smoothing, in_kl * kl_mean / 4)
     return Counted(rows, class_weight, n_labels, ce_rows, kl_rows)

@@ -15,9 +15,10 @@ from lightning_rdrop._lightning import on_all_ranks, trainer_of
 from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.guard.agreement import agree, diagnose
 from lightning_rdrop.guard.equal_watch import EqualWatch
-from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead
+from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead, explain_negligible
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
+from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
 from lightning_rdrop.guard.rows import rows_meet, shares_weights
 from lightning_rdrop.guard.target_watch import TargetWatch
 
@@ -60,6 +61,7 @@ class Guard:
         self._compared: dict[str, list[bool]] = {}
         self._nan: dict[str, NanWatch] = {}
         self._equal = EqualWatch()
+        self._negligible = NegligibleWatch()
         self._targets = TargetWatch()
 
     def part_rows(
@@ -129,6 +131,8 @@ class Guard:
             self.complain(module, nan.reason())
             if must_differ and self._equal.died() and agree(predictions):
                 self.complain(module, explain(network))
+            if must_differ and (share := self._negligible.share()) is not None:
+                warnings.warn(explain_negligible(network, share, STEPS), stacklevel=4)
         if modes != self._checked.get(part):
             self._checked[part] = modes
             if reason := in_evaluation(trainer_of(module)):
@@ -144,9 +148,10 @@ class Guard:
             if reason is None and not given and (dead := explain_dead(network)):
                 warnings.warn(dead, stacklevel=4)  # a live head hides a dead backbone
 
-    def note(self, kl: Tensor) -> None:
-        """Keep the kl of a step, in which views that become equal are seen."""
+    def note(self, kl: Tensor, ce: Tensor) -> None:
+        """Keep the terms of a step, in which views are seen that become equal, or differ too little."""
         self._equal.note(kl)
+        self._negligible.note(kl, ce)
 
     def note_target(self, module: Guarded, invalid: Tensor | None) -> None:
         """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says.

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import traceback
 
 import pytest
@@ -597,3 +598,32 @@ def test_fabrics_ddp(pair):
     (losses, weights), (_, others) = pair.run(by_fabric)
     assert all(loss == pytest.approx(by_hand, rel=1e-6) for loss, by_hand in losses)
     assert weights == others
+
+
+def loop_of_the_examples():
+    from lightning_fabric import Fabric
+
+    from examples.fabric_loop import train as loop
+
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    said = []
+    fabric.print = said.append
+    module, terms = loop(fabric)
+    return (
+        said,
+        [parameter.tolist() for parameter in module.parameters()],
+        module.rdrop_alpha,
+        terms.prediction.tolist(),
+    )
+
+
+def test_the_loop_of_the_examples_by_fabric(pair):
+    """The ranks saw other rows, and have the same weights."""
+    (said, weights, alpha, rows), (_, others, _, other_rows) = pair.run(loop_of_the_examples)
+    assert weights == others
+    assert rows != other_rows
+    assert alpha == 4.0
+    (ce, kl), (last_ce, last_kl) = (map(float, re.findall(r"\d+\.\d+", line)) for line in (said[0], said[-1]))
+    assert last_ce < ce
+    assert min(kl, last_kl) > 0

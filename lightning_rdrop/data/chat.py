@@ -112,9 +112,9 @@ class ChatDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Example]:
         examples = self.examples("train")
-        ranks = 1 if self.trainer is None else self.trainer.world_size
+        ranks = getattr(self.trainer and self.trainer.strategy, "distributed_sampler_kwargs", {})
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        groups = LengthGroups([len(one.ids) for one in examples], ranks * self.batch_size, seed)
+        groups = LengthGroups([len(one.ids) for one in examples], self.batch_size, **ranks, seed=seed)
         return self._loader(examples, groups)
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:

@@ -31,7 +31,7 @@ def adapt(network: nn.Module, lora: Mapping[str, Any], auto: str, *, quantized: 
         network: a Hugging Face model.
         lora: arguments of ``peft.LoraConfig`` by name.
         auto: the class of transformers that loaded it.
-        quantized: whether it is kept in fewer bits, of which peft frees the layers that need more.
+        quantized: whether it is kept in fewer bits; its norms, and its embeddings, are not.
 
     Raises:
         ModuleNotFoundError: peft is not installed.
@@ -86,6 +86,6 @@ def save_adapter(network: Any, folder: Path, checkpoint: Path | None, *, write: 
     """
     state = None
     if checkpoint is not None:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]  # this run wrote it
         state = {name.removeprefix("network."): value for name, value in saved.items()}
     network.save_pretrained(folder, state_dict=state, is_main_process=write)

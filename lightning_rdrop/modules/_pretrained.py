@@ -19,9 +19,7 @@ from lightning_rdrop.modules.task import Task
 
 LATER: Any = None
 """In the place of a network that is loaded in ``configure_model``."""
-
-
-ADAPTED = ("peft", "quantization", "gradient_checkpointing")
+TUNING = ("peft", "quantization", "gradient_checkpointing")
 """The arguments with which a model is loaded to be fine-tuned."""
 
 
@@ -34,7 +32,7 @@ class Pretrained(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.hparams.get("peft"):
+        if self.hparams.get("peft") and not shares_weights(self):  # FSDP loads its parts before any hook
             leave_out_frozen(self, checkpoint.get("state_dict", {}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -71,7 +69,7 @@ class PretrainedClasses(Pretrained, ClassTask):
 
     def configure_model(self) -> None:
         if self.network is None:
-            given = {name: self.hparams[name] for name in ADAPTED if name in self.hparams}
+            given = {name: self.hparams[name] for name in TUNING if name in self.hparams}
             count = getattr(self, self.count_argument)
             self.network = load(self.auto, self.hparams["pretrained"], num_labels=count, **given)
 

@@ -3,10 +3,11 @@
 import gzip
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch import Generator, Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from examples.few_labels import FewLabels
 
 FILES = {"train": "train", "test": "t10k"}
 
@@ -23,30 +24,23 @@ class CNN(nn.Sequential):
         )  # fmt: skip
 
 
-class FashionMNIST(pl.LightningDataModule):
-    """70,000 images of clothes in ten classes, 28 x 28: 50,000 for training, 10,000 each for validation and test.
+class FashionMNIST(FewLabels):
+    """70,000 images of clothes in ten classes, 28 x 28: 58,000 for training, 2,000 for validation, 10,000 for test.
 
     Args:
         folder: holds ``train-images-idx3-ubyte.gz`` and so on; Debian's package ``dataset-fashion-mnist`` puts them
             under ``/usr/share/datasets/fashion-mnist``.
-        train_size: the number of training images.
-        draw: seed of the choice among them, and of the split into training and validation.
-        batch_size: images in a batch.
+        few_labels: the arguments of :class:`FewLabels`.
     """
 
-    def __init__(self, folder: str, train_size: int = 50_000, draw: int = 0, batch_size: int = 64) -> None:
-        super().__init__()
+    def __init__(self, folder: str, **few_labels) -> None:
+        super().__init__(**few_labels)
         self.folder = Path(folder)
-        self.train_size = train_size
-        self.draw = draw
-        self.batch_size = batch_size
 
-    def setup(self, stage: str) -> None:
+    def parts(self, generator: Generator) -> tuple[Dataset, Dataset, Dataset]:
         images = TensorDataset(*self.table("train"))
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.draw)).tolist()
-        self.val = Subset(images, order[-10_000:])
-        self.train = Subset(images, order[:-10_000][: self.train_size])
-        self.test = TensorDataset(*self.table("test"))
+        order = torch.randperm(len(images), generator=generator).tolist()
+        return Subset(images, order[:-2_000]), Subset(images, order[-2_000:]), TensorDataset(*self.table("test"))
 
     def table(self, split: str) -> tuple[Tensor, Tensor]:
         """Images (N, 1, 28, 28) around 0, and classes (N,)."""
@@ -56,15 +50,3 @@ class FashionMNIST(pl.LightningDataModule):
             for path in [self.folder / f"{FILES[split]}-{'images-idx3' if header == 16 else 'labels-idx1'}-ubyte.gz"]
         )
         return (images.view(-1, 1, 28, 28).float() - 73) / 90, labels.long()  # mean and deviation of the pixels
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._in_order(self.val)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._in_order(self.test)
-
-    def _in_order(self, images: Dataset) -> DataLoader:
-        return DataLoader(images, 500)

@@ -1,10 +1,11 @@
 """Tables of numbers that ship with scikit-learn, and a small network for them."""
 
-import pytorch_lightning as pl
 import torch
 from sklearn import datasets
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch import Generator, Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, random_split
+
+from examples.few_labels import FewLabels
 
 
 class MLP(nn.Sequential):
@@ -16,28 +17,14 @@ class MLP(nn.Sequential):
             self.append(nn.Flatten(0))
 
 
-class Table(pl.LightningDataModule):
+class Table(FewLabels):
     """A table of numbers: three fifths of its rows for training, one each for validation and test."""
-
-    def __init__(self, batch_size: int = 32) -> None:
-        super().__init__()
-        self.batch_size = batch_size
 
     def table(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def setup(self, stage: str) -> None:
-        rows = TensorDataset(*self.table())
-        self.parts = random_split(rows, [0.6, 0.2, 0.2], torch.Generator().manual_seed(0))
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[0], self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[1], self.batch_size)
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[2], self.batch_size)
+    def parts(self, generator: Generator) -> tuple[Dataset, Dataset, Dataset]:
+        return tuple(random_split(TensorDataset(*self.table()), [0.6, 0.2, 0.2], generator))
 
 
 class Diabetes(Table):
@@ -46,6 +33,14 @@ class Diabetes(Table):
     def table(self) -> tuple[Tensor, Tensor]:
         x, y = (torch.tensor(column, dtype=torch.float32) for column in datasets.load_diabetes(return_X_y=True))
         return x / x.std(0), (y - y.mean()) / y.std()
+
+
+class Digits(Table):
+    """1,797 images of digits, 8 x 8, in ten classes."""
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        x, y = (torch.tensor(column) for column in datasets.load_digits(return_X_y=True))
+        return x.float() / 8 - 1, y
 
 
 class DigitProperties(Table):

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import RDropMixin
 
+torch.set_num_threads(1)  # the networks are tiny, and the workers of `pytest -n` share the cores
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

@@ -89,6 +89,8 @@ def test_fit_from_another_folder_trains_tests_and_draws(folder):
     override = "--callbacks.alpha.init_args.ramp=2"
     run(folder, "fit", "--config", "experiment.yaml", "--config", "later.yaml", override, command="module")
     assert alphas(folder, 1) == [0, 0, 0, 1, 2, 2, 2, 2]
+    saved = yaml.safe_load((folder / "logs/run/version_1/config.yaml").read_text())["callbacks"]
+    assert saved["best"]["init_args"]["monitor"] == "val/accuracy"  # what the second config does not name is kept
     assert not (folder / "logs/run/version_1/curves.png").exists()
 
     checkpoint = next((folder / "logs/run/version_0/checkpoints").glob("*.ckpt"))

@@ -285,7 +285,7 @@ class Regression(Validated):
         (Gaussian(), {"val/dropout_kl", "val/average_gap"}),
         (Cosine(), {"val/dropout_kl"}),
     ],
-    ids=repr,
+    ids=["Bernoulli", "Gaussian", "Cosine"],
 )
 def test_what_has_a_meaning_is_logged(fit, distance, names):
     (found,) = watched(fit, Regression(distance, 3), ConsistencyMonitor())

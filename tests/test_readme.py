@@ -14,7 +14,7 @@ def test_it_is_short():
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    command = 'pip install -c constraints.txt -e ".[test]" && pytest'
+    command = 'pip install -c constraints.txt -e ".[test]" && pytest -n auto'
     assert command in README
     assert command in (ROOT / ".ci/run").read_text()
 

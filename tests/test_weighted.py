@@ -29,6 +29,7 @@ from lightning_rdrop import (
 )
 from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.description import describe, rebuild, spell
+from lightning_rdrop.modules import Classifier
 
 NAN = float("nan")
 WHOLE = torch.tensor([2.0, 0.0, 1.0, 3.0])
@@ -338,3 +339,18 @@ def test_ctc_is_weighted_by_example():
     twice = [0, 2, 2]
     wanted = RDropLoss(CTC())((logits[:, twice], lengths[:, twice]), tokens[twice], 1.0)
     torch.testing.assert_close((terms.ce, terms.kl), (wanted.ce, wanted.kl))
+
+
+def test_ready_modules_validate_on_weighted_targets(fit, rows):
+    x, y = rows.dataset.tensors
+    weight = torch.arange(30.0)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 3))
+    module = Classifier(network, num_classes=3, rdrop_distance=Weighted(MaskedConsistency(Categorical())))
+    loader = DataLoader([(x, ((y, y > 0), weight))], batch_size=None)
+    module.val_dataloader = lambda: loader
+    metrics = fit(module, loader).callback_metrics
+    with torch.no_grad():
+        logits = module.eval()(x)
+    expected = (weight * F.cross_entropy(logits, y, reduction="none")).sum() / weight.sum()
+    torch.testing.assert_close(metrics["val/ce"], expected)
+    torch.testing.assert_close(metrics["val/accuracy"], (logits.argmax(-1) == y).float().mean())

@@ -75,6 +75,10 @@ class Distance(Described, Predictive):
         """The distance of one of several predictions; see :class:`~lightning_rdrop.Together`."""
         raise KeyError(name)
 
+    def truth(self, target: Any) -> Any:
+        """The part of a target that a metric compares with predictions: all of it, unless a weight comes with it."""
+        return target
+
     def counted(self, prediction: Any, target: Any) -> Tensor | None:
         """A mask of the rows that count, in both terms; None if all do.
 

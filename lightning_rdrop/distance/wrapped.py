@@ -40,6 +40,9 @@ class Wrapped(Distance):
         """That of the distance within, if it has one."""
         return self.distance.ignore_index
 
+    def truth(self, target: Any) -> Any:
+        return self.distance.truth(self.pair(target)[0])
+
     def between(self, first: Any, second: Any, target: Any = None) -> Average:
         return self._consistency(partial(self.distance.between, first, second), target)
 

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_rdrop.lightning_cli.mistakes import explain
@@ -25,11 +25,27 @@ class PlainHelp(DefaultHelpFormatter):
         return super()._fill_text(without_markup(text), width, indent)
 
 
+class LaidOver(ActionConfigFile):
+    """``--config`` that lays named callbacks over those of the files before; jsonargparse replaces a mapping."""
+
+    def __call__(self, parser: Any, cfg: Namespace, values: Any, option_string: str | None = None) -> None:
+        named = {key: one for key, one in cfg.items() if key.split(".")[-1] == "callbacks" and isinstance(one, dict)}
+        super().__call__(parser, cfg, values, option_string)
+        for key, before in named.items():
+            cfg[key] = before | cfg[key]
+
+
 class RDropParser(LightningArgumentParser):
     """A parser that says in one line what is wrong; with ``JSONARGPARSE_DEBUG=true`` it raises instead."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=PlainHelp, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Like ``ArgumentParser.add_argument``, with the config files laid over each other."""
+        if kwargs.get("action") is ActionConfigFile:
+            kwargs["action"] = LaidOver
+        return super().add_argument(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):

@@ -142,11 +142,14 @@ class Task(RDropMixin, pl.LightningModule):
         metrics.update(prediction, target)
 
     def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanLoss) -> None:
-        """Log the task loss and the metrics of a batch in validation or test."""
+        """Log the task loss and the metrics of a batch in validation or test.
+
+        Row weights (see :class:`~lightning_rdrop.Weighted`) weigh the loss; the metrics count all rows alike.
+        """
         inputs, target = self.rdrop_unpack(batch)
         prediction = self.rdrop_predict(first_view(inputs))
         loss.add_batch(self.rdrop_distance, prediction, target)
-        self.measure(metrics, batch, prediction, target)
+        self.measure(metrics, batch, prediction, self.rdrop_distance.truth(target))
         examples = len(views.first_tensor(target))
         self.log_dict(loss, batch_size=examples)
         self.log_dict(metrics, batch_size=examples, prog_bar=metrics is self.val_metrics)

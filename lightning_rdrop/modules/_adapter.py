@@ -59,20 +59,21 @@ def leave_out_frozen(module: nn.Module, state: dict[str, Any]) -> None:
     Besides frozen parameters that is what quantization adds to them, as ``weight.absmax`` and ``SCB``.
     """
     buffers = module.named_buffers(remove_duplicate=False)
-    kept = {name for name, _ in buffers} | {name for name, each in _parameters(module) if each.requires_grad}
+    kept = {name for name, _ in buffers} | {name for name, each in _with_tied(module) if each.requires_grad}
     for name in [name for name in state if name not in kept]:
         del state[name]
 
 
 def fill_in_frozen(module: nn.Module, state: dict[str, Any]) -> None:
     """Add the frozen parameters that a state lacks as the module has them, which are those of the base model."""
-    for name, parameter in _parameters(module):
+    for name, parameter in _with_tied(module):
         if not parameter.requires_grad:
             state.setdefault(name, parameter.detach())
 
 
-def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(remove_duplicate=False)  # tied weights have two names
+def _with_tied(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Its parameters, of which tied ones have two names."""
+    return module.named_parameters(remove_duplicate=False)
 
 
 def save_adapter(network: Any, folder: Path, checkpoint: Path | None, *, write: bool) -> None:

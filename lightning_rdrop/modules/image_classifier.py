@@ -60,28 +60,43 @@ class ImageClassifier(Classifier):
             self.configure_model()
 
     def configure_model(self) -> None:
-        if self.network is None:
-            given = self.hparams
-            name, arguments = given["architecture"], given["model_args"] or {}
-            dotted = "." in name and find_spec(name.partition(".")[0]) is not None  # timm's names may have points, too
-            if given["pretrained"]:
-                if dotted:
-                    raise ValueError(f"pretrained=True is for timm's models: the weights of {name} have other classes.")
-                arguments = {**arguments, "pretrained": True}
-            construct = _from_constructor if dotted else _from_timm
-            try:
-                network: Any = construct(name, self.num_classes, given["drop_path"], arguments)
-            except TypeError as error:
-                raise ValueError(f"architecture={name!r} does not take what it is given: {error}") from error
-            if given["dropout"] is not None:
-                set_probability(network, given["dropout"])
-            if given["frozen_below"] is not None:
-                freeze_below(network, given["frozen_below"])
-            if given["gradient_checkpointing"]:
-                if not hasattr(network, "set_grad_checkpointing"):
-                    raise ValueError(f"gradient_checkpointing=True is for timm's models, and {name} is none.")
-                network.set_grad_checkpointing()
-            self.network = network
+        if self.network is not None:
+            return
+        given = self.hparams
+        arguments = (given["model_args"] or {}) | ({"pretrained": True} if given["pretrained"] else {})
+        network: Any = make(given["architecture"], self.num_classes, given["drop_path"], arguments)
+        if given["dropout"] is not None:
+            set_probability(network, given["dropout"])
+        if given["frozen_below"] is not None:
+            freeze_below(network, given["frozen_below"])
+        if given["gradient_checkpointing"]:
+            if not hasattr(network, "set_grad_checkpointing"):
+                raise ValueError(
+                    f"gradient_checkpointing=True is for timm's models, and {given['architecture']} is none."
+                )
+            network.set_grad_checkpointing()
+        self.network = network
+
+
+def make(
+    architecture: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """A network of timm by its name, or by a constructor with a dotted name.
+
+    Args:
+        architecture: the name.
+        num_classes: C of its logits (N, C).
+        drop_path: the largest probability of its stochastic depth; ``None`` is its own.
+        arguments: further ones of the constructor.
+
+    Raises:
+        ValueError: the name is unknown, or does not take what it is given.
+    """
+    dotted = "." in architecture and find_spec(architecture.partition(".")[0]) is not None  # timm's have points, too
+    try:
+        return (_from_constructor if dotted else _from_timm)(architecture, num_classes, drop_path, arguments)
+    except TypeError as error:
+        raise ValueError(f"architecture={architecture!r} does not take what it is given: {error}") from error
 
 
 def freeze_below(network: nn.Module, name: str) -> None:
@@ -131,6 +146,8 @@ def _from_timm(name: str, num_classes: int | None, drop_path: float | None, argu
 def _from_constructor(
     dotted: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]
 ) -> nn.Module:
+    if arguments.get("pretrained"):
+        raise ValueError(f"pretrained=True is for timm's models: the weights of {dotted} have other classes.")
     module, _, name = dotted.rpartition(".")
     network: nn.Module = getattr(import_module(module), name)(num_classes=num_classes, **arguments)
     if drop_path is not None:  # torchvision's own numbers cannot be changed in every constructor

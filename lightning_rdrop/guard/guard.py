@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_rdrop._compat import is_readable
@@ -21,6 +20,7 @@ from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
 from lightning_rdrop.guard.rows import rows_meet, shares_weights
 from lightning_rdrop.guard.target_watch import TargetWatch
+from lightning_rdrop.nesting import tensors_of
 
 Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
@@ -32,10 +32,6 @@ class Guarded(Protocol):
     """What the guard asks of a module."""
 
     rdrop_guard: Literal["error", "warn", "off"]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """What is wrong with a first batch."""
@@ -89,7 +85,9 @@ class Guard:
             self._alone.add(part)
             return
         self._parted.add(part)
-        self.complain(module, rows_meet(network, predict, first_view(inputs), examples, module.device))
+        inputs = first_view(inputs)
+        device = next(tensor.device for _, tensor in tensors_of(inputs) if tensor.dim())
+        self.complain(module, rows_meet(network, predict, inputs, examples, device))
 
     def watch(
         self,

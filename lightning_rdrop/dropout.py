@@ -42,8 +42,8 @@ class StochasticLayer:
         scope: what one random number decides: an ``"element"`` (or a channel), a branch for an ``"example"``
             (DropPath, row-wise StochasticDepth), or a branch for the whole ``"batch"``, all views included
             (LayerDrop, batch-wise StochasticDepth).
-        trained: whether its part of the network is being trained: the nearest enclosing module with parameters has
-            one that requires a gradient.
+        trained: whether it drops anything that is being trained: the nearest enclosing module with parameters has one
+            that requires a gradient, or one lies upstream, as an adapter does in an earlier layer of a frozen model.
         module: the module whose mode decides whether it drops.
         attribute: where that module keeps the probability.
     """
@@ -80,14 +80,14 @@ def stochastic_layers(network: nn.Module) -> list[StochasticLayer]:
         [('1', 'Dropout', 0.1), ('2.dropout', 'LSTM.dropout', 0.2)]
     """
     modules = dict(network.named_modules())
+    trained = _trained(modules)
     layers = []
     for path, module in modules.items():
-        trained = _is_trained(modules, path)
         for attribute in _probabilities(module):
             suffix = "" if attribute in ("p", "prob", "drop_prob") else f".{attribute}"
             kind = type(module).__name__ + suffix
             name = (path + suffix).removeprefix(".")
-            layers.append(StochasticLayer(name, kind, _scope(kind, module), trained, module, attribute))
+            layers.append(StochasticLayer(name, kind, _scope(kind, module), path in trained, module, attribute))
     return layers
 
 
@@ -134,8 +134,10 @@ def set_probability(network: nn.Module, p: float | Mapping[str, float]) -> dict[
 def switch_on(network: nn.Module) -> list[str]:
     """Put everything that is being trained into training mode, so that dropout is alive.
 
-    Left as they are: normalisation with running statistics (BatchNorm), and frozen parts, in which no parameter
-    requires a gradient, with the dropout inside them.
+    Left as they are: normalisation with running statistics (BatchNorm), and frozen parts with the dropout inside them.
+    A part is frozen if none of its parameters requires a gradient and none lies upstream, which is known within an
+    ``nn.Sequential``, an ``nn.ModuleList`` and a Hugging Face model: their parts are taken to run in the order in which
+    they stand.
 
     Returns:
         the names of the stochastic layers with p > 0 that this switched on.
@@ -147,9 +149,9 @@ def switch_on(network: nn.Module) -> list[str]:
     """
     dead = dead_layers(network)
     modules = dict(network.named_modules())
-    for path, module in modules.items():
-        if not _has_running_statistics(module) and _is_trained(modules, path):
-            module.training = True
+    for path in _trained(modules):
+        if not _has_running_statistics(modules[path]):
+            modules[path].training = True
     return [layer.name for layer in dead]
 
 
@@ -171,8 +173,9 @@ def set_dropout_modes(network: nn.Module, training: Mapping[nn.Module, bool] | N
     """
     modules = dict(network.named_modules())
     frozen = not any(parameter.requires_grad for parameter in network.parameters())
+    trained = _trained(modules)
     for path, module in modules.items():
-        mode = frozen or _is_trained(modules, path) if training is None else training.get(module, False)
+        mode = frozen or path in trained if training is None else training.get(module, False)
         module.training = mode and not _has_running_statistics(module)
 
 
@@ -235,8 +238,33 @@ def _has_running_statistics(module: nn.Module) -> bool:
     return getattr(module, "running_mean", None) is not None
 
 
-def _is_trained(modules: Mapping[str, nn.Module], path: str) -> bool:
-    while path and next(modules[path].parameters(), None) is None:
-        path = path.rpartition(".")[0]
-    gradients = [parameter.requires_grad for parameter in modules[path].parameters()]
-    return any(gradients) or not gradients
+def _trained(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The paths of all that is being trained, or that trained parameters lie upstream of."""
+    downstream = _downstream(modules)
+    trained = set()
+    for path in modules:
+        owner = path
+        while owner and next(modules[owner].parameters(), None) is None:
+            owner = owner.rpartition(".")[0]
+        gradients = [parameter.requires_grad for parameter in modules[owner].parameters()]
+        if any(gradients) or not gradients or owner in downstream:
+            trained.add(path)
+    return trained
+
+
+def _downstream(modules: Mapping[str, nn.Module]) -> set[str]:
+    """What stands behind the first trained parameter of a chain, the parts of which run in the order of their names."""
+    found = set()
+    chain, reached = None, False
+    for path, module in modules.items():
+        if chain is None or not path.startswith(chain):
+            chain, reached = (f"{path}." if path else "") if _is_chain(module) else None, False
+        if reached:
+            found.add(path)
+        own = module.parameters(recurse=False)
+        reached = chain is not None and (reached or any(parameter.requires_grad for parameter in own))
+    return found
+
+
+def _is_chain(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList)) or hasattr(module, "base_model_prefix")

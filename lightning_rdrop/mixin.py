@@ -215,7 +215,7 @@ class RDropMixin(Hooks):
         predictions those of each part are, and their sums weigh batches by their examples.
         """
         self.rdrop_rows, self.rdrop_denominators, self.rdrop_kl = terms.rows, terms.denominators(), terms.kl.detach()
-        self._rdrop_guard.note(terms.kl)
+        self._rdrop_guard.note(terms.kl, terms.ce)
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)

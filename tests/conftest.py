@@ -1,8 +1,17 @@
 import warnings
 
 import pytest
-import pytorch_lightning as pl
 import torch
+
+try:  # before Lightning, which imports it where it is there
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except RuntimeError:  # PyPI's, beside a CPU build of torch: its compiled operators do not load, and nobody calls them
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import pytorch_lightning as pl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -327,3 +327,48 @@ def test_table():
         "0.1.1                    Dropout                     0.2  eval",
         "0.1.3.attention.dropout  MultiheadAttention.dropout  0.3  eval",
     ]
+
+
+def test_dropout_behind_an_adapter_is_trained():
+    """LoRA on the attention of the second layer: from there on everything drops what is being trained."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    config = peft.LoraConfig(target_modules=["c_attn"], layers_to_transform=[1], lora_dropout=0.1, fan_in_fan_out=True)
+    network = peft.get_peft_model(base, config).eval()
+    frozen = {
+        layer.name.partition("model.transformer.")[2] for layer in stochastic_layers(network) if not layer.trained
+    }
+    assert frozen == {f"h.0.{name}" for name in ("attn.attn_dropout", "attn.resid_dropout", "mlp.dropout")}
+    switched = switch_on(network)
+    assert len(switched) == 13 - 2 - 3  # of GPT-2's ten and the adapter's one
+    assert {f"base_model.model.transformer.h.{layer}.mlp.dropout" for layer in (1, 2)} <= {*switched}
+    assert not base.transformer.h[0].mlp.training
+
+
+def test_all_dropout_of_an_adapted_model_is_switched_on():
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 4, "n_head": 2}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    network = peft.get_peft_model(base, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    assert len(switch_on(network)) == 13
+
+
+@pytest.mark.parametrize(
+    ("chain", "frozen", "left"),
+    [
+        (True, [0], ["0.1"]),  # lower layers
+        (True, [1], []),  # behind one that is trained
+        (True, [0, 1, 2], ["0.1", "1.1", "2.1"]),
+        (False, [1], ["1.1"]),  # a teacher stands beside its student
+    ],
+)
+def test_what_is_frozen(chain, frozen, left):
+    parts = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)) for _ in range(3)]
+    network = nn.Sequential(*parts) if chain else nn.Module()
+    for number, part in enumerate(parts):
+        part.requires_grad_(number not in frozen)
+        network.add_module(str(number), part)
+    assert [layer.name for layer in stochastic_layers(network) if not layer.trained] == left
+    dead = {layer.name for layer in dead_layers(network.eval())}
+    assert dead == {"0.1", "1.1", "2.1"} - {*left}

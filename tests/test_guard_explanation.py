@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rdrop.guard import explain
+from lightning_rdrop.guard import explain, explain_negligible
 from tests.networks import Blocks, LayerDropEncoder, StochasticDepth, reason
 
 
@@ -115,3 +115,16 @@ def test_dropout_in_user_code_has_the_last_word():
     network = Blocks(p=0.0, head=Functional())
     assert "p = 0" in explain(network)
     assert reason(network) is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_lora_is_advised_a_dropout_of_its_own(p):
+    """A Llama has none that is above 0, and dropout inside its frozen layers would be for nothing."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).eval()
+    network = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], lora_dropout=p))
+    text = explain(network)
+    assert ("lora_dropout=0.1" in text) == (p == 0)
+    assert ("set_probability" in text) == (p > 0)
+    assert "Adapt more layers" in explain_negligible(network, 1e-6, 100)

@@ -84,3 +84,23 @@ def test_a_head_that_is_more_than_linear_is_not_fused(folder):
     with pytest.raises(ValueError, match="Gemma2ForCausalLM changes them further"):
         CausalLM(capped, fused_head=True)
     assert CausalLM(capped).rdrop_head() is None
+
+
+def test_a_fused_head_is_looked_up_in_each_step(gpt2):
+    """An adapter put on the output layer later is refused, and a copy of it that peft trains is taken."""
+    peft = pytest.importorskip("peft")
+    module, batch = CausalLM(gpt2, fused_head=True), texts(labels=False)
+
+    def adapted(**config):
+        base = transformers.AutoModelForCausalLM.from_pretrained(gpt2).train()
+        module.network = peft.get_peft_model(base, peft.LoraConfig(fan_in_fan_out=True, **config))
+        return module.rdrop_step(batch)
+
+    with pytest.raises(ValueError, match=r"an adapter, Linear, stands around it.*target_modules"):
+        adapted(target_modules=["lm_head"])
+    adapted(target_modules=["c_attn"], modules_to_save=["lm_head"]).loss.backward()
+    (copied,) = module.network.get_output_embeddings().modules_to_save.values()
+    assert copied.weight.grad.abs().sum() > 0
+    adapted(target_modules=["c_attn"]).loss.backward()
+    grads = [p.grad.abs().sum() for name, p in module.network.named_parameters() if "lora_B" in name]
+    assert all(grad > 0 for grad in grads)

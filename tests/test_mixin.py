@@ -508,3 +508,18 @@ def test_the_pieces_make_the_terms_of_the_step(small):
     one, other = made
     assert (one.loss, one.ce, one.kl, one.rows, one.examples) == (other.loss, other.ce, other.kl, other.rows, 5)
     assert module.rdrop_loss(module.rdrop_draw(x, y), y).extra == {}
+
+
+def test_a_plain_module_as_fabric_takes_it():
+    class Plain(RDropMixin, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
+
+        def forward(self, x):
+            return self.network(x)
+
+    batch = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    assert Plain().rdrop_step(batch).kl > 0
+    with pytest.raises(ValueError, match="views are identical"):
+        Plain().eval().rdrop_step(batch)

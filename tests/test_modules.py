@@ -92,7 +92,8 @@ def test_a_pretrained_model_trains_with_its_dropout_on(fit, pretrained, tmp_path
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = SequenceClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     given = {"pretrained": pretrained, "num_classes": 3, "learning_rate": 1e-4}
-    assert again.hparams == given | {"weight_decay": 0.01, "warmup": None, "mc_passes": 0}
+    tuning = {"peft": None, "quantization": None, "gradient_checkpointing": False}
+    assert again.hparams == given | tuning | {"weight_decay": 0.01, "warmup": None, "mc_passes": 0}
     torch.testing.assert_close(again.state_dict(), module.state_dict())
 
 

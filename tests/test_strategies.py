@@ -1,13 +1,16 @@
 """Two processes on the CPU, connected by gloo, train as one does that has both their rows."""
 
+import json
 import multiprocessing
 import os
+import re
 import traceback
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ragged
+from conftest import TOKEN_IDS, ragged
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from test_launch import free_port
 from torch import nn
@@ -20,6 +23,7 @@ from torchmetrics import MetricCollection
 from lightning_rdrop import AdaptiveAlpha, Head, RDropMixin, SimCSEMixin, Views, WithLosses
 from lightning_rdrop.callbacks import ConsistencyMonitor
 from lightning_rdrop.callbacks.consistency_monitor import LOGGED
+from lightning_rdrop.data import ChatDataModule
 from lightning_rdrop.metrics import (
     AverageGap,
     DropoutDisagreement,
@@ -597,3 +601,71 @@ def test_fabrics_ddp(pair):
     (losses, weights), (_, others) = pair.run(by_fabric)
     assert all(loss == pytest.approx(by_hand, rel=1e-6) for loss, by_hand in losses)
     assert weights == others
+
+
+def loop_of_the_examples():
+    from lightning_fabric import Fabric
+
+    from examples.fabric_loop import train as loop
+
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    said = []
+    fabric.print = said.append
+    module, terms = loop(fabric)
+    return (
+        said,
+        [parameter.tolist() for parameter in module.parameters()],
+        module.rdrop_alpha,
+        terms.prediction.tolist(),
+    )
+
+
+def test_the_loop_of_the_examples_by_fabric(pair):
+    """The ranks saw other rows, and have the same weights."""
+    (said, weights, alpha, rows), (_, others, _, other_rows) = pair.run(loop_of_the_examples)
+    assert weights == others
+    assert rows != other_rows
+    assert alpha == 4.0
+    (ce, kl), (last_ce, last_kl) = (map(float, re.findall(r"\d+\.\d+", line)) for line in (said[0], said[-1]))
+    assert last_ce < ce
+    assert min(kl, last_kl) > 0
+
+
+class Seen(pl.Callback):
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch["attention_mask"].sum(1).tolist()))
+
+
+def grouped(folder):
+    data, seen = ChatDataModule(str(folder), str(folder / "train.jsonl"), batch_size=2), Seen()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[seen], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(CausalLM(str(folder), learning_rate=0.0), data)
+    return seen.batches
+
+
+def test_two_ranks_have_batches_of_about_one_length(pair, folder):
+    """Each conversation is in one batch of one rank, in every epoch in another order."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, **TOKEN_IDS)
+    path = Path(folder(transformers.GPT2LMHeadModel(settings)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = "{% for m in messages %}<s> {{ m.content }} </s>{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<s> {% endif %}"
+    tokenizer.save_pretrained(path)
+    rows = [{"prompt": "a " * length, "completion": "b c"} for length in range(1, 17)]
+    (path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    both = pair.run(grouped, path)
+    orders = []
+    for epoch in range(2):
+        batches = [lengths for rank in both for number, lengths in rank if number == epoch]
+        assert sorted(length for batch in batches for length in batch) == [length + 6 for length in range(1, 17)]
+        assert all(abs(one - other) <= 3 for one, other in batches)  # of four neighbours a rank has every other one
+        orders.append(batches)
+    assert orders[0] != orders[1]

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning_rdrop.data.cells import class_name
 from lightning_rdrop.data.table import Row, Table
+
+
+@runtime_checkable
+class KnowsClasses(Protocol):
+    """Data that know the classes of their examples."""
+
+    labels: list[str] | None
+    """Their names in the order of their indices, if they are known."""
+
+    def known_labels(self) -> list[str] | None:
+        """The same, found out if need be; None if the labels are no classes."""
 
 
 def check_classes(table: Table, classes: Callable[[Row], Sequence[Any]], known: Sequence[str] | None) -> None:

@@ -25,7 +25,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!lightning_rdrop\.)[\w.]+|dict\[str"),  # of other packages
     ("py:class", r"lightning_rdrop\.(_.*|\w+\._.*|description|duplicate_at|hooks|labels)\.\w+"),
-    ("py:class", r"lightning_rdrop\.(data\.(table|tokenizer)|distance\.(predictive|wrapped)|metrics\.row_means)\.\w+"),
+    (
+        "py:class",
+        r"lightning_rdrop\.(data\.(chat|table|tokenizer)|distance\.(predictive|wrapped)|metrics\.row_means)\.\w+",
+    ),
 ]
 
 FILES = {"index": "README.md", "recipes": "examples/README.md", "contributing": "CONTRIBUTING.md"}

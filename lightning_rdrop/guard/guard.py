@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_rdrop._compat import is_readable
@@ -15,11 +14,13 @@ from lightning_rdrop._lightning import on_all_ranks, trainer_of
 from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.guard.agreement import agree, diagnose
 from lightning_rdrop.guard.equal_watch import EqualWatch
-from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead
+from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead, explain_negligible
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
+from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
 from lightning_rdrop.guard.rows import rows_meet, shares_weights
 from lightning_rdrop.guard.target_watch import TargetWatch
+from lightning_rdrop.nesting import tensors_of
 
 Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
@@ -31,10 +32,6 @@ class Guarded(Protocol):
     """What the guard asks of a module."""
 
     rdrop_guard: Literal["error", "warn", "off"]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """What is wrong with a first batch."""
@@ -60,6 +57,7 @@ class Guard:
         self._compared: dict[str, list[bool]] = {}
         self._nan: dict[str, NanWatch] = {}
         self._equal = EqualWatch()
+        self._negligible = NegligibleWatch()
         self._targets = TargetWatch()
 
     def part_rows(
@@ -87,7 +85,9 @@ class Guard:
             self._alone.add(part)
             return
         self._parted.add(part)
-        self.complain(module, rows_meet(network, predict, first_view(inputs), examples, module.device))
+        inputs = first_view(inputs)
+        device = next(tensor.device for _, tensor in tensors_of(inputs) if tensor.dim())
+        self.complain(module, rows_meet(network, predict, inputs, examples, device))
 
     def watch(
         self,
@@ -129,6 +129,8 @@ class Guard:
             self.complain(module, nan.reason())
             if must_differ and self._equal.died() and agree(predictions):
                 self.complain(module, explain(network))
+            if must_differ and (share := self._negligible.share()) is not None:
+                warnings.warn(explain_negligible(network, share, STEPS), stacklevel=4)
         if modes != self._checked.get(part):
             self._checked[part] = modes
             if reason := in_evaluation(trainer_of(module)):
@@ -144,9 +146,10 @@ class Guard:
             if reason is None and not given and (dead := explain_dead(network)):
                 warnings.warn(dead, stacklevel=4)  # a live head hides a dead backbone
 
-    def note(self, kl: Tensor) -> None:
-        """Keep the kl of a step, in which views that become equal are seen."""
+    def note(self, kl: Tensor, ce: Tensor) -> None:
+        """Keep the terms of a step, in which views are seen that become equal, or differ too little."""
         self._equal.note(kl)
+        self._negligible.note(kl, ce)
 
     def note_target(self, module: Guarded, invalid: Tensor | None) -> None:
         """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says.

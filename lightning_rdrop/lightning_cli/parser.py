@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_rdrop.lightning_cli.mistakes import explain
@@ -28,9 +28,9 @@ class PlainHelp(DefaultHelpFormatter):
 class LaidOver(ActionConfigFile):
     """``--config`` that lays named callbacks over those of the files before; jsonargparse replaces a mapping."""
 
-    def __call__(self, parser: Any, cfg: Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         named = {key: one for key, one in cfg.items() if key.split(".")[-1] == "callbacks" and isinstance(one, dict)}
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
         for key, before in named.items():
             cfg[key] = before | cfg[key]
 

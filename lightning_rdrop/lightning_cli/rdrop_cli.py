@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 import lightning_rdrop.callbacks
 import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
-from lightning_rdrop.data import TextDataModule
+from lightning_rdrop.data import ChatDataModule, TextDataModule
 from lightning_rdrop.lightning_cli.parser import RDropParser
 from lightning_rdrop.lightning_cli.progress_bar import NarrowProgressBar
 from lightning_rdrop.predictions import PredictionTable
@@ -117,6 +117,8 @@ class RDropCLI(LightningCLI):
         own = ("prepare_data", "rows", "test_dataloader")
         if isinstance(data, TextDataModule) and not any(is_overridden(hook, data, TextDataModule) for hook in own):
             data.table("test")
+        if isinstance(data, ChatDataModule):
+            data.examples("test")
 
     def before_predict(self) -> None:
         self._say_untrained()

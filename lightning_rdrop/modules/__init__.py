@@ -2,6 +2,7 @@
 
 from lightning_rdrop.modules.causal_lm import CausalLM
 from lightning_rdrop.modules.classifier import Classifier
+from lightning_rdrop.modules.image_classifier import ImageClassifier
 from lightning_rdrop.modules.multilabel_classifier import MultilabelClassifier
 from lightning_rdrop.modules.regressor import Regressor
 from lightning_rdrop.modules.sentence_encoder import SentenceEncoder
@@ -15,6 +16,7 @@ from lightning_rdrop.modules.token_classifier import TokenClassifier
 __all__ = [
     "CausalLM",
     "Classifier",
+    "ImageClassifier",
     "MultilabelClassifier",
     "Regressor",
     "SentenceEncoder",

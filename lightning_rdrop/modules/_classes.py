@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 from torchmetrics import MetricCollection
 
 from lightning_rdrop._lightning import trainer_of
-from lightning_rdrop.data import TextDataModule
-from lightning_rdrop.data.classes import some
+from lightning_rdrop.data.classes import KnowsClasses, some
 from lightning_rdrop.modules.task import Task
 
 
 class ClassTask(Task):
-    """A task with classes, whose number and names are those of a :class:`~lightning_rdrop.data.TextDataModule`.
+    """A task with classes, whose number and names are those of the data, such as a
+    :class:`~lightning_rdrop.data.TextDataModule`.
 
     Checkpoints have the names, so that neither test nor prediction needs a training table.
 
@@ -41,7 +41,7 @@ class ClassTask(Task):
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
         count = getattr(self, self.count_argument)
-        if isinstance(data, TextDataModule):
+        if isinstance(data, KnowsClasses):
             # only a training needs them at once; else they may come from a checkpoint
             names = data.known_labels() if stage == "fit" or (count is None and self.classes is None) else data.labels
             if names is None:
@@ -51,7 +51,7 @@ class ClassTask(Task):
         if getattr(self, self.count_argument) is None:
             raise ValueError(
                 f"{type(self).__name__} does not know how many classes there are: give {self.count_argument}=..., or "
-                "the data by a TextDataModule."
+                "the data by a TextDataModule or an ImageFolderDataModule."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class ClassTask(Task):
         if names is not None:
             self._take(names, "the checkpoint was trained for")
             data = getattr(trainer_of(self), "datamodule", None)
-            if isinstance(data, TextDataModule):
+            if isinstance(data, KnowsClasses):
                 data.labels = names
         elif None not in (there, count) and there != count:
             raise ValueError(f"{self.count_argument} is {count}, and the checkpoint was trained for {there} classes.")

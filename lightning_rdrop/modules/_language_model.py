@@ -31,80 +31,85 @@ class LanguageModel(Pretrained):
         self, network: nn.Module, metrics: MetricCollection, *, fused_head: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(network, metrics, **kwargs)
-        self._output_layer = OutputLayer(network) if fused_head else None
+        self.fused_head = fused_head
+        if fused_head:
+            check_head(network)
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
         logits: Tensor = super().rdrop_predict(inputs | {"use_cache": False})
         return logits
 
     def rdrop_head(self) -> Head | None:
-        return None if self._output_layer is None else self._output_layer.head
+        return head_of(self.network) if self.fused_head else None
 
     def rdrop_hidden(self, inputs: Any) -> Tensor:
-        if self._output_layer is None:
-            return super().rdrop_hidden(inputs)
-        return self._output_layer.hidden(inputs | {"use_cache": False})
+        return hidden_states(self.network, inputs | {"use_cache": False})
 
 
-class OutputLayer:
-    """The output layer of a language model, apart from the rest of the model.
+def output_layer(network: Any) -> nn.Linear:
+    """The output layer of a Hugging Face language model as it is now, for an adapter may have been put on it.
 
-    Two tokens are tried first: the layer applied to the hidden states must give the model's own logits.
+    Raises:
+        ValueError: it is not linear, or an adapter stands around it.
+        TypeError: its weight is sharded across ranks.
+    """
+    layer, name = network.get_output_embeddings(), type(network).__name__
+    if isinstance(copies := getattr(layer, "modules_to_save", None), nn.ModuleDict):
+        layer = copies[layer.active_adapter]  # peft trains a copy
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            f"fused_head=True takes the output layer of {name} alone, and an adapter, {type(layer).__name__}, stands "
+            "around it, which would never be trained. Leave the layer out of target_modules, as 'all-linear' does, or "
+            "leave fused_head at False."
+        )
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"fused_head=True needs a linear output layer, and that of {name} is {layer!r}.")
+    if is_sharded(layer.weight) or layer.weight.shape != (layer.out_features, layer.in_features):
+        raise TypeError(
+            f"fused_head=True needs the whole output layer, and that of {name} is sharded across ranks, where FSDP and "
+            "DeepSpeed gather it in the layer's forward only, which is never called; or packed into fewer bits. Leave "
+            "fused_head at False, or train with DDP."
+        )
+    return layer
 
-    Args:
-        network: a Hugging Face language model.
+
+def head_of(network: Any) -> Head:
+    """The output layer's weight, and all that is added to its result as the bias."""
+    layer = output_layer(network)
+    biases = (layer.bias, getattr(network, "final_logits_bias", None))
+    added = [bias.flatten() for bias in biases if bias is not None]
+    return Head(layer.weight, sum(added[1:], added[0]) if added else None)
+
+
+def hidden_states(network: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """The hidden states (B, T, D) before the output layer."""
+    handle = output_layer(network).register_forward_pre_hook(_stop)
+    try:
+        network(**inputs)
+    except _ReachedError as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise ValueError(f"{type(network).__name__} never called its output layer.")
+
+
+def check_head(network: Any) -> None:
+    """Try two tokens: the output layer applied to the hidden states must give the model's own logits.
 
     Raises:
         ValueError: the model's output layer is not linear, or the model changes the logits further.
     """
-
-    def __init__(self, network: Any) -> None:
-        self._network = network
-        layer = network.get_output_embeddings()
-        name = type(network).__name__
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"fused_head=True needs a linear output layer, and that of {name} is {layer!r}.")
-        self._layer = layer
-        tokens = torch.tensor([[0, 1]], device=network.device)
-        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
-        with untouched(network, network.device):
-            network.eval()
-            expected = network(**inputs).logits
-            found = nn.functional.linear(self.hidden(inputs), *self.head)
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-            raise ValueError(
-                f"fused_head=True needs logits that come straight from the output layer, but {name} changes them "
-                "further, for instance by a soft cap. Leave fused_head at False."
-            )
-
-    @property
-    def head(self) -> Head:
-        """The layer's weight, and all that is added to its result as the bias.
-
-        Raises:
-            TypeError: the weight is sharded across ranks.
-        """
-        weight = self._layer.weight
-        if is_sharded(weight) or weight.shape != (self._layer.out_features, self._layer.in_features):
-            raise TypeError(
-                f"fused_head=True needs the whole output layer, and that of {type(self._network).__name__} is sharded "
-                "across ranks: FSDP and DeepSpeed gather it in the layer's forward only, which is never called. "
-                "Leave fused_head at False, or train with DDP."
-            )
-        biases = (self._layer.bias, getattr(self._network, "final_logits_bias", None))
-        added = [bias.flatten() for bias in biases if bias is not None]
-        return Head(weight, sum(added[1:], added[0]) if added else None)
-
-    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The hidden states (B, T, D) before the layer."""
-        handle = self._layer.register_forward_pre_hook(_stop)
-        try:
-            self._network(**inputs)
-        except _ReachedError as reached:
-            return reached.hidden
-        finally:
-            handle.remove()
-        raise ValueError(f"{type(self._network).__name__} never called its output layer.")
+    tokens = torch.tensor([[0, 1]], device=network.device)
+    inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
+    with untouched(network, network.device):
+        network.eval()
+        expected = network(**inputs).logits
+        found = nn.functional.linear(hidden_states(network, inputs), *head_of(network))
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise ValueError(
+            f"fused_head=True needs logits that come straight from the output layer, but {type(network).__name__} "
+            "changes them further, for instance by a soft cap. Leave fused_head at False."
+        )
 
 
 class _ReachedError(Exception):

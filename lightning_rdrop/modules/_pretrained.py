@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_rdrop.dropout import stochastic_layers, switch_on
 from lightning_rdrop.extras import require
+from lightning_rdrop.guard.rows import shares_weights
+from lightning_rdrop.modules._adapter import adapt, fill_in_frozen, leave_out_frozen, save_adapter
 from lightning_rdrop.modules._classes import ClassTask
 from lightning_rdrop.modules.task import Task
 
 LATER: Any = None
 """In the place of a network that is loaded in ``configure_model``."""
+TUNING = ("peft", "quantization", "gradient_checkpointing")
+"""The arguments with which a model is loaded to be fine-tuned."""
 
 
 class Pretrained(Task):
-    """A module whose model was loaded with its dropout switched on; it says so when a training begins."""
+    """A module whose model was loaded with its dropout switched on; it says so when a training begins.
+
+    With ``peft`` its checkpoints are without the frozen base, which ``pretrained`` has, and the adapter is written
+    beside them when a training ends.
+    """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.hparams.get("peft") and not shares_weights(self):  # FSDP loads its parts before any hook
+            leave_out_frozen(self, checkpoint.get("state_dict", {}))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.hparams.get("peft"):
+            fill_in_frozen(self, checkpoint.get("state_dict", {}))
+
+    def on_fit_end(self) -> None:
+        """Write the adapter of the best checkpoint, or of the weights at the end where there is none."""
+        files = self.trainer.checkpoint_callback
+        if not self.hparams.get("peft") or not isinstance(files, ModelCheckpoint) or files.dirpath is None:
+            return
+        folder, best = Path(files.dirpath) / "adapter", Path(files.best_model_path)
+        if not best.is_file() and shares_weights(self):
+            rank_zero_warn(f"No adapter was written to {folder}: this rank has a part of the weights only.")
+            return
+        save_adapter(self.network, folder, best if best.is_file() else None, write=self.trainer.is_global_zero)
+        rank_zero_info(f"The adapter: {folder}. peft.PeftModel.from_pretrained(base, folder) loads it.")
 
     def on_fit_start(self) -> None:
         on = [layer.name for layer in stochastic_layers(self.network) if layer.active]
@@ -36,11 +69,20 @@ class PretrainedClasses(Pretrained, ClassTask):
 
     def configure_model(self) -> None:
         if self.network is None:
+            given = {name: self.hparams[name] for name in TUNING if name in self.hparams}
             count = getattr(self, self.count_argument)
-            self.network = load(self.auto, self.hparams["pretrained"], num_labels=count)
+            self.network = load(self.auto, self.hparams["pretrained"], num_labels=count, **given)
 
 
-def load(auto: str, pretrained: str, **config: Any) -> nn.Module:
+def load(
+    auto: str,
+    pretrained: str,
+    *,
+    peft: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    **config: Any,
+) -> nn.Module:
     """``auto.from_pretrained(pretrained, **config)`` with its dropout switched on.
 
     ``from_pretrained`` returns models in eval mode, and Lightning's ``fit`` keeps that mode.
@@ -48,13 +90,28 @@ def load(auto: str, pretrained: str, **config: Any) -> nn.Module:
     Args:
         auto: the name of one of the ``AutoModel`` classes of transformers.
         pretrained: name or folder of the model.
+        peft: train a LoRA with these arguments of ``LoraConfig`` instead of the model.
+        quantization: keep the frozen model in fewer bits, with these arguments of ``BitsAndBytesConfig``.
+        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
         config: what else ``from_pretrained`` takes.
 
     Raises:
-        ModuleNotFoundError: transformers is not installed.
+        ModuleNotFoundError: transformers, or peft, is not installed.
+        ValueError: an argument that LoraConfig has not; ``quantization`` of a model that is to be trained.
     """
-    network: nn.Module = getattr(require("transformers", "huggingface", auto), auto).from_pretrained(
-        pretrained, **config
-    )
+    transformers = require("transformers", "huggingface", auto)
+    if quantization:
+        if not peft:
+            raise ValueError(
+                f"quantization={dict(quantization)} freezes the model, and there is nothing to train: give peft as "
+                "well, for instance {r: 8, lora_dropout: 0.1, target_modules: all-linear}."
+            )
+        config["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+    network: Any = getattr(transformers, auto).from_pretrained(pretrained, **config)
+    if gradient_checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if peft:
+        network = adapt(network, peft, auto, quantized=bool(quantization))
     switch_on(network)
-    return network
+    trained: nn.Module = network
+    return trained

@@ -23,7 +23,12 @@ class CausalLM(LanguageModel):
         pretrained: name or folder of the model, whose dropout is switched on.
         fused_head: compute the training loss without ever holding all logits. This saves most of the memory of a large
             vocabulary; the step's ``prediction`` is None then.
-        learning_rate: of AdamW.
+        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``, as
+            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints are without the model then, and a
+            folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
+        quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
+        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
+        learning_rate: of AdamW; for LoRA 1e-4 and more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
@@ -31,10 +36,24 @@ class CausalLM(LanguageModel):
     """
 
     def __init__(
-        self, pretrained: str, *, fused_head: bool = False, learning_rate: float = 2e-5, **kwargs: Any
+        self,
+        pretrained: str,
+        *,
+        fused_head: bool = False,
+        peft: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        learning_rate: float = 2e-5,
+        **kwargs: Any,
     ) -> None:
         metrics = MetricCollection({"perplexity": Perplexity(ignore_index=-100)})
-        network = load("AutoModelForCausalLM", pretrained)
+        network = load(
+            "AutoModelForCausalLM",
+            pretrained,
+            peft=peft,
+            quantization=quantization,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         super().__init__(network, metrics, fused_head=fused_head, learning_rate=learning_rate, **kwargs)
 
     def rdrop_unpack(self, batch: Any) -> tuple[dict[str, Any], Tensor]:

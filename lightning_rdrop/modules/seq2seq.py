@@ -46,7 +46,12 @@ class Seq2Seq(LanguageModel):
             vocabulary; the step's ``prediction`` is None then.
         max_new_tokens: the maximum length of a generated text, in tokens.
         num_beams: of beam search; 1 is greedy decoding.
-        learning_rate: of AdamW.
+        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``, as
+            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints are without the model then, and a
+            folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
+        quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
+        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
+        learning_rate: of AdamW; for LoRA 1e-4 and more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
@@ -70,6 +75,9 @@ class Seq2Seq(LanguageModel):
         fused_head: bool = False,
         max_new_tokens: int = 64,
         num_beams: int = 1,
+        peft: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
         learning_rate: float = 2e-5,
         **kwargs: Any,
     ) -> None:
@@ -85,7 +93,13 @@ class Seq2Seq(LanguageModel):
             raise ValueError(f"scores must be any of {', '.join(map(repr, known))}, got {unknown[0]!r}.")
         metrics = MetricCollection({score: known[score]() for score in chosen})
         distance = Categorical(label_smoothing=label_smoothing)
-        network = load("AutoModelForSeq2SeqLM", pretrained)
+        network = load(
+            "AutoModelForSeq2SeqLM",
+            pretrained,
+            peft=peft,
+            quantization=quantization,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         super().__init__(
             network, metrics, rdrop_distance=distance, fused_head=fused_head, learning_rate=learning_rate, **kwargs
         )

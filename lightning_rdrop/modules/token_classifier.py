@@ -15,14 +15,27 @@ class TokenClassifier(PretrainedClasses, Classifier):
         pretrained: name or folder of the model, whose dropout is switched on.
         num_classes: C of the logits (N, T, C); ``None`` takes the number of classes in a
             :class:`~lightning_rdrop.data.TokenDataModule`. A token with the label -100 does not count.
-        learning_rate: of AdamW.
+        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``, as
+            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints are without the model then, and a
+            folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
+        quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
+        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
+        learning_rate: of AdamW; for LoRA 1e-4 and more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
     """
 
     auto = "AutoModelForTokenClassification"
 
     def __init__(
-        self, pretrained: str, num_classes: int | None = None, *, learning_rate: float = 2e-5, **kwargs: Any
+        self,
+        pretrained: str,
+        num_classes: int | None = None,
+        *,
+        peft: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        learning_rate: float = 2e-5,
+        **kwargs: Any,
     ) -> None:
         super().__init__(LATER, num_classes, learning_rate=learning_rate, **kwargs)
         if num_classes is not None:

@@ -1,0 +1,111 @@
+"""A LightningDataModule for folders of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_rdrop.data.classes import distinct, some
+from lightning_rdrop.extras import require
+
+
+class ImageFolderDataModule(pl.LightningDataModule):
+    """Batches of images and their classes, from folders ``train/CLASS/*.png``, ``val/CLASS/...`` and ``test/...``.
+
+    Images are read by torchvision's ``ImageFolder``, and made to tensors by timm's transforms, those of training with
+    its augmentation. Both views of an example are of one augmented image.
+
+    Args:
+        folder: holds ``train``, and ``val`` and ``test`` where these are asked for.
+        architecture: the timm model for which the images are made: its size, interpolation, mean and deviation.
+            ``None`` is 224 and those of ImageNet.
+        transforms: arguments of ``timm.data.create_transform`` to change these: ``{input_size: [3, 384, 384]}``.
+        augmentation: more such arguments for training, such as ``{auto_augment: rand-m9-mstd0.5, re_prob: 0.25}``.
+        labels: the classes in the order of their indices; ``None`` takes those of a checkpoint, or sorts the folders of
+            ``train``.
+        batch_size: B, the images of a batch, before R-Drop duplicates them.
+        num_workers: worker processes of each data loader.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: a folder of no class; a split that is not there.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        architecture: str | None = None,
+        *,
+        transforms: dict[str, Any] | None = None,
+        augmentation: dict[str, Any] | None = None,
+        labels: list[str] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.architecture = architecture
+        self.transforms = transforms or {}
+        self.augmentation = augmentation or {}
+        self.labels = None if labels is None else distinct(labels)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.known_labels()
+
+    def known_labels(self) -> list[str]:
+        """The classes in the order of their indices; if none are known yet, the folders of ``train``."""
+        if self.labels is None:
+            self.labels = sorted(path.name for path in self.split("train").iterdir() if path.is_dir())
+        return self.labels
+
+    def split(self, name: str) -> Path:
+        """The folder of ``"train"``, ``"val"`` or ``"test"``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        path = self.folder / name
+        if not path.is_dir():
+            raise ValueError(
+                f"There is no folder {path}: put the images of each class into one of its own, {name}/CLASS."
+            )
+        return path
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", training=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loader("val") if (self.folder / "val").is_dir() else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def transform(self, *, training: bool) -> Any:
+        """Hook: what makes a tensor of an image."""
+        timm = require("timm", "vision", "ImageFolderDataModule")
+        size = {"input_size": (3, 224, 224)}
+        known = size if self.architecture is None else timm.get_pretrained_cfg(self.architecture).to_dict()
+        config = timm.data.resolve_data_config(pretrained_cfg=known) | self.transforms
+        return timm.data.create_transform(**config, is_training=training, **(self.augmentation if training else {}))
+
+    def _loader(self, split: str, *, training: bool = False) -> DataLoader[Any]:
+        folder, labels = self.split(split), self.known_labels()
+        datasets = require("torchvision", "vision", "ImageFolderDataModule").datasets
+        images = datasets.ImageFolder(str(folder), self.transform(training=training))
+        if unknown := [name for name in images.classes if name not in labels]:
+            raise ValueError(f"{folder / unknown[0]} is none of the {len(labels)} classes {some(labels)}.")
+        images.target_transform = [labels.index(name) for name in images.classes].__getitem__  # a class may be missing
+        return DataLoader(
+            images,
+            batch_size=self.batch_size,
+            shuffle=training,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )

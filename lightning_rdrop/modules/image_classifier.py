@@ -1,0 +1,159 @@
+"""Classification of images with a network of timm or torchvision."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from lightning_rdrop.dropout import set_probability, stochastic_layers
+from lightning_rdrop.extras import require
+from lightning_rdrop.modules.classifier import Classifier
+from lightning_rdrop.submodules import matching
+
+
+class ImageClassifier(Classifier):
+    """Classification of images (N, channels, height, width) with a network of timm, or of torchvision.
+
+    Args:
+        architecture: the name of a timm model, such as ``vit_base_patch16_224``; or the dotted name of a constructor
+            that takes ``num_classes``, such as ``torchvision.models.swin_t``.
+        num_classes: C of the logits (N, C); ``None`` takes the number of classes in an
+            :class:`~lightning_rdrop.data.ImageFolderDataModule`.
+        pretrained: start from timm's weights, with a new output layer.
+        dropout: the probability of all layers that drop elements; ``None`` is the network's own, which is mostly 0.
+        drop_path: the probability that the last block drops its branch for an example, towards which it rises with the
+            depth; ``None`` is the network's own.
+        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``blocks.6``. With the
+            same name, ``rdrop_duplicate_at`` lets what is frozen run once.
+        gradient_checkpointing: keep no activations inside a block, and make them again on the way back.
+        model_args: further arguments of the constructor, such as ``{img_size: 384}``.
+        learning_rate: of AdamW.
+        kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: an architecture that is unknown, or that does not take what it is given.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        num_classes: int | None = None,
+        *,
+        pretrained: bool = False,
+        dropout: float | None = None,
+        drop_path: float | None = None,
+        frozen_below: str | None = None,
+        gradient_checkpointing: bool = False,
+        model_args: dict[str, Any] | None = None,
+        learning_rate: float = 1e-4,
+        **kwargs: Any,
+    ) -> None:
+        later: Any = None  # until the data tell how many classes there are
+        super().__init__(later, num_classes, learning_rate=learning_rate, **kwargs)
+        if num_classes is not None:
+            self.configure_model()
+
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        given = self.hparams
+        arguments = (given["model_args"] or {}) | ({"pretrained": True} if given["pretrained"] else {})
+        network: Any = make(given["architecture"], self.num_classes, given["drop_path"], arguments)
+        if given["dropout"] is not None:
+            set_probability(network, given["dropout"])
+        if given["frozen_below"] is not None:
+            freeze_below(network, given["frozen_below"])
+        if given["gradient_checkpointing"]:
+            if not hasattr(network, "set_grad_checkpointing"):
+                raise ValueError(
+                    f"gradient_checkpointing=True is for timm's models, and {given['architecture']} is none."
+                )
+            network.set_grad_checkpointing()
+        self.network = network
+
+
+def make(
+    architecture: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """A network of timm by its name, or by a constructor with a dotted name.
+
+    Args:
+        architecture: the name.
+        num_classes: C of its logits (N, C).
+        drop_path: the largest probability of its stochastic depth; ``None`` is its own.
+        arguments: further ones of the constructor.
+
+    Raises:
+        ValueError: the name is unknown, or does not take what it is given.
+    """
+    dotted = "." in architecture and find_spec(architecture.partition(".")[0]) is not None  # timm's have points, too
+    try:
+        return (_from_constructor if dotted else _from_timm)(architecture, num_classes, drop_path, arguments)
+    except TypeError as error:
+        raise ValueError(f"architecture={architecture!r} does not take what it is given: {error}") from error
+
+
+def freeze_below(network: nn.Module, name: str) -> None:
+    """Freeze all that stands before a submodule, and let nothing be dropped there.
+
+    Parts are taken to run in the order in which they stand.
+
+    Args:
+        network: changed in place.
+        name: the dotted name of the submodule, or the end of it.
+
+    Raises:
+        ValueError: there is no such submodule, or several.
+
+    Example:
+        >>> parts = (nn.Linear(2, 2), nn.Dropout(0.1), nn.Linear(2, 2), nn.Dropout(0.1))
+        >>> network = nn.Sequential(*parts)
+        >>> freeze_below(network, "2")
+        >>> network[0].weight.requires_grad, network[1].p, network[2].weight.requires_grad, network[3].p
+        (False, 0.0, True, 0.1)
+    """
+    first = matching("frozen_below", network, [name])[0]
+    below = set()
+    for path, module in network.named_modules():
+        if path == first:
+            break
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        if path and not first.startswith(f"{path}."):
+            module.training = False
+            below.add(module)
+    set_probability(network, {layer.name: 0.0 for layer in stochastic_layers(network) if layer.module in below})
+
+
+def _from_timm(name: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]) -> nn.Module:
+    timm = require("timm", "vision", f"architecture={name!r}")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(
+            f"architecture={name!r} is no model of timm. Did you mean {' or '.join(near) or 'a dotted name'}?"
+        )
+    rate = {} if drop_path is None else {"drop_path_rate": drop_path}
+    network: nn.Module = timm.create_model(name, num_classes=num_classes, **rate, **arguments)
+    return network
+
+
+def _from_constructor(
+    dotted: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]
+) -> nn.Module:
+    if arguments.get("pretrained"):
+        raise ValueError(f"pretrained=True is for timm's models: the weights of {dotted} have other classes.")
+    module, _, name = dotted.rpartition(".")
+    network: nn.Module = getattr(import_module(module), name)(num_classes=num_classes, **arguments)
+    if drop_path is not None:  # torchvision's own numbers cannot be changed in every constructor
+        layers = [layer.name for layer in stochastic_layers(network) if layer.scope == "example"]
+        if not layers:
+            raise ValueError(f"drop_path={drop_path} needs stochastic depth, and {dotted} has none.")
+        last = max(1, len(layers) - 1)
+        set_probability(network, {layer: drop_path * number / last for number, layer in enumerate(layers)})
+    return network

@@ -46,6 +46,17 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
 
 
+def mark_rows_dynamic(*tensors: Tensor) -> None:
+    """Have a function that is compiled for these tensors compiled for any number of rows.
+
+    Where torch cannot be told, it finds out by compiling once more, for a second number.
+    """
+    mark = getattr(getattr(torch, "_dynamo", None), "mark_dynamic", None)
+    for tensor in tensors:
+        if mark is not None:
+            mark(tensor, 0)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether it is what ``torch.compile`` makes of a module."""
     return hasattr(module, "_orig_mod")

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_rdrop import _compat
 from lightning_rdrop._fused.chunk import Factors, blanked, gradient_of, normalized, terms_of
 from lightning_rdrop._fused.rows import Rows
 
@@ -63,9 +64,7 @@ def compiled(
     by_row = [part.detach() for part in (*map(Tensor.contiguous, logits.unbind(0)), *out.unbind(0))]
     columns = [None if part is None else part.detach() for part in factors[:-1]]
     if kind not in _COMPILED:
-        for part in (*by_row, *columns):
-            if part is not None:
-                torch._dynamo.mark_dynamic(part, 0)
+        _compat.mark_rows_dynamic(*by_row, *(part for part in columns if part is not None))
     try:
         found = _compiled()(*by_row, ce_weight.detach(), kl_weight.detach(), *columns, class_weight)
     except torch.OutOfMemoryError:

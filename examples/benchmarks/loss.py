@@ -14,6 +14,7 @@ import datetime
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -149,12 +150,21 @@ def times(size, threads, rounds, seconds):
 
 def peak(name, size):
     """Bytes that a step adds to what its arguments take."""
-    leaves, target = arguments(size)
-    unit = 1 if sys.platform == "darwin" else 1024
-    step(ways(size)[name], [leaf[..., :3, :].detach().requires_grad_() for leaf in leaves], target[:3] % 3)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (states, *head), target = arguments(size)
+    leaves = [states, *head]
+    step(ways(size)[name], [states[:, :64].detach().requires_grad_(), *head], target[:64])  # compiles as well
+    before = resident(reset=True)
     step(ways(size)[name], leaves, target)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return resident() - before
+
+
+def resident(reset=False):
+    """The largest number of bytes that this process has held, from now on after a reset where the system knows one."""
+    if reset and (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")
+    if (status := Path("/proc/self/status")).exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peaks(size):

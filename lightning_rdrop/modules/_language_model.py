@@ -56,6 +56,7 @@ def output_layer(network: Any) -> nn.Linear:
     layer, name = network.get_output_embeddings(), type(network).__name__
     if isinstance(copies := getattr(layer, "modules_to_save", None), nn.ModuleDict):
         layer = copies[layer.active_adapter]  # peft trains a copy
+    layer = getattr(layer, "module", layer)  # of FSDP, version 1
     if hasattr(layer, "base_layer"):
         raise ValueError(
             f"fused_head=True takes the output layer of {name} alone, and an adapter, {type(layer).__name__}, stands "

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_rdrop import data_views, views
-from lightning_rdrop.duplicate_at import Split
+from lightning_rdrop.late_duplication import Split
 
 
 def draw(

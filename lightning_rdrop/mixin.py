@@ -22,11 +22,10 @@ from lightning_rdrop.data_views import first_view
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
-from lightning_rdrop.duplicate_at import Split
-from lightning_rdrop.find_split import LateDuplication
 from lightning_rdrop.guard import Guard, Redraw
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.inheritance import notice_replaced_step, require_first
+from lightning_rdrop.late_duplication import LateDuplication, Split
 from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.regularizers import Regularizer, distinct
 from lightning_rdrop.terms import Terms
@@ -60,7 +59,7 @@ class RDropMixin(Hooks):
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
         rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
             dotted name or the end of it, several, a glob, or ``"auto"`` for the latest place before which nothing is
-            random. ``None`` doubles at the entrance. See :mod:`lightning_rdrop.find_split`.
+            random. ``None`` doubles at the entrance. See :mod:`lightning_rdrop.late_duplication.find_split`.
         rdrop_unlabeled_weight: w, >= 0, of all that unlabelled examples add: kl, and the regularizers that need no
             target; a plain attribute. While it is 0 they have no pass, and training is supervised to the bit.
         rdrop_labeled_weight: :math:`w_\text{labeled}`, >= 0, where there are unlabelled examples. With 0 the labelled

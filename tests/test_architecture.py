@@ -15,7 +15,7 @@ FLOORS = [
     "_fused cross_entropy dropout",
     "distance",
     "loss metrics scales",
-    "guard duplicate_at first_random trial find_split",
+    "guard late_duplication",
     "draw",
     "hooks inheritance unlabeled",
     "regularizers",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_rdrop.draw import draw
-from lightning_rdrop.find_split import find_split
+from lightning_rdrop.late_duplication import find_split
 
 
 @pytest.mark.parametrize(("passes", "sizes"), [("joint", [15]), ("separate", [5, 5, 5])])

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_rdrop.find_split import LateDuplication, find_split
+from lightning_rdrop.late_duplication import LateDuplication, find_split
 
 
 def found(network, at="auto", x=None):

@@ -24,7 +24,7 @@ napoleon_custom_sections = [("Shapes", "params_style")]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!lightning_rdrop\.)[\w.]+|dict\[str"),  # of other packages
-    ("py:class", r"lightning_rdrop\.(_.*|\w+\._.*|description|duplicate_at|hooks|labels)\.\w+"),
+    ("py:class", r"lightning_rdrop\.(_.*|\w+\._.*|description|late_duplication.duplicate_at|hooks|labels)\.\w+"),
     (
         "py:class",
         r"lightning_rdrop\.(data\.(chat|table|tokenizer)|distance\.(predictive|wrapped)|metrics\.row_means)\.\w+",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_rdrop import guard, submodules
-from lightning_rdrop.duplicate_at import Call, Doubling, KeyPath, Predict, Split, before_calls
+from lightning_rdrop.late_duplication.duplicate_at import Call, Doubling, KeyPath, Predict, Split, before_calls
 from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.views import batch_size, duplicate, merge
 from lightning_rdrop.views import split as split_views

@@ -11,11 +11,11 @@ from torch import nn
 from lightning_rdrop import submodules
 from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.data_views import Views
-from lightning_rdrop.duplicate_at import KeyPath, Predict, Split
-from lightning_rdrop.first_random import first_random
+from lightning_rdrop.late_duplication.duplicate_at import KeyPath, Predict, Split
+from lightning_rdrop.late_duplication.first_random import first_random
+from lightning_rdrop.late_duplication.trial import Trial
 from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.probe import untouched
-from lightning_rdrop.trial import Trial
 from lightning_rdrop.views import batch_size, duplicate
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import submodules
-from lightning_rdrop.duplicate_at import Call, Predict, before_calls
+from lightning_rdrop.late_duplication.duplicate_at import Call, Predict, before_calls
 from lightning_rdrop.nesting import tensors_of
 
 _REDRAWS = 16
@@ -26,7 +26,7 @@ def first_random(
     number was drawn.
 
     Args:
-        network, predict, inputs, on_all_ranks: see :func:`lightning_rdrop.find_split.find_split`.
+        network, predict, inputs, on_all_ranks: see :func:`lightning_rdrop.late_duplication.find_split.find_split`.
         device: of the inputs.
 
     Example:

@@ -1,0 +1,6 @@
+"""Double a batch in the middle of a forward pass, so that what lies before the first dropout runs once."""
+
+from lightning_rdrop.late_duplication.duplicate_at import Split
+from lightning_rdrop.late_duplication.find_split import LateDuplication, find_split
+
+__all__ = ["LateDuplication", "Split", "find_split"]

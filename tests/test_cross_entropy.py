@@ -60,12 +60,15 @@ def composite(logits, target, alpha):
 
 @pytest.fixture(params=["in place", "pure"])
 def arithmetic(request, monkeypatch):
-    """By hand and in place, or by the pure functions; what a compiler makes of these has a file of its own."""
+    """By hand and in place, or by the pure functions; what a compiler makes of these has a file of its own.
+
+    Its value is how many last places the gradient may be wrong by.
+    """
     if request.param == "pure":
         monkeypatch.setattr(sweep, "_FEW", 0)
         monkeypatch.setattr(compiled, "_compiled", lambda: compiled._write)
     with compiled_loss(request.param == "pure"):
-        yield
+        yield 2 if request.param == "pure" else 1
 
 
 BOTH = pytest.mark.usefixtures("arithmetic")
@@ -102,10 +105,9 @@ def draw(case, dtype=torch.float32):
     return logits.to(dtype).requires_grad_(), target
 
 
-@BOTH
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(CASES)
-def test_gradient_is_as_exact_as_autograd_of_the_formula(case):
+@given(case=CASES)
+def test_gradient_is_as_exact_as_autograd_of_the_formula(arithmetic, case):
     logits, target = draw(case)
     exact_logits = logits.detach().double().requires_grad_()
     exact = gradient(composite(exact_logits, target, case["alpha"]), exact_logits)
@@ -116,7 +118,7 @@ def test_gradient_is_as_exact_as_autograd_of_the_formula(case):
     )
     # the formula is now and then lucky: log-probabilities are only known to the last place of a float32
     span = 2 * float(logits.detach()[logits.isfinite()].abs().max())
-    assert ours <= max(2 * theirs, torch.finfo(torch.float32).eps * max(1, span))
+    assert ours <= arithmetic * max(2 * theirs, torch.finfo(torch.float32).eps * max(1, span))
     expected = composite(exact_logits, target, case["alpha"])
     torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -109,12 +109,11 @@ def gradient_of(
         direct = direct + (smoothing if weight is None else smoothing * weight)
         total = total + smoothing * (p.shape[-1] if weight is None else weight.sum())
     pull = factors.kl * kl_weight
-    # where kl is switched off, also views that are infinitely far do not pull
-    lift, from_first, from_second = (
-        torch.where(pull != 0, pull * part, 0) for part in (log_ratio, 1 - first_mean, 1 + second_mean)
+    # p - q is exact where views are near; where kl is switched off, views that are infinitely far do not pull either
+    to_first, to_second = (
+        direct - own * total + torch.where(pull != 0, pull * ((own - other) + own * away), 0)
+        for own, other, away in ((p, q, log_ratio - first_mean), (q, p, second_mean - log_ratio))
     )
-    to_first = p * (from_first - total + lift) - pull * q + direct
-    to_second = q * (from_second - total - lift) - pull * p + direct
     return to_first, to_second
 
 

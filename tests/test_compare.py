@@ -14,6 +14,8 @@ import yaml
 
 pytest.importorskip("submitit")
 
+pytestmark = pytest.mark.timeout(900)  # a dozen processes, each of which imports torch and Lightning
+
 MINE = """
 import os, signal, sys, time
 from pathlib import Path

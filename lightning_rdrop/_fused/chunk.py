@@ -88,6 +88,11 @@ def terms_of(
     return ce, kl, first_mean, first_mean - divergence
 
 
+def infinite(ce: Tensor, kl: Tensor) -> Tensor:
+    """kl of views of which one masks a class: infinite, even where the other's underflows and 0 * inf made it NaN."""
+    return kl.where(~kl.isnan() | ce.isnan(), torch.inf)
+
+
 def gradient_of(
     views: Views, first_mean: Tensor, second_mean: Tensor, factors: Factors, ce_weight: Tensor, kl_weight: Tensor
 ) -> tuple[Tensor, Tensor]:

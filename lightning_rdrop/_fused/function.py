@@ -46,8 +46,7 @@ def fused(
     problem = _Problem(target, alpha, labels, weights, known, chunk, compile or is_asked())
     sweep = problem.sweep(1.0, alpha)
     loss, ce, kl = _Fused.apply(problem, sweep, alpha, *inputs)  # type: ignore[no-untyped-call]
-    kl_rows = None if labels.weight is None and not weights.given else known.kl_rows
-    return Terms(loss, ce, kl, rows=known.ce_rows, kl_rows=kl_rows)
+    return known.terms(loss, ce, kl)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

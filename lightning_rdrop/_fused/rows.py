@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_rdrop import _compat
 from lightning_rdrop._fused.chunk import Factors
 from lightning_rdrop.labels import Labels, RowWeights
+from lightning_rdrop.terms import Terms
 
 
 class Rows(NamedTuple):
@@ -57,6 +58,10 @@ class Counted(NamedTuple):
     n_labels: Tensor
     ce_rows: Tensor
     kl_rows: Tensor
+
+    def terms(self, loss: Tensor, ce: Tensor, kl: Tensor) -> Terms:
+        """The terms, with the rows that each is a mean over; those of kl where they are others."""
+        return Terms(loss, ce, kl, rows=self.ce_rows, kl_rows=None if self.kl_rows is self.ce_rows else self.kl_rows)
 
 
 def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, dtype: torch.dtype) -> Counted:

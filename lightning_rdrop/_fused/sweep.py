@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rdrop import _compat
+from lightning_rdrop._fused.chunk import infinite
 from lightning_rdrop._fused.compiled import compiled
 from lightning_rdrop._fused.in_place import in_place
 from lightning_rdrop._fused.rows import Counted, Rows
@@ -66,9 +67,18 @@ class Sweep:
         if len(self.parts) > 1:
             ce, kl = (torch.stack(part).sum() for part in zip(*self.parts, strict=True))
         if not _compat.is_readable(kl) or math.isnan(kl.item()):
-            # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
-            kl = kl.where(~kl.isnan() | ce.isnan(), torch.inf)
+            kl = infinite(ce, kl)
         return ce, kl
+
+    @cached_property
+    def _scaled_weights(self) -> tuple[Tensor, Tensor]:
+        """Those of ce and kl in the gradient that is written, as tensors: a number would be a graph of its own."""
+        scale = 1 if self.grad_scale is None else self.grad_scale
+        ce_weight, kl_weight = (
+            torch.as_tensor(weight, dtype=self.dtype, device=self.counted.n_labels.device) * scale
+            for weight in (self.ce_weight, self.kl_weight)
+        )
+        return ce_weight, kl_weight
 
     def over(self, wanted: Sequence[bool], first: Tensor, *head: Any) -> Sequence[Tensor | None]:
         """Sweep logits (2, N, C); or hidden states, a weight and a bias. Returns the gradients that are wanted."""
@@ -116,13 +126,7 @@ class Sweep:
 
     def _compiled(self, logits: Tensor, rows: Rows, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         out = torch.empty_like(logits) if gradient.data_ptr() == logits.data_ptr() else gradient
-        ce_weight, kl_weight = (
-            weight if isinstance(weight, Tensor) else logits.new_full((), weight, dtype=self.dtype)
-            for weight in (self.ce_weight, self.kl_weight)
-        )
-        if self.grad_scale is not None:
-            ce_weight, kl_weight = ce_weight * self.grad_scale, kl_weight * self.grad_scale
-        found = compiled(logits, rows, self.counted.class_weight, ce_weight, kl_weight, out)
+        found = compiled(logits, rows, self.counted.class_weight, *self._scaled_weights, out)
         if found is not None and out is not gradient:
             gradient.copy_(out)
         return found

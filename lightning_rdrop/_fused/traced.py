@@ -12,6 +12,7 @@ from lightning_rdrop._fused.chunk import (
     Normalizer,
     blanked,
     gradient_of,
+    infinite,
     normalized_by,
     normalizer,
     terms_of,
@@ -34,8 +35,7 @@ def traced(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels
     dtype = torch.promote_types(logits.dtype, torch.float32)
     known = counted(target, labels, weights, logits.shape[2], dtype)
     ce, kl = _Traced.apply(logits, *known.rows.factors(known.class_weight))  # type: ignore[no-untyped-call]
-    kl_rows = None if labels.weight is None and not weights.given else known.kl_rows
-    return Terms(combined(ce, kl, alpha), ce, kl, rows=known.ce_rows, kl_rows=kl_rows)
+    return known.terms(combined(ce, kl, alpha), ce, kl)
 
 
 class _Traced(torch.autograd.Function):
@@ -49,8 +49,7 @@ class _Traced(torch.autograd.Function):
         views = normalized_by(first, second, one, other)
         ce, kl, first_mean, second_mean = terms_of(first, second, views, one, other, known)
         ctx.save_for_backward(logits, *factors, *one, *other, first_mean, second_mean)
-        # a class that one view masks is infinitely far, even where the other's underflows: 0 * inf
-        return ce, kl.where(~kl.isnan() | ce.isnan(), torch.inf)
+        return ce, infinite(ce, kl)
 
     @staticmethod
     def backward(ctx: Any, to_ce: Tensor, to_kl: Tensor) -> tuple[Tensor | None, ...]:

@@ -266,7 +266,7 @@ def first_tensor(predictions: Any) -> Tensor:
 
 
 def _with_tensors(prediction: Any) -> Any:
-    if any(tensor.dim() for _, tensor in tensors_of(prediction)) or isinstance(prediction, Tensor):
+    if isinstance(prediction, Tensor) or any(tensor.dim() for _, tensor in tensors_of(prediction)):
         return prediction
     raise TypeError(
         f"The prediction, a {type(prediction).__name__}, holds no tensor: return logits, or an object with .logits, "

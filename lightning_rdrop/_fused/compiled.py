@@ -56,7 +56,7 @@ def compiled(
         ce_weight, kl_weight: shape ().
         out: same shape as the logits, but not the same memory.
     """
-    factors = rows.factors(class_weight)
+    factors = rows.factors(class_weight, ce_weight.dtype)
     kind = (logits.device.type, logits.dtype, out.dtype, logits.shape[2], *(part is None for part in factors))
     if len(factors.label) < 2 or not _COMPILED.get(kind, True):  # one row would be a graph of its own
         return None

@@ -106,7 +106,7 @@ class _Fused(torch.autograd.Function):
         if inputs[0].dtype == torch.float16:  # 1 / n would vanish: n times the gradient is kept until the backward pass
             sweep.grad_scale = problem.counted.n_labels.clamp(min=1)
         gradients = sweep.over(ctx.needs_input_grad[3:], *inputs)
-        ce, kl = sweep.terms
+        ce, kl = sweep.terms()
         ctx.problem, ctx.grad_scale = problem, sweep.grad_scale
         ctx.save_for_backward(kl if ctx.needs_input_grad[2] else None, *inputs, *gradients)
         ctx.set_materialize_grads(False)

@@ -46,8 +46,8 @@ def in_place(
     log_p, log_q = log_probs.unbind(0)
     p, q = probs.unbind(0)
 
-    label, nll = rows.label.expand(2, -1, -1), rows.nll.expand(2, -1, -1)
-    ce = _sum(log_probs.gather(-1, label), nll, rows)
+    label = rows.label.expand(2, -1, -1)
+    ce = _sum(log_probs.gather(-1, label), rows.nll, rows)
     if rows.smoothing is not None:
         weighted = log_probs if class_weight is None else log_probs * class_weight
         ce += _sum(weighted.sum(-1, keepdim=True), rows.smoothing, rows)
@@ -67,7 +67,11 @@ def in_place(
             torch.addcmul(difference, probs, log_ratio, out=log_probs)
             log_q.neg_()
             log_probs.mul_(rows.kl * kl_weight)
-        log_probs.scatter_add_(-1, label, nll if isinstance(ce_weight, float) and ce_weight == 1 else nll * ce_weight)
+        nll = rows.nll * ce_weight
+        if isinstance(nll, Tensor):
+            log_probs.scatter_add_(-1, label, nll.expand(label.shape))
+        else:
+            log_probs.scatter_(-1, label, nll, reduce="add")
         if rows.smoothing is not None:
             smoothing = rows.smoothing * ce_weight
             log_probs += smoothing if class_weight is None else smoothing * class_weight
@@ -80,7 +84,9 @@ def _blank(values: Tensor, ignored: Tensor | None) -> Tensor:
     return values if ignored is None else values.masked_fill_(ignored, 0)
 
 
-def _sum(values: Tensor, factor: Tensor, rows: Rows) -> Tensor:
+def _sum(values: Tensor, factor: Tensor | float, rows: Rows) -> Tensor:
     """Of the products, to which a row of factor 0 adds nothing, whatever stands there."""
+    if not isinstance(factor, Tensor):
+        return values.sum() * factor
     products = values * factor
     return products.masked_fill_(factor == 0, 0).sum() if rows.weighted else products.sum()

@@ -18,8 +18,8 @@ class Rows(NamedTuple):
 
     ignored: Tensor | None  # (n, 1), those that count in neither term; None where all count
     label: Tensor  # (n, 1); 0 where a row has none
-    nll: Tensor  # (n, 1): the factor of log p(y) of each view in ce, not positive
-    smoothing: Tensor | None  # (n, 1): that of w_c log p_c for every c, likewise; None without label smoothing
+    nll: Tensor | float  # the factor of log p(y) of each view in ce, not positive; (n, 1), or one for all rows
+    smoothing: Tensor | float | None  # that of w_c log p_c for every c, likewise; None without label smoothing
     kl: Tensor | float  # that of J in kl; a scalar for all that count, or (n, 1) where they are weighted
 
     @property
@@ -27,18 +27,21 @@ class Rows(NamedTuple):
         """Whether a row may count in one of the terms alone."""
         return isinstance(self.kl, Tensor) and self.kl.dim() > 0
 
-    def factors(self, class_weight: Tensor | None) -> Factors:
+    def factors(self, class_weight: Tensor | None, dtype: torch.dtype) -> Factors:
         """The same for the pure functions: each a column, with memory of its own for each row."""
-        kl = self.kl if isinstance(self.kl, Tensor) else self.nll.new_full((), self.kl)
-        kl = kl.expand(self.label.shape)
-        if self.ignored is not None and not self.weighted:
-            kl = kl.masked_fill(self.ignored, 0)
+
+        def column(part: Tensor | float) -> Tensor:
+            if not isinstance(part, Tensor):
+                return torch.full(self.label.shape, part, dtype=dtype, device=self.label.device)
+            return part.expand(self.label.shape).contiguous()
+
+        kl = column(self.kl)
         return Factors(
             ignored=None if self.ignored is None else self.ignored.contiguous(),
             label=self.label.contiguous(),
-            nll=self.nll.contiguous(),
-            kl=kl.contiguous(),
-            smoothing=None if self.smoothing is None else self.smoothing.contiguous(),
+            nll=column(self.nll),
+            kl=kl if self.ignored is None or self.weighted else kl.masked_fill(self.ignored, 0),
+            smoothing=None if self.smoothing is None else column(self.smoothing),
             class_weight=class_weight,
         )
 
@@ -74,7 +77,7 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
         classes: C.
         dtype: that of the factors.
     """
-    n, device = target.numel(), target.device
+    n = target.numel()
     label = target.unsqueeze(-1)
     has_label = label != labels.ignore_index
     n_labels = ce_rows = kl_rows = has_label.sum(dtype=dtype)
@@ -92,7 +95,7 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
         ignored = (in_ce == 0) & (in_kl == 0)
         ce_rows, kl_rows = in_ce.sum(), in_kl.sum()
     smoothed = in_ce
-    class_weight = None if labels.weight is None else labels.weight.to(device, dtype)
+    class_weight = None if labels.weight is None else labels.weight.to(target.device, dtype)
     if class_weight is not None:
         in_ce = class_weight[label] * in_ce
         ce_rows = in_ce.sum()
@@ -102,14 +105,11 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
             return 1 / total.where(total != 0, 1)
         return 1 / max(1, n) if ignored is None else 1 / total.clamp(min=1)
 
-    def factor(part: Tensor | float) -> Tensor:
-        return part if isinstance(part, Tensor) else torch.full((), part, dtype=dtype, device=device)
-
     ce_mean = over(ce_rows)
     kl_mean = ce_mean if kl_rows is ce_rows else over(kl_rows)
-    nll = factor(in_ce * ce_mean * ((labels.label_smoothing - 1) / 2)).expand(label.shape)
+    nll = in_ce * ce_mean * ((labels.label_smoothing - 1) / 2)
     smoothing = None
     if labels.label_smoothing:
-        smoothing = factor(smoothed * ce_mean * (-labels.label_smoothing / (2 * classes))).expand(label.shape)
+        smoothing = smoothed * ce_mean * (-labels.label_smoothing / (2 * classes))
     rows = Rows(ignored, label, nll, smoothing, in_kl * kl_mean / 4)
     return Counted(rows, class_weight, n_labels, ce_rows, kl_rows)

@@ -27,7 +27,10 @@ _FEW = 2**15
 """Below, the call of what was compiled takes more time on a CPU than eager arithmetic does."""
 
 _HELD = 2**22
-"""Logits that the head holds at once on a CPU: 16 MiB of float32, enough rows for a fast matrix product."""
+"""Logits that the head holds at once on a CPU: 16 MiB of float32."""
+
+_ROWS = 64
+"""Rows of a view that it holds at the least: with fewer, reading its weight takes longer than the matrix product."""
 
 _STREAMED = 2**24
 """Each of them on another device: 64 MiB of float32."""
@@ -55,12 +58,11 @@ class Sweep:
         chunk: int | None,
         compile: bool,
     ) -> None:
-        self.counted, self.dtype = counted, counted.rows.nll.dtype
+        self.counted, self.dtype = counted, counted.n_labels.dtype
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.chunk, self.compile = chunk, compile
         self.parts: list[tuple[Tensor, Tensor]] = []
 
-    @cached_property
     def terms(self) -> tuple[Tensor, Tensor]:
         """ce and kl of the rows that were swept."""
         ce, kl = self.parts[0]
@@ -73,12 +75,12 @@ class Sweep:
     @cached_property
     def _scaled_weights(self) -> tuple[Tensor, Tensor]:
         """Those of ce and kl in the gradient that is written, as tensors: a number would be a graph of its own."""
-        scale = 1 if self.grad_scale is None else self.grad_scale
         ce_weight, kl_weight = (
-            torch.as_tensor(weight, dtype=self.dtype, device=self.counted.n_labels.device) * scale
+            torch.as_tensor(weight, dtype=self.dtype, device=self.counted.n_labels.device)
             for weight in (self.ce_weight, self.kl_weight)
         )
-        return ce_weight, kl_weight
+        scale = self.grad_scale
+        return (ce_weight, kl_weight) if scale is None else (ce_weight * scale, kl_weight * scale)
 
     def over(self, wanted: Sequence[bool], first: Tensor, *head: Any) -> Sequence[Tensor | None]:
         """Sweep logits (2, N, C); or hidden states, a weight and a bias. Returns the gradients that are wanted."""
@@ -95,7 +97,7 @@ class Sweep:
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=self.dtype) if bias is not None and wanted[2] else None
-        held = self.chunk or (_HELD if hidden.is_cpu else _STREAMED)
+        held = self.chunk or max(_HELD if hidden.is_cpu else _STREAMED, 2 * _ROWS * len(weight))
         for rows in _pieces(hidden.shape[1], held // (2 * len(weight))):
             states = hidden[:, rows]
             logits = F.linear(states, weight, bias).to(self.dtype)

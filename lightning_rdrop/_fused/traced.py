@@ -34,7 +34,7 @@ def traced(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     known = counted(target, labels, weights, logits.shape[2], dtype)
-    ce, kl = _Traced.apply(logits, *known.rows.factors(known.class_weight))  # type: ignore[no-untyped-call]
+    ce, kl = _Traced.apply(logits, *known.rows.factors(known.class_weight, dtype))  # type: ignore[no-untyped-call]
     return known.terms(combined(ce, kl, alpha), ce, kl)
 
 

@@ -105,10 +105,10 @@ class Categorical(Distance):
         target = self._classes_first(self.checked(prediction, target))
         if target.is_floating_point():
             sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
-            right = (target >= 0).all(1) & ((sums - 1).abs() <= ROUNDING)
+            wrong = (target < 0).any(1) | ~((sums - 1).abs() <= ROUNDING)
         else:
-            right = (target >= 0) & (target < prediction.shape[self.class_dim])
-        return ~right & self.labels.counted(target)
+            wrong = (target < 0) | (target >= prediction.shape[self.class_dim])
+        return wrong & self.labels.counted(target)
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
         wrong = self.impossible(prediction, target)

@@ -160,7 +160,7 @@ class Guard:
             ValueError: it did, on the CPU, where ``rdrop_guard="error"``.
         """
         self._targets.note(invalid)
-        if invalid is not None and is_readable(invalid):
+        if invalid is not None and is_readable(invalid) and invalid:
             self.complain(module, self._targets.reason())
 
     def batch_ends(self, module: Guarded) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rdrop import Gaussian
+from lightning_rdrop.callbacks import DropoutProbability
 from lightning_rdrop.data import TextDataModule
 from lightning_rdrop.modules import (
     Classifier,
@@ -92,9 +93,34 @@ def test_a_pretrained_model_trains_with_its_dropout_on(fit, pretrained, tmp_path
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = SequenceClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     given = {"pretrained": pretrained, "num_classes": 3, "learning_rate": 1e-4}
-    tuning = {"peft": None, "quantization": None, "gradient_checkpointing": False}
+    tuning = {"peft": None, "quantization": None, "gradient_checkpointing": False, "frozen_below": None}
     assert again.hparams == given | tuning | {"weight_decay": 0.01, "warmup": None, "mc_passes": 0}
     torch.testing.assert_close(again.state_dict(), module.state_dict())
+
+
+def test_the_frozen_layers_of_a_pretrained_model_run_once(fit, pretrained):
+    upper = "encoder.layer.1"
+    module = SequenceClassifier(pretrained, 3, frozen_below=upper, rdrop_duplicate_at=upper, weight_decay=0.0)
+    before = {name: value.clone() for name, value in module.network.state_dict().items()}
+    rows = {0: [], 1: []}
+    for number, seen in rows.items():
+        layer = module.network.bert.encoder.layer[number]
+        layer.register_forward_hook(lambda part, x, y, seen=seen: seen.append(len(y)))
+    batch = {"input_ids": torch.arange(20).view(4, 5), "labels": torch.tensor([0, 1, 2, 0])}
+    # a probability for all of the network does not reach what is frozen, which stays in eval mode
+    trainer = fit(module, DataLoader([batch] * 3, batch_size=None), callbacks=[DropoutProbability(0.3)])
+    assert (rows[0][-1], rows[1][-1]) == (4, 8)
+    assert trainer.callback_metrics["train/kl"] > 0
+    changed = {name for name, value in module.network.state_dict().items() if not torch.equal(value, before[name])}
+    trained = {name for name in before if name.startswith(("bert.encoder.layer.1", "bert.pooler", "classifier"))}
+    assert trained - changed <= {f"bert.{upper}.attention.self.key.bias"}  # whose gradient is 0
+    assert changed <= trained
+
+
+def test_an_adapter_and_frozen_layers_exclude_each_other(pretrained):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"frozen_below='encoder\.layer\.1' freezes a part .* and peft all of it"):
+        SequenceClassifier(pretrained, 3, frozen_below="encoder.layer.1", peft={"r": 2})
 
 
 def written(folder, name, labels):

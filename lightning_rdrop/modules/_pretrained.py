@@ -15,11 +15,13 @@ from lightning_rdrop.extras import require
 from lightning_rdrop.guard.rows import shares_weights
 from lightning_rdrop.modules._adapter import adapt, fill_in_frozen, leave_out_frozen, save_adapter
 from lightning_rdrop.modules._classes import ClassTask
+from lightning_rdrop.modules._frozen import freeze_below
+from lightning_rdrop.modules.classifier import Classifier
 from lightning_rdrop.modules.task import Task
 
 LATER: Any = None
 """In the place of a network that is loaded in ``configure_model``."""
-TUNING = ("peft", "quantization", "gradient_checkpointing")
+TUNING = ("peft", "quantization", "gradient_checkpointing", "frozen_below")
 """The arguments with which a model is loaded to be fine-tuned."""
 
 
@@ -74,6 +76,26 @@ class PretrainedClasses(Pretrained, ClassTask):
             self.network = load(self.auto, self.hparams["pretrained"], num_labels=count, **given)
 
 
+class PretrainedClassifier(PretrainedClasses, Classifier):
+    """Classification of texts, or of their tokens; its subclasses describe the arguments."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        num_classes: int | None = None,
+        *,
+        peft: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        frozen_below: str | None = None,
+        learning_rate: float = 2e-5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(LATER, num_classes, learning_rate=learning_rate, **kwargs)
+        if num_classes is not None:
+            self.configure_model()
+
+
 def load(
     auto: str,
     pretrained: str,
@@ -81,6 +103,7 @@ def load(
     peft: Mapping[str, Any] | None = None,
     quantization: Mapping[str, Any] | None = None,
     gradient_checkpointing: bool = False,
+    frozen_below: str | None = None,
     **config: Any,
 ) -> nn.Module:
     """``auto.from_pretrained(pretrained, **config)`` with its dropout switched on.
@@ -93,11 +116,13 @@ def load(
         peft: train a LoRA with these arguments of ``LoraConfig`` instead of the model.
         quantization: keep the frozen model in fewer bits, with these arguments of ``BitsAndBytesConfig``.
         gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
+        frozen_below: the submodule below which nothing is trained and nothing dropped.
         config: what else ``from_pretrained`` takes.
 
     Raises:
         ModuleNotFoundError: transformers, or peft, is not installed.
-        ValueError: an argument that LoraConfig has not; ``quantization`` of a model that is to be trained.
+        ValueError: an argument that LoraConfig has not; ``quantization`` of a model that is to be trained; both
+            ``peft``, which freezes all of the model, and ``frozen_below``.
     """
     transformers = require("transformers", "huggingface", auto)
     if quantization:
@@ -107,11 +132,18 @@ def load(
                 "well, for instance {r: 8, lora_dropout: 0.1, target_modules: all-linear}."
             )
         config["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+    if peft and frozen_below:
+        raise ValueError(
+            f"frozen_below={frozen_below!r} freezes a part of the model, and peft all of it. Give one of them; "
+            "layers_to_transform of peft names the layers that have adapters."
+        )
     network: Any = getattr(transformers, auto).from_pretrained(pretrained, **config)
     if gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if peft:
         network = adapt(network, peft, auto, quantized=bool(quantization))
     switch_on(network)
+    if frozen_below:
+        freeze_below(network, frozen_below)
     trained: nn.Module = network
     return trained

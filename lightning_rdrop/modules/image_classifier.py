@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_rdrop.dropout import set_probability, stochastic_layers
+from lightning_rdrop.dropout import set_probability
 from lightning_rdrop.extras import require
+from lightning_rdrop.modules._frozen import freeze_below
 from lightning_rdrop.modules.classifier import Classifier
-from lightning_rdrop.submodules import matching
 
 
 class ImageClassifier(Classifier):
@@ -97,38 +97,6 @@ def make(
         return (_from_constructor if dotted else _from_timm)(architecture, num_classes, drop_path, arguments)
     except TypeError as error:
         raise ValueError(f"architecture={architecture!r} does not take what it is given: {error}") from error
-
-
-def freeze_below(network: nn.Module, name: str) -> None:
-    """Freeze all that stands before a submodule, and let nothing be dropped there.
-
-    Parts are taken to run in the order in which they stand.
-
-    Args:
-        network: changed in place.
-        name: the dotted name of the submodule, or the end of it.
-
-    Raises:
-        ValueError: there is no such submodule, or several.
-
-    Example:
-        >>> parts = (nn.Linear(2, 2), nn.Dropout(0.1), nn.Linear(2, 2), nn.Dropout(0.1))
-        >>> network = nn.Sequential(*parts)
-        >>> freeze_below(network, "2")
-        >>> network[0].weight.requires_grad, network[1].p, network[2].weight.requires_grad, network[3].p
-        (False, 0.0, True, 0.1)
-    """
-    first = matching("frozen_below", network, [name])[0]
-    below = set()
-    for path, module in network.named_modules():
-        if path == first:
-            break
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(False)
-        if path and not first.startswith(f"{path}."):
-            module.training = False
-            below.add(module)
-    set_probability(network, {layer.name: 0.0 for layer in stochastic_layers(network) if layer.module in below})
 
 
 def _from_timm(name: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]) -> nn.Module:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning_rdrop.modules._pretrained import LATER, PretrainedClasses
-from lightning_rdrop.modules.classifier import Classifier
+from lightning_rdrop.modules._pretrained import PretrainedClassifier
 
 
-class TokenClassifier(PretrainedClasses, Classifier):
+class TokenClassifier(PretrainedClassifier):
     """Token classification with a Hugging Face token classifier.
 
     Args:
@@ -20,23 +17,10 @@ class TokenClassifier(PretrainedClasses, Classifier):
             folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
         quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
         gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
+        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``encoder.layer.6``. With
+            the same name, ``rdrop_duplicate_at`` lets what is frozen run once.
         learning_rate: of AdamW; for LoRA 1e-4 and more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
     """
 
     auto = "AutoModelForTokenClassification"
-
-    def __init__(
-        self,
-        pretrained: str,
-        num_classes: int | None = None,
-        *,
-        peft: dict[str, Any] | None = None,
-        quantization: dict[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
-        learning_rate: float = 2e-5,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(LATER, num_classes, learning_rate=learning_rate, **kwargs)
-        if num_classes is not None:
-            self.configure_model()

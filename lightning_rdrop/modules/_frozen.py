@@ -1,0 +1,40 @@
+"""The lower part of a network, kept as it is: not trained, and nothing dropped in it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_rdrop.dropout import set_probability, stochastic_layers
+from lightning_rdrop.submodules import matching
+
+
+def freeze_below(network: nn.Module, name: str) -> None:
+    """Freeze all that stands before a submodule, and let nothing be dropped there.
+
+    Parts are taken to run in the order in which they stand.
+
+    Args:
+        network: changed in place.
+        name: the dotted name of the submodule, or the end of it.
+
+    Raises:
+        ValueError: there is no such submodule, or several.
+
+    Example:
+        >>> parts = (nn.Linear(2, 2), nn.Dropout(0.1), nn.Linear(2, 2), nn.Dropout(0.1))
+        >>> network = nn.Sequential(*parts)
+        >>> freeze_below(network, "2")
+        >>> network[0].weight.requires_grad, network[1].p, network[2].weight.requires_grad, network[3].p
+        (False, 0.0, True, 0.1)
+    """
+    first = matching("frozen_below", network, [name])[0]
+    below = set()
+    for path, module in network.named_modules():
+        if path == first:
+            break
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        if path and not first.startswith(f"{path}."):
+            module.training = False
+            below.add(module)
+    set_probability(network, {layer.name: 0.0 for layer in stochastic_layers(network) if layer.module in below})

@@ -29,23 +29,23 @@ def non_negative(name: str, value: float) -> float:
     return value if type(value) is int else float(value)
 
 
-def positive_int(name: str, value: SupportsIndex) -> int:
-    """The value as an int, if it is a whole number >= 1 (also one of numpy's).
+def whole(name: str, value: SupportsIndex, least: int = 1, meaning: str = "") -> int:
+    """The value as an int, if it is a whole number >= ``least`` (also one of numpy's).
 
     Raises:
         ValueError: it is not.
 
     Example:
-        >>> positive_int("views", 2.0)
+        >>> whole("views", 2.0)
         Traceback (most recent call last):
         ValueError: views must be an int >= 1, got 2.0.
     """
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be an int >= {least}{meaning}, got {value!r}.")
     return number
 
 

@@ -183,8 +183,8 @@ def checked_terms(
         ValueError: class weights of another shape, or a chunk out of its range.
         TypeError: a head that is sharded across ranks.
     """
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk must be an int >= 1, the number of logits processed at once, or None, got {chunk!r}.")
+    if chunk is not None:
+        chunk = arguments.whole("chunk", chunk, meaning=", the number of logits processed at once, or None")
     if head is not None and not _is_plain(head.weight):
         raise TypeError(
             f"weight is a {type(head.weight).__name__}, sharded across ranks: no chunk of plain hidden states can be "

@@ -17,7 +17,7 @@ from lightning_rdrop import own_losses, unlabeled, views
 from lightning_rdrop._compat import forget_hyperparameters
 from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
-from lightning_rdrop.arguments import non_negative, one_of, positive_int
+from lightning_rdrop.arguments import non_negative, one_of, whole
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance, Together
@@ -115,7 +115,7 @@ class RDropMixin(Hooks):
         _refuse_unknown(kwargs)
         super().__init__(*args, **kwargs)
         self.rdrop_alpha = non_negative("rdrop_alpha", rdrop_alpha)
-        self.rdrop_views = positive_int("rdrop_views", rdrop_views)
+        self.rdrop_views = whole("rdrop_views", rdrop_views)
         if isinstance(rdrop_distance, Mapping):
             rdrop_distance = Together(rdrop_distance)
         if not isinstance(rdrop_distance, (Distance, type(None))):

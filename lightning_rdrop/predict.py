@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import views
+from lightning_rdrop.arguments import whole
 from lightning_rdrop.distance import Distance, Together
 from lightning_rdrop.divergence import kl
 from lightning_rdrop.draw import draw
@@ -98,8 +99,7 @@ def dropout_passes(
         >>> predictions.shape, list(dropout_kl(predictions))
         (torch.Size([8, 5, 3]), ['dropout_kl'])
     """
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 2:
-        raise ValueError(f"passes must be an int >= 2, of which an average can be made, got {passes!r}.")
+    passes = whole("passes", passes, 2, ", of which an average can be made")
     separate = module.rdrop_passes == "separate"
     examples = 0 if separate else views.batch_size(inputs)
     with untouched(module, module.device):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_rdrop.arguments import positive_int
+from lightning_rdrop.arguments import whole
 from lightning_rdrop.nesting import ATOMS, CONSTANTS, has_attributes, map_tensors, parts_of, tensors_of, with_parts
 
 _SEPARATE = 'Or predict each view in a forward pass of its own, which duplicates nothing: rdrop_passes="separate".'
@@ -97,7 +97,7 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
         >>> duplicate((torch.tensor([1, 2]), ["a", "b"]), 2)
         (tensor([1, 2, 1, 2]), ['a', 'b', 'a', 'b'])
     """
-    if positive_int("views", views) == 1:
+    if whole("views", views) == 1:
         return batch
     examples = batch_size(batch) if examples is None else examples
     return _map_rows(batch, examples, lambda tensor: torch.cat([tensor] * views), lambda items: [*items] * views)
@@ -178,7 +178,7 @@ def split(prediction: Any, views: int, examples: int) -> Any:
         tensor([[ 1,  2],
                 [10, 20]])
     """
-    positive_int("views", views)
+    whole("views", views)
     if examples < 1:
         raise ValueError(f"examples must be >= 1, got {examples}: an empty batch has no views; leave it out.")
 

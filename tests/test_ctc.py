@@ -174,7 +174,7 @@ def test_what_has_another_form_is_refused(prediction, target, error, message):
 
 @pytest.mark.parametrize("blank", [-1, 0.0, True])
 def test_a_blank_is_a_class(blank):
-    with pytest.raises(ValueError, match="blank must be the index of a class"):
+    with pytest.raises(ValueError, match="blank must be an int >= 0, the index of a class"):
         CTC(blank)
     with pytest.raises(ValueError, match="the blank, 5, among them"):
         CTC(5).to_target(torch.zeros(4, 7, 5), TOKENS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.arguments import non_negative, whole
 from lightning_rdrop.callbacks._module import require_rdrop
 from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
 
@@ -61,8 +60,9 @@ class AdaptiveAlpha(ModuleValue):
         self.target_kl = float(non_negative("target_kl", target_kl))
         if not self.target_kl:
             raise ValueError("target_kl must be > 0: views that agree perfectly are no target.")
-        self.horizon = _positive("horizon", horizon)
-        self.every = None if every is None else _positive("every", every)
+        steps = ", a number of optimizer steps"
+        self.horizon = whole("horizon", horizon, meaning=steps)
+        self.every = None if every is None else whole("every", every, meaning=steps)
         self.minimum, self.maximum = non_negative("minimum", minimum), non_negative("maximum", maximum)
         if not 0 < self.minimum <= self.maximum:
             raise ValueError(f"minimum={minimum} and maximum={maximum} must be 0 < minimum <= maximum.")
@@ -146,12 +146,6 @@ class AdaptiveAlpha(ModuleValue):
         """Take up a training where it was."""
         self._alpha, self._changed_at = state_dict["alpha"], state_dict["changed_at"]
         self._saved_sums = state_dict["sums"]
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, a number of optimizer steps, got {value!r}.")
-    return int(value)
 
 
 def _precise(device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_rdrop._lightning import Callback
+from lightning_rdrop.arguments import whole
 from lightning_rdrop.callbacks._module import require_rdrop
 from lightning_rdrop.distance import Distance, Together
 from lightning_rdrop.metrics.average_gap import gap_averages
@@ -71,14 +72,11 @@ class ConsistencyMonitor(Callback):
 
     def __init__(self, passes: int = 8, every_n_epochs: int = 1, batches: float = 1.0) -> None:
         super().__init__()
-        for name, value, least in (("passes", passes, 2), ("every_n_epochs", every_n_epochs, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
         number = isinstance(batches, int) and not isinstance(batches, bool) and batches >= 1
         if not number and not (isinstance(batches, Real) and not isinstance(batches, int) and 0 < batches <= 1):
             raise ValueError(f"batches must be a share, a float in (0, 1], or a number, an int >= 1, got {batches!r}.")
-        self.passes = passes
-        self.every_n_epochs = every_n_epochs
+        self.passes = whole("passes", passes, least=2)
+        self.every_n_epochs = whole("every_n_epochs", every_n_epochs)
         self.batches = batches
         self._modules: list[nn.Module] = []
         self._training: list[bool] = []

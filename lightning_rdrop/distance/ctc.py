@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rdrop.arguments import whole
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import softmaxed
 from lightning_rdrop.divergence import kl, log_probabilities, symmetric_kl
@@ -64,9 +65,7 @@ class CTC(Distance):
 
     def __init__(self, blank: int = 0, *, ignore_index: int = -100, zero_infinity: bool = False) -> None:
         super().__init__()
-        if isinstance(blank, bool) or not isinstance(blank, int) or blank < 0:
-            raise ValueError(f"blank must be the index of a class, >= 0, got {blank!r}.")
-        self.blank = blank
+        self.blank = whole("blank", blank, 0, ", the index of a class")
         self.ignore_index = ignore_index
         self.zero_infinity = zero_infinity
 

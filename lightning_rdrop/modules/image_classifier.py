@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_rdrop.dropout import set_probability
+from lightning_rdrop.dropout import set_probability, stochastic_layers
 from lightning_rdrop.extras import require
 from lightning_rdrop.modules._frozen import freeze_below
 from lightning_rdrop.modules.classifier import Classifier

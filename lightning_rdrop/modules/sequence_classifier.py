@@ -17,8 +17,8 @@ class SequenceClassifier(PretrainedClassifier):
             folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
         quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
         gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
-        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``encoder.layer.6``. With
-            the same name, ``rdrop_duplicate_at`` lets what is frozen run once.
+        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``encoder.layer.6``.
+            With the same name, ``rdrop_duplicate_at`` lets what is frozen run once.
         learning_rate: of AdamW; for LoRA 1e-4 and more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.arguments import non_negative, whole
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.regularizers.perturbation import Passes, unit
 from lightning_rdrop.regularizers.regularizer import Regularizer
@@ -62,9 +62,7 @@ class VAT(Regularizer):
         if xi is not None and not non_negative("xi", xi):
             raise ValueError(f"xi must be > 0, or None to fit the precision, got {xi!r}: at 0 the gradient is 0.")
         self.xi = xi
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"iterations must be an int >= 1, got {iterations!r}.")
-        self.iterations = iterations
+        self.iterations = whole("iterations", iterations)
 
     def forward(self, module: Hooks, inputs: Any, target: Any = None) -> Average:
         passes, distance = Passes(module, inputs, self.at), module.rdrop_distance

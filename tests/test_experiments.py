@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import WORDS
 
 from lightning_rdrop.cli import RDropCLI
 from lightning_rdrop.compare.command import parser
@@ -54,6 +55,14 @@ def write_images(folder):
             (folder / f"{part}-{kind}-ubyte.gz").write_bytes(raw)
 
 
+@pytest.fixture
+def deep(folder):
+    """Deep enough for those that freeze the lower layers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    return folder(transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS), **sizes)))
+
+
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_its_command_is_understood_and_its_last_variant_trains(config, tmp_path, monkeypatch, request):
     asked = command(config)
@@ -71,7 +80,7 @@ def test_its_command_is_understood_and_its_last_variant_trains(config, tmp_path,
         write_texts(tmp_path, request.getfixturevalue("bart"))
         arguments = ["--model.init_args.max_new_tokens=6"]
     elif config.stem != "diabetes":
-        write_texts(tmp_path, request.getfixturevalue("bert"))
+        write_texts(tmp_path, request.getfixturevalue("deep"))
     last = yaml.safe_dump(plan.variants[[*plan.variants][-1]])
     RDropCLI(args=["fit", "--config", last, *QUICK, *arguments])
     logged = pd.read_csv("logs/lightning_logs/version_0/metrics.csv")

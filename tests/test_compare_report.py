@@ -58,6 +58,24 @@ def test_the_table_worked_out_by_hand(tmp_path):
     assert written in (tmp_path / "report.md").read_text()
 
 
+def test_a_grid_of_two_settings_is_a_picture_too(tmp_path):
+    grid = [f"rdrop:alpha={alpha},p={p}" for alpha in (1, 4) for p in (0.1, 0.3)]
+    rows = [
+        row(name, seed, 0.5 + 0.1 * number + 0.01 * seed, val=0.5 if number == 1 else 0.4)
+        for number, name in enumerate(["plain", *grid])
+        for seed in (1, 2)
+    ]
+    report_of(plan("plain", *grid, rdrop=grid), rows).write(tmp_path)
+    assert (tmp_path / "rdrop.png").stat().st_size > 10_000
+    assert (
+        "![test/accuracy over the grid rdrop, the chosen variant framed](rdrop.png)"
+        in (tmp_path / "report.md").read_text()
+    )
+    one_axis = [name.partition(",")[0] for name in grid]
+    report_of(plan("plain", *one_axis, other=one_axis), rows).write(tmp_path)
+    assert not (tmp_path / "other.png").exists()
+
+
 def test_lower_may_be_better():
     assert "+0.0200 ± 0.0196 | worse |" in report_of(plan("plain", "rdrop", mode="min"), HAND).markdown()
 

@@ -10,6 +10,8 @@ import pytest
 import lightning_rdrop.callbacks
 import lightning_rdrop.modules
 from lightning_rdrop.cli import RDropCLI
+from lightning_rdrop.compare.command import parser
+from lightning_rdrop.compare.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "lightning_rdrop/docs"
@@ -18,6 +20,7 @@ BLOCK = re.compile(r"(?ms)^```python\n(.*?)^```$")
 COMMAND = re.compile(
     r"^(?: {4}|\| .*`)lightning-rdrop ((?:fit|validate|test|predict) (?:.*\\\n)*[^`\n]*)", re.MULTILINE
 )
+COMPARE = re.compile(r"^ {4}lightning-rdrop compare ((?:.*\\\n)*.*--out .*)$", re.MULTILINE)
 COMMANDS = [(page, command.replace("\\\n", "")) for page in PAGES for command in COMMAND.findall(page.read_text())]
 
 
@@ -45,6 +48,14 @@ def test_every_command_line_is_understood(page, command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         RDropCLI(args=[*shlex.split(command), "--print_config"])
     assert stopped.value.code in (None, 0)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if COMPARE.search(page.read_text())], ids=name)
+def test_every_comparison_is_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in COMPARE.findall(page.read_text()):
+        asked = parser().parse_args(shlex.split(command.replace("\\\n", "")))
+        assert Plan.of(asked.config, asked.variant, asked.grid, asked.seed_to).variants
 
 
 def test_it_builds_without_a_warning_and_has_every_public_name(tmp_path):

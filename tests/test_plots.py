@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 
-from lightning_rdrop.plots import curves, find_runs, read_csv
+from lightning_rdrop.plots import curves, find_runs, heat_map, read_csv
 from lightning_rdrop.plots.curves import is_plain
 
 METRICS = """step,train/ce,train/kl,train/alpha,val/accuracy
@@ -16,6 +17,16 @@ METRICS = """step,train/ce,train/kl,train/alpha,val/accuracy
 def metrics(tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     return tmp_path / "metrics.csv"
+
+
+def test_a_heat_map_has_a_cell_for_each_pair():
+    values = {("1", "0.1"): 1.0, ("4", "0.1"): 2.0, ("1", "0.3"): 3.0}  # and none for ("4", "0.3")
+    (panel,) = heat_map(values, ("alpha", "p"), "accuracy", chosen=("4", "0.1")).axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["1", "4"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0.1", "0.3"]
+    assert {text.get_position(): text.get_text() for text in panel.texts} == {(0, 0): "1", (0, 1): "2", (1, 0): "3"}
+    assert np.ma.filled(panel.images[0].get_array(), -1).tolist() == [[1, 3], [2, -1]]
+    assert panel.patches[0].get_xy() == (-0.5, 0.5)
 
 
 def test_a_panel_for_each_quantity(metrics):

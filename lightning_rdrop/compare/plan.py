@@ -121,6 +121,17 @@ class Plan:
         return Plan(variants, families, self.seed_to, earlier.equal_cost)
 
 
+def settings_of(variant: str) -> dict[str, str]:
+    """What a grid sets in one of its variants.
+
+    Example:
+        >>> settings_of("rdrop:rdrop_alpha=1,p=0.3"), settings_of("plain")
+        ({'rdrop_alpha': '1', 'p': '0.3'}, {})
+    """
+    settings = (setting.partition("=") for setting in variant.rpartition(":")[2].split(","))
+    return {key: value for key, equals, value in settings if equals}
+
+
 def _of_today(config: Config) -> Config:
     """A config of an earlier version, with the defaults of arguments that have been added since."""
     try:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_rdrop.compare.plan import settings_of
 from lightning_rdrop.compare.results import finished
 from lightning_rdrop.compare.summary import Line, Summary
-from lightning_rdrop.plots import paired_differences
+from lightning_rdrop.plots import heat_map, paired_differences
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,8 +83,9 @@ class Report:
         return "\n".join(f"- {note}" for note in notes)
 
     def write(self, folder: Path) -> None:
-        """``report.md`` and ``report.png``, beside the results."""
-        picture = ""
+        """``report.md`` and its pictures, beside the results."""
+        pictures = ""
+        plan = self.summary.plan
         if self.summary.metrics:
             lines = [line for line in self.summary.lines(self.summary.metrics[0]) if line.values]
             intervals = {line.variant: (d.mean, d.margin) for line in lines if (d := line.difference)}
@@ -94,8 +96,27 @@ class Report:
                 self.summary.reference,
             )
             figure.savefig(folder / "report.png", dpi=150)
-            picture = "\n![The values of each seed, and the differences with their intervals](report.png)\n"
-        (folder / "report.md").write_text(self.markdown() + picture)
+            pictures = "\n![The values of each seed, and the differences with their intervals](report.png)\n"
+            pictures += "".join(self._write_grid(folder, family, members) for family, members in plan.families.items())
+        (folder / "report.md").write_text(self.markdown() + pictures)
+
+    def _write_grid(self, folder: Path, family: str, members: Sequence[str]) -> str:
+        """The picture of a grid of two settings, and the line that shows it."""
+        settings = {name: settings_of(name) for name in members}
+        axes, *others = {tuple(keys) for keys in settings.values()}
+        metric, reference = self.summary.metrics[0], self.summary.reference
+        means = {line.variant: line.mean for line in self.summary.lines(metric) if line.values}
+        if others or len(axes) != 2 or not means.keys() & settings.keys():
+            return ""
+        pairs = {name: tuple(values.values()) for name, values in settings.items()}
+        figure = heat_map(
+            {pairs[name]: means[name] for name in members if name in means},
+            axes,
+            f"{metric}, mean" + (f"; {reference} {means[reference]:.4g}" if reference in means else ""),
+            pairs[self.summary.chosen(family)],
+        )
+        figure.savefig(folder / f"{family}.png", dpi=150)
+        return f"\n![{metric} over the grid {family}, the chosen variant framed]({family}.png)\n"
 
     def _header(self) -> list[str]:
         monitored = (

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_rdrop import data_views, views
-from lightning_rdrop.late_duplication import Split
+from lightning_rdrop.late_duplication import LateDuplication
 
 
 def draw(
@@ -19,18 +19,18 @@ def draw(
     examples: int,
     *,
     passes: Literal["joint", "separate"] = "joint",
-    split: Split | None = None,
+    late: LateDuplication | None = None,
 ) -> Any:
     """K predictions of the same inputs, views first, in the containers of one prediction.
 
     Args:
-        network: the module in which ``split`` names submodules.
+        network: the module whose submodules ``late`` names.
         predict: the prediction (N, ...) for some inputs.
         inputs: those of B examples; or :class:`~lightning_rdrop.Views`, of which each view has its own.
         count: K.
         examples: B.
         passes: ``"joint"`` is one pass over K * B rows, ``"separate"`` is K passes over B.
-        split: where a joint pass doubles the batch; None is at the entrance.
+        late: where a joint pass doubles the batch; None is at the entrance.
 
     Returns:
         shape (K, N, ...).
@@ -43,8 +43,8 @@ def draw(
     """
     if passes == "separate":
         return views.stack([predict(one) for one in data_views.each_view(inputs, count)])
-    if split is None:
+    if late is None:
         prediction = predict(data_views.joined(inputs, count, examples))
     else:
-        prediction = split.predict(network, predict, inputs, count)
+        prediction = late.predict(network, predict, inputs, count)
     return views.split(prediction, count, examples)

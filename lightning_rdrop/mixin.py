@@ -25,7 +25,7 @@ from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.inheritance import notice_replaced_step, require_first
-from lightning_rdrop.late_duplication import LateDuplication, Split
+from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.regularizers import Regularizer, distinct
 from lightning_rdrop.terms import Terms
@@ -372,8 +372,8 @@ class RDropMixin(Hooks):
         predict = self.rdrop_predict_with_losses
         if count > 1 and self.rdrop_passes == "joint":
             self._rdrop_part_rows(predict, inputs, examples, part)
-        split = self._rdrop_split(predict, inputs) if count > 1 else None
-        redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, split=split)
+        late = self._rdrop_late if count > 1 and self._rdrop_splits(predict, inputs) else None
+        redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, late=late)
         predictions = redraw()
         self._rdrop_watch(predictions, redraw, inputs, target, part)
         return predictions
@@ -395,10 +395,10 @@ class RDropMixin(Hooks):
     def _rdrop_part_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
         self._rdrop_guard.part_rows(self, predict, inputs, examples, part=part)
 
-    def _rdrop_split(self, predict: Any, inputs: Any) -> Split | None:
-        """Where the batch is doubled, if not at the entrance."""
+    def _rdrop_splits(self, predict: Any, inputs: Any) -> bool:
+        """Whether the batch is doubled elsewhere than at the entrance."""
         if self._rdrop_late is None:
-            return None
+            return False
         split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_modes(), partial(on_all_ranks, self))
         if split is not None and new:
             rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
@@ -408,7 +408,7 @@ class RDropMixin(Hooks):
                     "what it drops, it drops in all views alike. Double before it, or put it into eval mode.",
                     stacklevel=3,
                 )
-        return split
+        return split is not None
 
     def _rdrop_examples(self, inputs: Any, target: Any) -> int:
         """B. Separate passes take inputs whose examples cannot be told, and then the target tells."""

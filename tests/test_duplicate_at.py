@@ -1,4 +1,5 @@
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -224,6 +225,38 @@ def test_a_late_split_gives_the_loss_and_the_gradients_of_an_early_one(build, at
         torch.testing.assert_close(terms.prediction, expected.prediction)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def without_padding(batch):
+    return batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+
+
+@pytest.mark.parametrize("padded_first", [True, False])
+@pytest.mark.parametrize(("build", "at"), CASES[:9], ids=NAMES[:9])
+def test_masks_that_come_and_go(build, at, padded_first):
+    """Attention is called without a mask where nothing is padded."""
+    early, late, batch_of = pair(build, at, rdrop_guard="off")
+    for module in (early, late):
+        set_probability(module, 0.0)
+    for number, examples in enumerate((4, 5, 6, 1, 3)):
+        batch = batch_of(examples)
+        batch = batch if (number % 2 == 0) == padded_first else without_padding(batch)
+        (terms, found), (expected, wanted) = gradients(late, batch), gradients(early, batch)
+        torch.testing.assert_close(terms.loss, expected.loss)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+    (split,) = late._rdrop_late._splits.values()
+    late.rdrop_step(batch_of(4)), late.rdrop_step(without_padding(batch_of(4)))
+    assert late._rdrop_late._splits == {next(iter(late._rdrop_late._splits)): split}  # all is known
+
+
+def test_a_mask_that_comes_later_is_refused_where_ranks_share_the_weights(monkeypatch):
+    room = import_module("lightning_rdrop.late_duplication.find_split")
+    monkeypatch.setattr(room, "shares_weights", lambda network: True)
+    module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="encoder.layer.2", rdrop_guard="off")
+    module.rdrop_step(without_padding(tokens(4)))
+    with pytest.raises(ValueError, match=r"encoder\.layer\.2 is called with other tensors than on the first batch"):
+        module.rdrop_step(tokens(4))
 
 
 FROZEN = [

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop.nesting import parts_of, with_parts
+from lightning_rdrop.nesting import parts_of, tensors_of, with_parts
 
 Predict = Callable[[Any], Any]
 KeyPath = tuple[Any, ...]
@@ -20,20 +20,24 @@ Call = tuple[str, int]
 """The name of a submodule and the index of the call, counted from 0 in each forward pass."""
 
 
+class UnforeseenError(Exception):
+    """A submodule is called with tensors that were not there when the split was found, such as a mask."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Where the batch is doubled in a forward pass.
 
     Args:
         at: the submodules before which it is doubled.
-        places: the arguments (args, kwargs) to double, by submodule and index of the call: those of ``at``, and those
-            of later submodules that come from before the split.
+        places: the tensors among the arguments (args, kwargs), by submodule and index of the call, and whether each is
+            to be doubled: those of ``at``, and those of later submodules that come from before the split.
         share: the FLOPs of a forward pass relative to those of a batch doubled at the entrance (matrix products only).
         shared: a random submodule before the split, whose random numbers all views share; None if there is none.
     """
 
     at: tuple[str, ...]
-    places: Mapping[str, Mapping[int, Collection[KeyPath]]]
+    places: Mapping[str, Mapping[int, Mapping[KeyPath, bool]]]
     share: float
     shared: str | None = None
 
@@ -51,6 +55,7 @@ class Split:
 
         Raises:
             ValueError: the forward pass never reached the split.
+            UnforeseenError: a call has tensors of which the split does not know whether they carry the batch.
         """
         double, reached = Doubling(views), False
 
@@ -58,8 +63,12 @@ class Split:
             nonlocal reached
             name, index = call
             reached = reached or name in self.at
-            paths = self.places[name].get(index)
-            return double(arguments, paths) if reached and paths else arguments
+            known = self.places[name].get(index)
+            if not reached or known is None:
+                return arguments
+            if any(path not in known for path, _ in tensors_of(arguments)):
+                raise UnforeseenError
+            return double(arguments, [path for path, carries in known.items() if carries])
 
         with before_calls({name: network.get_submodule(name) for name in self.places}, change):
             prediction = predict(inputs)
@@ -69,6 +78,15 @@ class Split:
                 "doubled. Name a submodule that every forward pass calls, which LayerDrop never skips."
             )
         return prediction
+
+    def with_places_of(self, other: Split) -> Split:
+        """This split, which knows the calls of another batch as well."""
+        places = {name: dict(calls) for name, calls in self.places.items()}
+        for name, calls in other.places.items():
+            for index, known in calls.items():
+                here = places.setdefault(name, {})
+                here[index] = {**here.get(index, {}), **known}
+        return replace(self, places=places)
 
 
 class Doubling:
@@ -88,8 +106,9 @@ class Doubling:
                 self._copies[key] = value, torch.cat([value] * self._views)
             return self._copies[key][1]
         below = defaultdict(list)
-        for first, *rest in paths:
-            below[first].append(tuple(rest))
+        for path in paths:
+            if path:  # else a tensor was here in another batch
+                below[path[0]].append(path[1:])
         parts = parts_of(value) or {}
         changed = {key: self(parts[key], inner) for key, inner in below.items() if key in parts}
         return with_parts(value, parts | changed) if changed else value

@@ -11,7 +11,8 @@ from torch import nn
 from lightning_rdrop import submodules
 from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.data_views import Views
-from lightning_rdrop.late_duplication.duplicate_at import KeyPath, Predict, Split
+from lightning_rdrop.guard.rows import shares_weights
+from lightning_rdrop.late_duplication.duplicate_at import KeyPath, Predict, Split, UnforeseenError
 from lightning_rdrop.late_duplication.first_random import first_random
 from lightning_rdrop.late_duplication.trial import Trial
 from lightning_rdrop.nesting import tensors_of
@@ -73,11 +74,40 @@ class LateDuplication:
         if modes != self._modes:  # a part that was frozen or switched off may be random now
             self.forget()
             self._modes = modes
-        structure = tuple(path for path, _ in tensors_of(inputs))
+        structure = _structure(inputs)
         new = structure not in self._splits
         if new:
             self._splits[structure] = find_split(network, predict, inputs, self.views, self.at, on_all_ranks)
         return self._splits[structure], new
+
+    def predict(self, network: nn.Module, predict: Predict, inputs: Any, views: int) -> Any:
+        """The prediction by the split that has been found; it learns what is new in the calls of this batch.
+
+        A network may be called otherwise for other values, as attention is without a mask where nothing is padded.
+
+        Args:
+            network, predict, inputs, views: see :meth:`Split.predict`.
+
+        Raises:
+            ValueError: something is new where the ranks share the weights, and would have to make the same passes.
+        """
+        structure = _structure(inputs)
+        split = self._splits[structure]
+        assert split is not None
+        try:
+            return split.predict(network, predict, inputs, views)
+        except UnforeseenError:
+            if shares_weights(network):
+                raise ValueError(
+                    f"rdrop_duplicate_at: {', '.join(split.at)} is called with other tensors than on the first batch, "
+                    "such as a mask, which cannot be looked at by one rank alone where all share the weights. Let the "
+                    "first batch have them, or train without rdrop_duplicate_at."
+                ) from None
+        # of this rank alone: another one may never see such a batch
+        other = find_split(network, predict, inputs, views, split.at)
+        assert other is not None  # it is before submodules that are named
+        split = self._splits[structure] = split.with_places_of(other)
+        return split.predict(network, predict, inputs, views)
 
 
 def find_split(
@@ -128,6 +158,10 @@ def find_split(
     reached = min((index for index, (name, _) in enumerate(calls) if name in chosen), default=0)
     shared = calls[random - 1][0] if random is not None and 0 < random <= reached else None
     return replace(split, shared=shared)
+
+
+def _structure(inputs: Any) -> tuple[KeyPath, ...]:
+    return tuple(path for path, _ in tensors_of(inputs))
 
 
 def _refuse_hidden_calls(network: nn.Module) -> None:

@@ -40,7 +40,7 @@ class Trial:
 
     def split(self, at: Sequence[str]) -> Split:
         """The split before these submodules, once its prediction is found to be right."""
-        waiting, places, double = set(at), defaultdict[str, dict[int, list[KeyPath]]](dict), Doubling(self._views)
+        waiting, places, double = set(at), defaultdict[str, dict[int, dict[KeyPath, bool]]](dict), Doubling(self._views)
 
         def change(call: Call, arguments: Any) -> Any:
             name, index = call
@@ -52,7 +52,7 @@ class Trial:
             # behind the last split everything is doubled; before it, only what meets something doubled
             if not single or not (here or doubled or not waiting):
                 return arguments
-            places[name][index] = single
+            places[name][index] = {path: path in single for path, _ in tensors_of(arguments)}
             return double(arguments, single)
 
         try:

@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ except RuntimeError:  # PyPI's, beside a CPU build of torch: its compiled operat
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import pytorch_lightning as pl
+from ranks import Pair
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,28 +33,38 @@ def _reproducible():
     torch.manual_seed(0)
 
 
+def train(module, loader, callbacks=(), lightning=pl, resume=None, **trainer):
+    """Train a module on the CPU, quietly; returns the Trainer."""
+    trainer = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    } | trainer
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+        warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+        trainer = lightning.Trainer(callbacks=list(callbacks), **trainer)
+        trainer.fit(module, loader, ckpt_path=resume)
+    return trainer
+
+
 @pytest.fixture
 def fit(tmp_path):
     """Train a module on the CPU, quietly; returns the Trainer."""
+    return partial(train, default_root_dir=tmp_path)
 
-    def run(module, loader, callbacks=(), lightning=pl, resume=None, **trainer):
-        trainer = {
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": tmp_path,
-        } | trainer
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-            warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
-            trainer = lightning.Trainer(callbacks=list(callbacks), **trainer)
-            trainer.fit(module, loader, ckpt_path=resume)
-        return trainer
 
-    return run
+@pytest.fixture(scope="session")
+def pair():
+    """Two ranks, each of which runs a function, and answers with what it returns."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    pair = Pair()
+    yield pair
+    pair.stop()
 
 
 class Small(RDropMixin, pl.LightningModule):

@@ -3,20 +3,14 @@
 import csv
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 
 ROOT = Path(__file__).parents[1]
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
 
 
 def test_two_nodes_by_torchrun(tmp_path):

@@ -6,7 +6,6 @@ import json
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_strategies import pair  # noqa: F401  # a fixture
 from torch import nn
 
 from lightning_rdrop.cli import main
@@ -228,7 +227,7 @@ def shared(table, path):
     trainer.predict(classifier(), datamodule=Letters("none", predict=table, batch_size=2), return_predictions=False)
 
 
-def test_two_processes_write_one_table(pair, tmp_path):  # noqa: F811
+def test_two_processes_write_one_table(pair, tmp_path):
     rows = [{"id": str(n), "sentence": "abc"[n % 3]} for n in range(7)]  # an odd number: one rank has a row more
     pair.run(shared, write(tmp_path / "in.csv", rows), tmp_path / "out.csv", seconds=120)
     found = read(tmp_path / "out.csv")

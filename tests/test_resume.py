@@ -231,23 +231,22 @@ def test_more_epochs_leave_alpha_where_it_was(tmp_path):
         assert record.read() == alphas
 
 
-def test_another_number_of_processes(tmp_path):
+def in_parts(folder, part, step, **trainer):
     schedule = {"shape": "linear", "ramp": 0.5, "delay": 3, "peak": 12.0}  # half of 24 steps, as planned
+    checkpoint = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=step, save_top_k=-1)
+    _, record = train(folder / part, schedule, [checkpoint], loader=in_order(), **trainer)
+    return record
 
-    def checkpoint(step):
-        return pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
 
-    train(tmp_path / "one", schedule, [checkpoint(11)], loader=in_order())
-    train(
-        tmp_path / "two",
-        schedule,
-        [checkpoint(14)],
-        loader=in_order(),  # four batches a rank
-        resume=tmp_path / "step=11.ckpt",
-        strategy="ddp_spawn",
-        devices=2,
-    )
+def of_a_rank(folder):
+    """Four batches for each."""
+    in_parts(folder, "two", 14, resume=folder / "step=11.ckpt", strategy="ddp", devices=2)
+
+
+def test_another_number_of_processes(pair, tmp_path):
+    in_parts(tmp_path, "one", 11)
+    pair.run(of_a_rank, tmp_path)
     # three batches of the second epoch were done, so it has one more, and the third has four
     assert Record(tmp_path / "two").read(0) == Record(tmp_path / "two").read(1) == [8, 9, 10, 11, 12]
-    _, record = train(tmp_path / "again", schedule, loader=in_order(), resume=tmp_path / "step=14.ckpt")
+    record = in_parts(tmp_path, "again", 99, resume=tmp_path / "step=14.ckpt")
     assert record.read() == [11, 12, 12, 12, 12, 12]  # two of the third epoch's eight were done

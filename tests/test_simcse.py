@@ -1,6 +1,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import train
 from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
@@ -134,31 +135,34 @@ def weights(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-class Record(pl.Callback):
-    """The losses, and the weights in the end, a file a rank."""
-
-    def __init__(self, folder):
-        self.folder, self.losses = folder, []
+class Losses(pl.Callback):
+    def __init__(self):
+        self.losses = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(outputs["loss"].detach())
-
-    def on_train_end(self, trainer, pl_module):
-        self.weights = weights(pl_module)
-        saved = {"weights": self.weights, "losses": torch.stack(self.losses)}
-        torch.save(saved, self.folder / f"{trainer.world_size}_{trainer.global_rank}.pt")
+        self.losses.append(outputs["loss"].item())
 
 
-def test_two_ranks_are_the_joined_batch(fit, tmp_path):
-    """The steps of SGD are equal, so the gradients are that DDP averages."""
+def trained(batch_size, **trainer):
+    """The losses, and the weights in the end."""
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))  # one batch an epoch: Lightning may shuffle
-    fit(Noisy(), DataLoader(x, 8), [joined := Record(tmp_path)], max_epochs=2)
-    fit(Noisy(), DataLoader(x, 4), [Record(tmp_path)], strategy="ddp_spawn", devices=2, max_epochs=2)
-    ranks = [torch.load(tmp_path / f"2_{rank}.pt") for rank in (0, 1)]
-    torch.testing.assert_close((ranks[0]["losses"] + ranks[1]["losses"]) / 2, torch.stack(joined.losses))
+    module, record = Noisy(), Losses()
+    train(module, DataLoader(x, batch_size), [record], max_epochs=2, **trainer)
+    return record.losses, weights(module).tolist()
+
+
+def of_a_rank():
+    return trained(4, strategy="ddp", devices=2)
+
+
+def test_two_ranks_are_the_joined_batch(pair):
+    """The steps of SGD are equal, so the gradients are that DDP averages."""
+    losses, joined = trained(8)
+    (first, second), ranks = zip(*pair.run(of_a_rank), strict=True)
+    assert [sum(both) / 2 for both in zip(first, second, strict=True)] == pytest.approx(losses, rel=1e-5)
     for rank in ranks:
-        torch.testing.assert_close(rank["weights"], joined.weights)
-    assert (joined.weights - weights(Noisy())).abs().max() > 1e-2
+        assert rank == pytest.approx(joined, rel=1e-5, abs=1e-6)
+    assert (torch.tensor(joined) - weights(Noisy())).abs().max() > 1e-2
 
 
 def test_it_learns_and_logs_what_it_should(fit):
@@ -279,13 +283,17 @@ def test_a_sentence_encoder_is_scored_by_spearman(fit, folder, pooling):
     assert tested["test/spearman"] == pytest.approx(spearmanr(cosines, [5, 1, 4, 0, 3]).statistic, abs=1e-5)
 
 
-def test_two_ranks_leave_no_parameter_without_a_gradient(fit, folder):
+def encoder_of_a_rank(folder):
     from lightning_rdrop.data import SentencePairDataModule
     from lightning_rdrop.modules import SentenceEncoder
 
     data = SentencePairDataModule(str(folder / "model"), str(folder / "pairs.tsv"), pair="other", label="score")
     data.batch_size = 2
-    fit(SentenceEncoder(str(folder / "model")), data, strategy="ddp_spawn", devices=2)
+    train(SentenceEncoder(str(folder / "model")), data, strategy="ddp", devices=2)
+
+
+def test_two_ranks_leave_no_parameter_without_a_gradient(pair, folder):
+    pair.run(encoder_of_a_rank, folder)
 
 
 def test_a_pooling_that_is_none(folder):

@@ -1,10 +1,8 @@
 """Two processes on the CPU, connected by gloo, train as one does that has both their rows."""
 
 import json
-import multiprocessing
 import os
 import re
-import traceback
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 from conftest import TOKEN_IDS, ragged
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from test_launch import free_port
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial
@@ -35,63 +32,6 @@ from lightning_rdrop.metrics import (
 from lightning_rdrop.modules import CausalLM
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-
-
-class Pair:
-    """Two processes that are started once, and run one function after the other, each as a rank."""
-
-    def __init__(self):
-        self.ranks = []
-
-    def run(self, function, *arguments, seconds=240):
-        """What it returns on rank 0 and on rank 1."""
-        if not self.ranks:
-            self.start()
-        for _, connection in self.ranks:
-            connection.send((function, arguments))
-        answers = []
-        for _, connection in self.ranks:
-            if not connection.poll(seconds):
-                self.stop()
-                pytest.fail(f"a rank still waits after {seconds} s", pytrace=False)
-            answers.append(connection.recv())
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
-
-    def start(self):
-        spawn, port = multiprocessing.get_context("spawn"), free_port()
-        for rank in (0, 1):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=serve, args=(rank, port, theirs), daemon=True)
-            process.start()
-            self.ranks.append((process, ours))
-
-    def stop(self):
-        for process, _ in self.ranks:
-            process.kill()
-            process.join()
-        self.ranks = []
-
-
-def serve(rank, port, connection):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    while True:
-        function, arguments = connection.recv()
-        try:
-            connection.send(function(*arguments))
-        except Exception as error:
-            traceback.print_exc()
-            connection.send(error)
-
-
-@pytest.fixture(scope="module")
-def pair():
-    pair = Pair()
-    yield pair
-    pair.stop()
 
 
 class Noise(nn.Module):

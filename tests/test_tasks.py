@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from reference import both_ways
-from test_strategies import Noise, Pair
+from test_strategies import Noise
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -169,13 +169,8 @@ def steps():
     return {name: step(name, rank=int(os.environ["LOCAL_RANK"])) for name in TASKS}
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_ranks_are_the_one():
-    pair = Pair()
-    try:
-        both = pair.run(steps, seconds=240)
-    finally:
-        pair.stop()
+def test_two_ranks_are_the_one(pair):
+    both = pair.run(steps)
     for name in TASKS:
         weights, metrics = step(name)
         for other, others in (both[0][name], both[1][name]):

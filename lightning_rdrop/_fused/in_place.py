@@ -6,6 +6,8 @@ compiler makes one loop of them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,23 @@ _FEW_CLASSES = 512
 """Up to here log-softmax and exp are fastest; beyond, a softmax and the logarithm of its largest value are."""
 
 
+class Scratch(NamedTuple):
+    """Memory that chunks of one shape share: made anew for each of them, it would be torn into pieces."""
+
+    both: Tensor | None = None  # (2, n, C)
+    one: Tensor | None = None  # (n, C)
+    other: Tensor | None = None  # (n, C)
+
+    @classmethod
+    def like(cls, logits: Tensor) -> Scratch:
+        """That for logits (2, n, C)."""
+        return cls(torch.empty_like(logits), torch.empty_like(logits[0]), torch.empty_like(logits[0]))
+
+    def fits(self, logits: Tensor) -> bool:
+        """Whether it is there, and for logits of this shape."""
+        return self.both is not None and self.both.shape == logits.shape
+
+
 def in_place(
     logits: Tensor,
     rows: Rows,
@@ -23,6 +42,7 @@ def in_place(
     ce_weight: float | Tensor,
     kl_weight: float | Tensor,
     out: Tensor | None,
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """What some rows add to ce and kl; the gradient of ``ce_weight * ce + kl_weight * kl`` is written to ``out``.
 
@@ -33,12 +53,13 @@ def in_place(
         ce_weight: a number or a tensor ().
         kl_weight: likewise.
         out: same shape and dtype as the logits, and may be these; None where no gradient is wanted.
+        scratch: of the shape of the logits, or none.
     """
     if logits.shape[2] < _FEW_CLASSES:
-        log_probs = _blank(torch.log_softmax(logits, -1), rows.ignored)
+        log_probs = _blank(torch.log_softmax(logits, -1, out=scratch.both), rows.ignored)
         probs = torch.exp(log_probs, out=out)
     else:
-        log_probs = _blank(logits - logits.amax(-1, keepdim=True), rows.ignored)
+        log_probs = _blank(torch.sub(logits, logits.amax(-1, keepdim=True), out=scratch.both), rows.ignored)
         probs = torch.empty_like(log_probs) if out is None else out
         for shifted, prob in zip(log_probs, probs, strict=True):
             torch.softmax(shifted, -1, out=prob)
@@ -52,8 +73,8 @@ def in_place(
         weighted = log_probs if class_weight is None else log_probs * class_weight
         ce += _sum(weighted.sum(-1, keepdim=True), rows.smoothing, rows)
     # a class that neither view allows has no part in the sum
-    log_ratio = (log_p - log_q).nan_to_num_(0.0, torch.inf, -torch.inf)
-    difference = p - q
+    log_ratio = torch.sub(log_p, log_q, out=scratch.one).nan_to_num_(0.0, torch.inf, -torch.inf)
+    difference = torch.sub(p, q, out=scratch.other)
     if rows.weighted:
         log_ratio.masked_fill_(torch.as_tensor(rows.kl == 0), 0)  # however far the views of such a row are
         kl = (torch.linalg.vecdot(difference, log_ratio).unsqueeze(-1) * rows.kl).sum()

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_rdrop import _compat
 from lightning_rdrop._fused.chunk import infinite
 from lightning_rdrop._fused.compiled import compiled
-from lightning_rdrop._fused.in_place import in_place
+from lightning_rdrop._fused.in_place import Scratch, in_place
 from lightning_rdrop._fused.rows import Counted, Rows
 
 _CACHED = 2**19
@@ -62,6 +61,7 @@ class Sweep:
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.chunk, self.compile = chunk, compile
         self.parts: list[tuple[Tensor, Tensor]] = []
+        self._scratch = Scratch()
 
     def terms(self) -> tuple[Tensor, Tensor]:
         """ce and kl of the rows that were swept."""
@@ -98,17 +98,24 @@ class Sweep:
         grad_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=self.dtype) if bias is not None and wanted[2] else None
         held = self.chunk or max(_HELD if hidden.is_cpu else _STREAMED, 2 * _ROWS * len(weight))
-        for rows in _pieces(hidden.shape[1], held // (2 * len(weight))):
-            states = hidden[:, rows]
-            logits = F.linear(states, weight, bias).to(self.dtype)
+        pieces = [*_pieces(hidden.shape[1], held // (2 * len(weight)))]
+        memory = hidden.new_empty(2 * (pieces[0].stop - pieces[0].start) * len(weight))  # of all chunks, one by one
+        for rows in pieces:
+            states = hidden[:, rows].flatten(0, 1)
+            product = memory[: len(states) * len(weight)].view(len(states), len(weight))
+            if bias is None:
+                torch.mm(states, weight.T, out=product)
+            else:
+                torch.addmm(bias, states, weight.T, out=product)
+            logits = product.to(self.dtype).view(2, len(states) // 2, len(weight))
             self._logits(logits, logits if any(wanted) else None, None if logits.is_cpu else held, rows.start)
             grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[:, rows] = grad_logits @ weight
             if grad_weight is not None and self.dtype == hidden.dtype:
-                grad_weight.addmm_(grad_logits.flatten(0, 1).T, states.flatten(0, 1))
+                grad_weight.addmm_(grad_logits.flatten(0, 1).T, states)
             elif grad_weight is not None:
-                grad_weight += grad_logits.flatten(0, 1).T @ states.flatten(0, 1)
+                grad_weight += grad_logits.flatten(0, 1).T @ states
             if grad_bias is not None:
                 grad_bias += logits.sum((0, 1))
         return grad_hidden, grad_weight, grad_bias
@@ -124,7 +131,7 @@ class Sweep:
                 part, place = logits[:, rows], None if gradient is None else gradient[:, rows]
             factors = self.counted.rows.of(start + rows.start, start + rows.stop)
             found = self._compiled(part, factors, place) if is_compiled and place is not None else None
-            self.parts.append(self._eager(part, factors, place) if found is None else found)
+            self.parts.append(self._eager(part, factors, place, part is logits) if found is None else found)
 
     def _compiled(self, logits: Tensor, rows: Rows, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         out = torch.empty_like(logits) if gradient.data_ptr() == logits.data_ptr() else gradient
@@ -133,10 +140,13 @@ class Sweep:
             gradient.copy_(out)
         return found
 
-    def _eager(self, logits: Tensor, rows: Rows, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _eager(self, logits: Tensor, rows: Rows, gradient: Tensor | None, alone: bool) -> tuple[Tensor, Tensor]:
         wide = logits if logits.dtype == self.dtype else logits.to(self.dtype)
         out = gradient if wide is logits or gradient is None else wide
-        found = in_place(wide, rows, self.counted.class_weight, self.ce_weight, self.kl_weight, out)
+        if not alone and not self._scratch.fits(wide):
+            self._scratch = Scratch.like(wide)
+        scratch = Scratch() if alone else self._scratch
+        found = in_place(wide, rows, self.counted.class_weight, self.ce_weight, self.kl_weight, out, scratch)
         if out is not None and self.grad_scale is not None:
             out.mul_(self.grad_scale)
         if gradient is not None and gradient is not out:

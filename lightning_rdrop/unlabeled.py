@@ -107,11 +107,11 @@ def join(labeled: Terms, unlabeled: Terms | None, *, labeled_weight: float, weig
     loss, kl = labeled.loss, labeled_weight * labeled.kl
     extra = labeled.extra | {"unlabeled_weight": weight}
     if labeled_weight:
-        extra[f"{consistency}_labeled"] = labeled.kl
+        extra[f"{consistency}_labeled"] = labeled.kl.detach()
     if unlabeled is not None:
         loss, kl = loss + weight * unlabeled.loss, kl + weight * unlabeled.kl
-        extra[f"{consistency}_unlabeled"] = unlabeled.kl
+        extra[f"{consistency}_unlabeled"] = unlabeled.kl.detach()
         for name, term in unlabeled.extra.items():
-            own = extra.get(name, torch.zeros_like(loss))  # a loss of the model's own may come with one part only
+            own = extra.get(name, loss.new_zeros(()))  # a loss of the model's own may come with one part only
             extra |= {f"{name}_labeled": own, f"{name}_unlabeled": term, name: own + weight * term}
     return dataclasses.replace(labeled, loss=loss, kl=kl, extra=extra)

@@ -52,6 +52,7 @@ def test_the_loss_is_the_formula_on_the_captured_views(small, passes, weight, la
         expected = expected + labeled_weight * kl(labeled.unflatten(0, (2, 5)))
     torch.testing.assert_close((terms.ce, terms.kl), (ce, expected))
     torch.testing.assert_close(terms.extra["kl_unlabeled"], kl(unlabeled))
+    assert not any(getattr(value, "requires_grad", False) for value in terms.extra.values())
     torch.testing.assert_close(terms.loss, ce + 2.0 * expected)
     torch.testing.assert_close(gradients(module, terms.loss), gradients(module, ce + 2.0 * expected))
     assert terms.examples == 5

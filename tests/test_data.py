@@ -67,6 +67,25 @@ def test_batches(table):
     assert data.val_dataloader() == []
 
 
+@pytest.mark.parametrize("unlabeled", [False, True])
+def test_training_batches_of_about_one_length(table, unlabeled):
+    rows = [{"sentence": "a " * (1 + n % 8), "second": "b " * (n % 8), "label": n % 2} for n in range(64)]
+    file = table("train.json", rows)
+    others = {"unlabeled": file, "unlabeled_batch_size": 4} if unlabeled else {}
+    data = Words(train=file, val=file, pair="second", batch_size=8, group_by_length=True, **others)
+    loaders = data.train_dataloader() if unlabeled else {"labeled": data.train_dataloader()}
+    for loader in loaders.values():
+        loader.sampler.set_epoch(0)
+        first = [batch["input_ids"] for batch in loader]
+        loader.sampler.set_epoch(1)
+        second = [batch["input_ids"] for batch in loader]
+        assert all((ids > 0).all() for ids in first)  # nothing is padded
+        widths = [[ids.shape[1] for ids in epoch] for epoch in (first, second)]
+        assert sorted(widths[0]) == sorted(widths[1]) == sorted([*range(1, 9)] * (len(widths[0]) // 8))
+        assert widths[0] != widths[1]
+    assert [ids.shape[1] for ids in (batch["input_ids"] for batch in data.val_dataloader())] == [8] * 8
+
+
 def test_prediction_needs_no_labels(table):
     data = Words(predict=table("new.json", [{"sentence": "a bb"}]))
     data.setup("predict")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
@@ -112,10 +111,7 @@ class ChatDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Example]:
         examples = self.examples("train")
-        ranks = getattr(self.trainer and self.trainer.strategy, "distributed_sampler_kwargs", {})
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        groups = LengthGroups([len(one.ids) for one in examples], self.batch_size, **ranks, seed=seed)
-        return self._loader(examples, groups)
+        return self._loader(examples, LengthGroups.of(self, [len(one.ids) for one in examples], self.batch_size))
 
     def val_dataloader(self) -> DataLoader[Example] | list[Any]:
         return [] if self.tables["val"] is None else self._loader(self.examples("val"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import DistributedSampler
 
@@ -36,6 +38,12 @@ class LengthGroups(DistributedSampler[int]):
         super().__init__(range(len(lengths)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]  # it has a length
         self.lengths = torch.tensor(lengths)
         self.group = batch_size * num_replicas
+
+    @classmethod
+    def of(cls, data: pl.LightningDataModule, lengths: Sequence[int], batch_size: int) -> LengthGroups:
+        """Those of a training: for the ranks of its Trainer, in an order by the seed of ``seed_everything``."""
+        ranks = getattr(data.trainer and data.trainer.strategy, "distributed_sampler_kwargs", {})
+        return cls(lengths, batch_size, **ranks, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rdrop.data import cells
 from lightning_rdrop.data.classes import check_classes, distinct
+from lightning_rdrop.data.length_groups import LengthGroups
 from lightning_rdrop.data.read import read_table
 from lightning_rdrop.data.table import Row, Table
 from lightning_rdrop.data.tokenizer import CachedTokenizer
@@ -41,6 +42,8 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: B, the examples of a batch, before R-Drop duplicates them.
         unlabeled_batch_size: B of the unlabelled part; ``None`` is ``batch_size``.
         max_length: longer texts are truncated, in tokens.
+        group_by_length: make training batches of texts of about one length, counted in characters, which are padded
+            less; their order is random.
         num_workers: worker processes of each data loader.
 
     Raises:
@@ -74,6 +77,7 @@ class TextDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         unlabeled_batch_size: int | None = None,
         max_length: int = 128,
+        group_by_length: bool = False,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -85,6 +89,7 @@ class TextDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.unlabeled_batch_size = unlabeled_batch_size
         self.max_length = max_length
+        self.group_by_length = group_by_length
         self.num_workers = num_workers
         self._read: dict[str, Table] = {}
         self._checked: dict[str, Table] = {}
@@ -211,10 +216,17 @@ class TextDataModule(pl.LightningDataModule):
         rows = self.table(split)
         if self.num_workers and not is_overridden("encode", self, TextDataModule):
             self.remember(rows)  # or each worker would tokenize, in every epoch
+        size = self.unlabeled_batch_size or self.batch_size if split == "unlabeled" else self.batch_size
+        groups = None
+        if shuffle and self.group_by_length:
+            texts, pairs = self.columns(rows)
+            lengths = [len(text) + len(pair) for text, pair in zip(texts, pairs or [""] * len(texts), strict=True)]
+            groups = LengthGroups.of(self, lengths, size)
         return DataLoader(
             rows,  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=self.unlabeled_batch_size or self.batch_size if split == "unlabeled" else self.batch_size,
-            shuffle=shuffle,
+            batch_size=size,
+            shuffle=shuffle and groups is None,
+            sampler=groups,
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

@@ -69,7 +69,7 @@ def test_batches(table):
 
 @pytest.mark.parametrize("unlabeled", [False, True])
 def test_training_batches_of_about_one_length(table, unlabeled):
-    rows = [{"sentence": "a " * (1 + n % 8), "second": "b " * (n % 8), "label": n % 2} for n in range(64)]
+    rows = [{"sentence": "a " * (1 + n % 8), "second": "b " * (1 + n % 8), "label": n % 2} for n in range(64)]
     file = table("train.json", rows)
     others = {"unlabeled": file, "unlabeled_batch_size": 4} if unlabeled else {}
     data = Words(train=file, val=file, pair="second", batch_size=8, group_by_length=True, **others)

@@ -73,6 +73,7 @@ def test_training_batches_of_about_one_length(table, unlabeled):
     file = table("train.json", rows)
     others = {"unlabeled": file, "unlabeled_batch_size": 4} if unlabeled else {}
     data = Words(train=file, val=file, pair="second", batch_size=8, group_by_length=True, **others)
+    data.setup("fit")
     loaders = data.train_dataloader() if unlabeled else {"labeled": data.train_dataloader()}
     for loader in loaders.values():
         loader.sampler.set_epoch(0)

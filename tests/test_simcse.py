@@ -159,9 +159,9 @@ def test_two_ranks_are_the_joined_batch(pair):
     """The steps of SGD are equal, so the gradients are that DDP averages."""
     losses, joined = trained(8)
     (first, second), ranks = zip(*pair.run(of_a_rank), strict=True)
-    assert [sum(both) / 2 for both in zip(first, second, strict=True)] == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close((torch.tensor(first) + torch.tensor(second)) / 2, torch.tensor(losses))
     for rank in ranks:
-        assert rank == pytest.approx(joined, rel=1e-5, abs=1e-6)
+        torch.testing.assert_close(torch.tensor(rank), torch.tensor(joined))
     assert (torch.tensor(joined) - weights(Noisy())).abs().max() > 1e-2
 
 

@@ -57,6 +57,19 @@ def mark_rows_dynamic(*tensors: Tensor) -> None:
             mark(tensor, 0)
 
 
+def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """Add a matrix product to a total, which may be in a wider dtype than the factors.
+
+    Where torch has no such product, it is made in the dtype of the factors, and then added.
+    """
+    if total.dtype == first.dtype:
+        total.addmm_(first, second)
+    elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
+    else:
+        total += first @ second
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether it is what ``torch.compile`` makes of a module."""
     return hasattr(module, "_orig_mod")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import SupportsIndex, TypeVar
 
 from torch import Tensor
@@ -47,6 +47,31 @@ def whole(name: str, value: SupportsIndex, least: int = 1, meaning: str = "") ->
     if number < least:
         raise ValueError(f"{name} must be an int >= {least}{meaning}, got {value!r}.")
     return number
+
+
+def duration(name: str, value: int | float) -> int | float:
+    """A number of optimizer steps as an int, or a share of training as a float in [0, 1].
+
+    A whole float beyond 1, as a parser makes of ``400``, can only mean steps.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative, NaN, or neither.
+
+    Example:
+        >>> duration("ramp", 100), duration("ramp", 100.0), duration("ramp", 0.1)
+        (100, 100, 0.1)
+        >>> duration("ramp", 1.5)
+        Traceback (most recent call last):
+        ValueError: ramp must be an int >= 0, a number of optimizer steps, or a float in [0, 1], ..., got 1.5.
+    """
+    allowed = "an int >= 0, a number of optimizer steps, or a float in [0, 1], a share of training"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}.")
+    is_steps = isinstance(value, Integral) or (value > 1 and float(value).is_integer())
+    if not value >= 0 or not (is_steps or value <= 1):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+    return int(value) if is_steps else float(value)
 
 
 def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:

@@ -48,7 +48,9 @@ class Average:
             Average(total=tensor(7.), weight=tensor(2.))
         """
         if counted is None:
-            return cls(values.sum(), values.new_tensor(values.numel()), (values, values.new_ones(()).expand_as(values)))
+            return cls(
+                values.sum(), values.new_full((), values.numel()), (values, values.new_ones(()).expand_as(values))
+            )
         return cls.over(values.where(counted, 0), counted.to(values))
 
     @classmethod

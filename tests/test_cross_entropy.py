@@ -1,6 +1,7 @@
 import gc
 import math
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -722,19 +723,64 @@ def test_bad_arguments(call, error, message):
         call()
 
 
+@pytest.fixture
+def nobody_waits():
+    """A context in which waiting for the device is an error."""
+
+    @contextmanager
+    def context():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu(compile):
-    logits, target = torch.randn(2, 300, 1000, requires_grad=True), torch.randint(1000, (300,))
-    there = logits.detach().cuda().requires_grad_()
-    rdrop_cross_entropy(there, target.cuda(), 4.0, chunk=10**5, compile=compile)  # a compiler may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss = rdrop_cross_entropy(there, target.cuda(), 4.0, chunk=10**5, compile=compile).loss
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    loss.backward()
-    torch.testing.assert_close(there.grad.cpu(), gradient(composite(logits, target, 4.0), logits))
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"ignore_index": 0}, {"weight": torch.rand(1000)}], ids=lambda o: [*o]
+)
+@pytest.mark.parametrize("views", [2, 3])
+def test_on_a_gpu(options, compile, views, nobody_waits):
+    logits, target = torch.randn(views, 300, 1000, requires_grad=True), torch.randint(1000, (300,))
+    there, labels = logits.detach().cuda().requires_grad_(), target.cuda()
+    moved = {name: option.cuda() if isinstance(option, torch.Tensor) else option for name, option in options.items()}
+    moved |= {"chunk": 10**5, "compile": compile}
+    rdrop_cross_entropy(there, labels, 4.0, **moved)  # a compiler may wait
+    with nobody_waits():
+        rdrop_cross_entropy(there, labels, 4.0, **moved).loss.backward()
+    expected = rdrop_cross_entropy(logits, target, 4.0, **options).loss
+    torch.testing.assert_close(there.grad.cpu(), gradient(expected, logits), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_head_on_a_gpu(dtype, compile, nobody_waits):
+    inputs = [
+        torch.randn(2, 300, 64, dtype=dtype),
+        torch.randn(1000, 64, dtype=dtype) / 8,
+        torch.randn(1000, dtype=dtype),
+    ]
+    target = torch.randint(1000, (300,))
+    there, labels = [part.cuda().requires_grad_() for part in inputs], target.cuda()
+
+    def loss():
+        hidden, weight, bias = there
+        options = {"bias": bias, "chunk": 10**5, "compile": compile}
+        return linear_rdrop_cross_entropy(hidden, weight, labels, 4.0, **options).loss
+
+    loss()
+    with nobody_waits():
+        found = torch.autograd.grad(loss(), there)
+    wide = [part.double().requires_grad_() for part in inputs]
+    expected = torch.autograd.grad(composite(F.linear(*wide), target, 4.0), wide)
+    for one, other in zip(found, expected, strict=True):
+        error = (one.cpu() - other).norm() / other.norm()
+        assert error < (1e-4 if dtype == torch.float32 else 0.02)
 
 
 def test_the_gradient_of_alpha_alone():

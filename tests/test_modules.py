@@ -180,7 +180,9 @@ def test_warmup_and_linear_decay(fit, rows, warmup):
 
 
 def test_wrong_warmups(fit, rows):
-    with pytest.raises(ValueError, match=r"warmup must be an int, the steps, or a float in \[0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"warmup must be an int >= 0, a number of optimizer steps, or a float in \[0, 1\]"
+    ):
         Classifier(network(), 3, warmup=1.5)
     with pytest.raises(
         ValueError, match=r"warmup=0\.1 lets the learning rate fall until the end, and this training has"

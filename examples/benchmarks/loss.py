@@ -2,10 +2,11 @@
 
     python examples/benchmarks/loss.py
     python examples/benchmarks/loss.py --quick    # two minutes: times alone, with one thread, not of the largest size
+    python examples/benchmarks/loss.py --device cuda    # a larger head, in bfloat16; beside Liger's, if installed
 
 Ratios of medians to ``F.cross_entropy`` on the same 2N rows, all ways in turns in one process, and the peak of memory
-that each adds, in a process of its own. Prints the tables and on what they were measured, and writes loss.csv and
-loss.png.
+that each adds, on a CPU in a process of its own. Prints the tables and on what they were measured, and writes loss.csv
+and loss.png.
 """
 
 import argparse
@@ -27,9 +28,15 @@ from torch.nn import functional as F
 
 from lightning_rdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
+try:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # for a GPU
+except ImportError:
+    LigerFusedLinearCrossEntropyLoss = None
+
 ALPHA = 4.0
 SIZES = [(64, 15), (512, 119), (4096, 1000), (2048, 8000), (512, 32000), (2048, 32000)]
-HEAD = (2048, 512, 32000)  # N, D, C
+HEAD = {"cpu": (2048, 512, 32000), "cuda": (8192, 4096, 128256)}
+"""N, D, C. On a GPU those of a Llama, in bfloat16."""
 LEAST = 3
 """Rounds at the least, however long they take."""
 
@@ -89,6 +96,11 @@ def ours_head(hidden, weight, target):
     return linear_rdrop_cross_entropy(hidden, weight, target, ALPHA).loss
 
 
+def liger_head(hidden, weight, target):
+    """Liger's, which is plain cross-entropy."""
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden.flatten(0, 1), target.repeat(2))
+
+
 def ours_compiled_head(hidden, weight, target):
     return linear_rdrop_cross_entropy(hidden, weight, target, ALPHA, compile=True).loss
 
@@ -101,18 +113,21 @@ if shutil.which("g++"):
     HEADS["ours, compiled"] = ours_compiled_head
 if hasattr(F, "linear_cross_entropy"):
     HEADS["torch's chunked head"] = chunked_head
+if LigerFusedLinearCrossEntropyLoss is not None:
+    HEADS["Liger, plain"] = liger_head
 
 
-def arguments(size):
+def arguments(size, device):
     """Leaves and target: logits (2, N, C), or hidden states (2, N, D) and a weight (C, D)."""
     torch.manual_seed(0)
     rows, *_, classes = size
-    target = torch.randint(classes, (rows,))
-    states = torch.randn(2, rows, size[1])
+    target = torch.randint(classes, (rows,), device=device)
+    dtype = torch.bfloat16 if device == "cuda" and len(size) == 3 else torch.float32
+    states = torch.randn(2, rows, size[1], device=device, dtype=dtype)
     states[1].mul_(0.5).add_(states[0])  # in place, so that no copy raises the peak before it is measured
     if len(size) == 2:
         return [states.requires_grad_()], target
-    weight = torch.randn(classes, size[1]).div_(size[1] ** 0.5)
+    weight = torch.randn(classes, size[1], device=device, dtype=dtype).div_(size[1] ** 0.5)
     return [states.requires_grad_(), weight.requires_grad_()], target
 
 
@@ -129,17 +144,19 @@ def clocked(loss, leaves, target, calls=1):
     start = time.perf_counter()
     for _ in range(calls):
         step(loss, leaves, target)
+    if target.is_cuda:
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
 
 
-def times(size, threads, rounds, seconds):
+def times(size, device, threads, rounds, seconds):
     """The median time of a step for each way, all in turns."""
-    leaves, target = arguments(size)
+    leaves, target = arguments(size, device)
     torch.compiler.reset()  # each size as in a training that has no other
     torch.set_num_threads(threads)
     found, calls, end = {}, {}, time.monotonic() + seconds
     for name, loss in ways(size).items():
-        step(loss, leaves, target)  # warm-up, and compilation
+        clocked(loss, leaves, target)  # warm-up, and compilation
         found[name] = [clocked(loss, leaves, target)]
         calls[name] = max(1, int(5e-3 / found[name][0]))
     while len(found["plain"]) < LEAST or (len(found["plain"]) < rounds and time.monotonic() < end):
@@ -148,18 +165,22 @@ def times(size, threads, rounds, seconds):
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def peak(name, size):
+def peak(name, size, device):
     """Bytes that a step adds to what its arguments take."""
-    (states, *head), target = arguments(size)
+    (states, *head), target = arguments(size, device)
     leaves = [states, *head]
     step(ways(size)[name], [states[:, :64].detach().requires_grad_(), *head], target[:64])  # compiles as well
-    before = resident(reset=True)
+    before = resident(device, reset=True)
     step(ways(size)[name], leaves, target)
-    return resident() - before
+    return resident(device) - before
 
 
-def resident(reset=False):
+def resident(device, reset=False):
     """The largest number of bytes that this process has held, from now on after a reset where the system knows one."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
     if reset and (switch := Path("/proc/self/clear_refs")).exists():
         switch.write_text("5")
     if (status := Path("/proc/self/status")).exists():
@@ -167,18 +188,20 @@ def resident(reset=False):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peaks(size):
+def peaks(size, device):
+    if device == "cuda":
+        return {name: peak(name, size, device) for name in ways(size)}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_rdrop"])
     with context.Pool(1, maxtasksperchild=1) as pool:
-        return {name: pool.apply(peak, (name, size)) for name in ways(size)}
+        return {name: pool.apply(peak, (name, size, device)) for name in ways(size)}
 
 
-def measure(sizes, threads, rounds, seconds, memory):
+def measure(sizes, given):
     for size in sizes:
-        added = peaks(size) if memory else dict.fromkeys(ways(size), 0)
-        for count in threads:
-            found = times(size, count, rounds, seconds)
+        added = dict.fromkeys(ways(size), 0) if given.quick else peaks(size, given.device)
+        for count in given.threads:
+            found = times(size, given.device, count, given.rounds, given.seconds)
             yield [
                 {
                     "size": " x ".join(map(str, size)),
@@ -198,7 +221,7 @@ def table(sizes, title, given):
     peak = [] if given.quick else [f"peak memory, MiB: {', '.join(names)}"]
     columns = [f"{title}, threads", "plain, ms", *names[1:], *peak]
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
-    for group in measure(sizes, given.threads, given.rounds, given.seconds, not given.quick):
+    for group in measure(sizes, given):
         first = group[0]
         cells = [f"{first['size']}, {first['threads']}", f"{1e3 * first['seconds']:.3g}"]
         cells += [f"{row['ratio']:.2f}" for row in group[1:]]
@@ -208,8 +231,10 @@ def table(sizes, title, given):
     return rows
 
 
-def machine():
+def machine(device):
     """What the figures belong to."""
+    if device == "cuda":
+        return f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}"
     processor = platform.processor() or platform.machine()
     if (file := Path("/proc/cpuinfo")).exists():
         fields = dict(line.partition("\t")[::2] for line in file.read_text().splitlines())
@@ -241,7 +266,8 @@ def draw(rows, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="by default 1 and 2, on a GPU 1")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20, help="for a size, after its first few rounds")
     parser.add_argument("--quick", action="store_true", help="about two minutes")
@@ -249,9 +275,10 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.quick:
         given.threads, given.seconds, LEAST = [1], 2, 1
-    print(machine())
+    given.threads = given.threads or ([1] if given.device == "cuda" else [1, 2])
+    print(machine(given.device))
     losses = table(SIZES[:-1] if given.quick else SIZES, "N x C", given)
-    heads = table([HEAD], "head, N x D x C", given)
+    heads = table([HEAD[given.device]], "head, N x D x C", given)
     if not given.quick:
         given.folder.mkdir(parents=True, exist_ok=True)
         with open(given.folder / "loss.csv", "w", newline="") as file:

@@ -1,11 +1,12 @@
 """What a whole training step costs, doubled early or late, beside steps that are written by hand:
 
     python examples/benchmarks/step.py
+    python examples/benchmarks/step.py --device cuda
 
-Seconds of a Lightning step, median over rounds in which all ways take turns, and the peak of memory that each adds,
-in a process of its own. The ideal of a late split is plain training on twice the rows in a forward that was written for
-it: the layers before the split once and without a gradient, the others twice. Prints the tables, and writes step.csv
-and step.png.
+Seconds of a Lightning step, median over rounds in which all ways take turns, and the peak of memory that each adds, on
+a CPU in a process of its own. The ideal of a late split is plain training on twice the rows in a forward that was
+written for it: the layers before the split once and without a gradient, the others twice. Prints the tables, and writes
+step.csv and step.png.
 """
 
 import argparse
@@ -246,14 +247,17 @@ class Clock(pl.Callback):
         self.times = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
 
-def train(module, batch, steps):
+def train(module, batch, steps, device):
     """Seconds of each step, without the first ones."""
     clock = Clock()
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=device,
+        devices=1,
         max_steps=steps,
         logger=False,
         callbacks=[clock],
@@ -267,38 +271,49 @@ def train(module, batch, steps):
     return [after - before for before, after in itertools.pairwise(clock.times)][2:]
 
 
-def seconds(name, rounds, steps):
+def seconds(name, rounds, steps, device):
     """The median step of each way; in every round each way has its turn."""
     torch.manual_seed(0)
     batch = MODELS[name][1]()
     modules = {way: build() for way, build in ways(name).items()}
     for module in modules.values():
-        train(module, batch, 3)  # the guard, and the search for a split
+        train(module, batch, 3, device)  # the guard, and the search for a split
     found = {way: [] for way in modules}
     for _ in range(rounds):
         # in a random order, since whoever follows a small one has to ask for memory again
         for way in random.sample(list(modules), len(modules)):
-            found[way] += train(modules[way], batch, steps)
+            found[way] += train(modules[way], batch, steps, device)
     return {way: statistics.median(times) for way, times in found.items()}
 
 
-def peak(name, way):
+def peak(name, way, device):
     """Bytes that training adds to what module and batch take."""
     torch.set_num_threads(2)
     logging.disable(logging.INFO)
     batch, module = MODELS[name][1](), ways(name)[way]()
+    if device == "cuda":
+        module.to(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        train(module, batch, 4, device)
+        return torch.cuda.max_memory_allocated() - before
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    train(module, batch, 4)
+    train(module, batch, 4, device)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
-def measure(name, rounds, steps):
+def peaks(name, device):
+    if device == "cuda":
+        return {way: peak(name, way, device) for way in ways(name)}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers", "lightning_rdrop.modules"])
     with context.Pool(1, maxtasksperchild=1) as pool:
-        memory = {way: pool.apply(peak, (name, way)) for way in ways(name)}
-    found = seconds(name, rounds, steps)
+        return {way: pool.apply(peak, (name, way, device)) for way in ways(name)}
+
+
+def measure(name, rounds, steps, device):
+    memory, found = peaks(name, device), seconds(name, rounds, steps, device)
     doubled = found["plain, 2B rows"]
     print(f"\n| {name} | ms | of plain 2B | of its ideal | peak memory, MiB |", "|---" * 5 + "|", sep="\n")
     for way, value in found.items():
@@ -331,6 +346,7 @@ def draw(rows, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of a round, the first two of which are not counted")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -339,7 +355,7 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     random.seed(0)
     logging.disable(logging.INFO)
-    rows = [row for name in given.models for row in measure(name, given.rounds, given.steps)]
+    rows = [row for name in given.models for row in measure(name, given.rounds, given.steps, given.device)]
     given.folder.mkdir(parents=True, exist_ok=True)
     with open(given.folder / "step.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -25,14 +25,15 @@ _COMPILED = 2**20
 _FEW = 2**15
 """Below, the call of what was compiled takes more time on a CPU than eager arithmetic does."""
 
+_STREAMED, _STREAMED_COMPILED = 2**24, 2**27
+"""Those of a chunk on another device, where a call takes longer than a cache saves."""
+
 _HELD = 2**22
-"""Logits that the head holds at once on a CPU: 16 MiB of float32."""
+"""Logits that the head holds at once: 16 MiB of float32, or more, so that there are as many rows as below."""
 
-_ROWS = 64
-"""Rows of a view that it holds at the least: with fewer, reading its weight takes longer than the matrix product."""
-
-_STREAMED = 2**24
-"""Each of them on another device: 64 MiB of float32."""
+_ROWS, _STREAMED_ROWS = 64, 1024
+"""Rows of a view that it holds at the least, on a CPU and elsewhere: with fewer, reading its weight and adding to the
+gradient of that takes longer than the matrix products."""
 
 
 class Sweep:
@@ -75,8 +76,9 @@ class Sweep:
     @cached_property
     def _scaled_weights(self) -> tuple[Tensor, Tensor]:
         """Those of ce and kl in the gradient that is written, as tensors: a number would be a graph of its own."""
+        like = self.counted.n_labels
         ce_weight, kl_weight = (
-            torch.as_tensor(weight, dtype=self.dtype, device=self.counted.n_labels.device)
+            weight.to(like) if isinstance(weight, Tensor) else torch.full_like(like, weight)  # without a copy to it
             for weight in (self.ce_weight, self.kl_weight)
         )
         scale = self.grad_scale
@@ -97,48 +99,47 @@ class Sweep:
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=self.dtype) if bias is not None and wanted[2] else None
-        held = self.chunk or max(_HELD if hidden.is_cpu else _STREAMED, 2 * _ROWS * len(weight))
+        least = _ROWS if hidden.is_cpu else _STREAMED_ROWS
+        held = self.chunk or max(_HELD, 2 * least * len(weight))
         pieces = [*_pieces(hidden.shape[1], held // (2 * len(weight)))]
-        memory = hidden.new_empty(2 * (pieces[0].stop - pieces[0].start) * len(weight))  # of all chunks, one by one
+        # of all chunks, one by one; a gradient that is compiled is not written over the logits
+        memory = hidden.new_empty(2 * (pieces[0].stop - pieces[0].start) * len(weight))
+        place = torch.empty_like(memory) if self.compile else memory
         for rows in pieces:
             states = hidden[:, rows].flatten(0, 1)
-            product = memory[: len(states) * len(weight)].view(len(states), len(weight))
+            product, slopes = (
+                part[: len(states) * len(weight)].view(len(states), len(weight)) for part in (memory, place)
+            )
             if bias is None:
                 torch.mm(states, weight.T, out=product)
             else:
                 torch.addmm(bias, states, weight.T, out=product)
-            logits = product.to(self.dtype).view(2, len(states) // 2, len(weight))
-            self._logits(logits, logits if any(wanted) else None, None if logits.is_cpu else held, rows.start)
-            grad_logits = logits.to(hidden.dtype)
+            logits, gradient = (part.view(2, len(states) // 2, len(weight)) for part in (product, slopes))
+            self._logits(logits, gradient if any(wanted) else None, None, rows.start)
             if grad_hidden is not None:
-                grad_hidden[:, rows] = grad_logits @ weight
-            if grad_weight is not None and self.dtype == hidden.dtype:
-                grad_weight.addmm_(grad_logits.flatten(0, 1).T, states)
-            elif grad_weight is not None:
-                grad_weight += grad_logits.flatten(0, 1).T @ states
+                grad_hidden[:, rows] = gradient @ weight
+            if grad_weight is not None:
+                _compat.add_product(grad_weight, slopes.T, states)
             if grad_bias is not None:
-                grad_bias += logits.sum((0, 1))
+                grad_bias += slopes.sum(0, dtype=self.dtype)
         return grad_hidden, grad_weight, grad_bias
 
     def _logits(self, logits: Tensor, gradient: Tensor | None, chunk: int | None, start: int = 0) -> None:
-        """The logits (2, n, C) of the rows from ``start`` on, in chunks; the gradient may take their place."""
+        """The logits (2, n, C) of the rows from ``start`` on, in chunks; eagerly, the gradient may take their place."""
         is_compiled = self.compile and gradient is not None and not (logits.is_cpu and logits.numel() < _FEW)
-        if chunk is None:
-            chunk = _STREAMED if not logits.is_cpu else _COMPILED if is_compiled else _CACHED
+        if chunk is None and logits.is_cpu:
+            chunk = _COMPILED if is_compiled else _CACHED
+        elif chunk is None:
+            chunk = _STREAMED_COMPILED if is_compiled else _STREAMED
         for rows in _pieces(logits.shape[1], chunk // (2 * logits.shape[2])):
             part, place = logits, gradient
             if rows.stop < logits.shape[1] or rows.start:
                 part, place = logits[:, rows], None if gradient is None else gradient[:, rows]
             factors = self.counted.rows.of(start + rows.start, start + rows.stop)
-            found = self._compiled(part, factors, place) if is_compiled and place is not None else None
+            found = None
+            if is_compiled and place is not None:
+                found = compiled(part, factors, self.counted.class_weight, *self._scaled_weights, place)
             self.parts.append(self._eager(part, factors, place, part is logits) if found is None else found)
-
-    def _compiled(self, logits: Tensor, rows: Rows, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
-        out = torch.empty_like(logits) if gradient.data_ptr() == logits.data_ptr() else gradient
-        found = compiled(logits, rows, self.counted.class_weight, *self._scaled_weights, out)
-        if found is not None and out is not gradient:
-            gradient.copy_(out)
-        return found
 
     def _eager(self, logits: Tensor, rows: Rows, gradient: Tensor | None, alone: bool) -> tuple[Tensor, Tensor]:
         wide = logits if logits.dtype == self.dtype else logits.to(self.dtype)

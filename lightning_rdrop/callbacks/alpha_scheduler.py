@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.arguments import duration, non_negative
 from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
 from lightning_rdrop.callbacks._training_length import planned_steps
 from lightning_rdrop.schedule import SHAPES, cyclical
@@ -63,8 +62,8 @@ class AlphaScheduler(ModuleValue):
         if not callable(shape) and shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a function of progress, got {shape!r}.")
         self.shape = shape
-        self.ramp = _check_duration("ramp", ramp)
-        self.delay = _check_duration("delay", delay)
+        self.ramp = duration("ramp", ramp)
+        self.delay = duration("delay", delay)
         self.peak = None if peak is None else non_negative("peak", peak)
         self._training_steps: int | None = None
 
@@ -145,16 +144,3 @@ class AlphaScheduler(ModuleValue):
     def __repr__(self) -> str:
         arguments = f"shape={self.shape!r}, ramp={self.ramp}, delay={self.delay}, peak={self.peak}"
         return f"{type(self).__name__}({arguments})"
-
-
-def _check_duration(name: str, duration: int | float) -> int | float:
-    if isinstance(duration, bool) or not isinstance(duration, Real):
-        raise TypeError(f"{name} must be an int (optimizer steps) or a float (a share of training), got {duration!r}.")
-    if duration < 0 or not (isinstance(duration, Integral) or duration <= 1):
-        raise ValueError(
-            f"{name} must be an int >= 0, a number of optimizer steps, or a float in [0, 1], a share of training; "
-            f"got {duration!r}. For {duration:g} steps write an int."
-            if duration > 1
-            else f"{name} must not be negative or NaN, got {duration!r}."
-        )
-    return int(duration) if isinstance(duration, Integral) else float(duration)

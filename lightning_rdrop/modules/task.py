@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_rdrop import views
-from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.arguments import duration
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
@@ -75,7 +75,7 @@ class Task(RDropMixin, pl.LightningModule):
         self.register_module("network", network)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.warmup = None if warmup is None else _checked_warmup(warmup)
+        self.warmup = None if warmup is None else duration("warmup", warmup)
         self.mc_passes = mc_passes
         if metrics is not None:
             self.set_metrics(metrics)
@@ -170,13 +170,6 @@ def warmup_and_decay(step: int, rise: float, steps: int) -> float:
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     return step / rise if step < rise else max(0.0, steps - step) / max(1.0, steps - rise)
-
-
-def _checked_warmup(warmup: int | float) -> int | float:
-    non_negative("warmup", warmup)
-    if isinstance(warmup, float) and warmup > 1:
-        raise ValueError(f"warmup must be an int, the steps, or a float in [0, 1], a share of training, got {warmup}.")
-    return warmup
 
 
 def one_each(prediction: Any, owner: str) -> list[dict[str, Any]]:

@@ -179,6 +179,11 @@ def test_warmup_and_linear_decay(fit, rows, warmup):
     assert rates.seen == pytest.approx([0, 0.2, 0.4, 0.3, 0.2, 0.1])  # and 0 after the sixth step
 
 
+def test_whole_warmups_are_steps():
+    """A parser that has met ``float | int | None`` before makes 400.0 of 400 here: typing takes both for the same."""
+    assert Classifier(network(), 3, warmup=400.0).warmup == 400
+
+
 def test_wrong_warmups(fit, rows):
     with pytest.raises(
         ValueError, match=r"warmup must be an int >= 0, a number of optimizer steps, or a float in \[0, 1\]"

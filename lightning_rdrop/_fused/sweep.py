@@ -102,26 +102,23 @@ class Sweep:
         least = _ROWS if hidden.is_cpu else _STREAMED_ROWS
         held = self.chunk or max(_HELD, 2 * least * len(weight))
         pieces = [*_pieces(hidden.shape[1], held // (2 * len(weight)))]
-        # of all chunks, one by one; a gradient that is compiled is not written over the logits
-        memory = hidden.new_empty(2 * (pieces[0].stop - pieces[0].start) * len(weight))
-        place = torch.empty_like(memory) if self.compile else memory
+        memory = hidden.new_empty(2 * (pieces[0].stop - pieces[0].start), len(weight))  # of all chunks, one by one
+        place = torch.empty_like(memory) if self.compile else memory  # what is compiled is not written over the logits
         for rows in pieces:
             states = hidden[:, rows].flatten(0, 1)
-            product, slopes = (
-                part[: len(states) * len(weight)].view(len(states), len(weight)) for part in (memory, place)
-            )
+            logits, gradient = memory[: len(states)], place[: len(states)]
             if bias is None:
-                torch.mm(states, weight.T, out=product)
+                torch.mm(states, weight.T, out=logits)
             else:
-                torch.addmm(bias, states, weight.T, out=product)
-            logits, gradient = (part.view(2, len(states) // 2, len(weight)) for part in (product, slopes))
-            self._logits(logits, gradient if any(wanted) else None, None, rows.start)
+                torch.addmm(bias, states, weight.T, out=logits)
+            views, slopes = (part.view(2, len(states) // 2, len(weight)) for part in (logits, gradient))
+            self._logits(views, slopes if any(wanted) else None, None, rows.start)
             if grad_hidden is not None:
-                grad_hidden[:, rows] = gradient @ weight
+                grad_hidden[:, rows] = slopes @ weight
             if grad_weight is not None:
-                _compat.add_product(grad_weight, slopes.T, states)
+                _compat.add_product(grad_weight, gradient.T, states)
             if grad_bias is not None:
-                grad_bias += slopes.sum(0, dtype=self.dtype)
+                grad_bias += gradient.sum(0, dtype=self.dtype)
         return grad_hidden, grad_weight, grad_bias
 
     def _logits(self, logits: Tensor, gradient: Tensor | None, chunk: int | None, start: int = 0) -> None:

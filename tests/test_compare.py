@@ -101,7 +101,7 @@ def folder(tmp_path_factory):
 def start(folder, *arguments, deaf=False, **environment):
     """The command, with SIGINT ignored as by what a shell starts in the background, if it is deaf."""
     repository = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": repository, "COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         [sys.executable, "-m", "lightning_rdrop", "compare", *arguments],
         cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from lightning_rdrop import linear_rdrop_cross_entropy, rdrop_cross_entropy
 
 try:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # for a GPU
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 except ImportError:
     LigerFusedLinearCrossEntropyLoss = None
 
@@ -113,7 +113,7 @@ if shutil.which("g++"):
     HEADS["ours, compiled"] = ours_compiled_head
 if hasattr(F, "linear_cross_entropy"):
     HEADS["torch's chunked head"] = chunked_head
-if LigerFusedLinearCrossEntropyLoss is not None:
+if LigerFusedLinearCrossEntropyLoss is not None and torch.cuda.is_available():
     HEADS["Liger, plain"] = liger_head
 
 

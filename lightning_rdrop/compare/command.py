@@ -135,6 +135,8 @@ def report_on(folder: Path) -> None:
     if plan is None:
         raise ValueError(f"--report {folder}: there is no comparison.yaml in it, which every comparison begins with.")
     report, console = Report(Summary(plan, Results(folder / "results.csv").rows)), Console()
+    if not console.is_terminal:  # a file has no width, and rich takes it for 80 columns
+        console.width = max(console.width, 200)
     report.write(folder)
     console.print(report.table())
     console.print(report.notes(), highlight=False)

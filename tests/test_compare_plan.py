@@ -84,7 +84,8 @@ def test_grids_make_variants_of_the_base_and_of_variants(folder):
         (["--variant", "x=", "--variant", "x="], "two of the name x"),
         (["--variant", "x=", "--seed-to", "model.rdrop_vews"], "--seed-to .* Did you mean rdrop_views?"),
         (["--grid", "model.rdrop_alhpa=1,2"], "--grid .* Did you mean rdrop_alpha?"),
-        (["--grid", "model.rdrop_alpha=1"], "two or more different values"),
+        (["--grid", "model.rdrop_alpha="], "with different values"),
+        (["--grid", "model.rdrop_alpha=1,1"], "with different values"),
         (["--variant", "x=", "--grid", "y:model.rdrop_alpha=1,2"], "there is no variant y among x"),
         (["--variant", "x=--callbacks.best=null", "--grid", "x:model.rdrop_alpha=1,2"], "chooses on validation"),
         (["--variant", "x=", "--equal-cost"], "give a variant besides the reference: none"),
@@ -127,6 +128,13 @@ def test_variants_are_added_to_those_of_an_earlier_command(folder):
     assert {*later.variants} == {"plain", "more", "rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
     assert {*later.families["grid"]} == {"rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
     assert next(iter(planned("plain=plain.yaml", "more=many.yaml").continues(earlier).families)) == "plain"
+
+
+def test_a_part_of_a_grid_goes_on(folder):
+    earlier = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=1,4"])
+    later = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=4"])
+    assert [*later.variants] == ["plain", "rdrop:rdrop_alpha=4"]
+    assert sorted(later.continues(earlier).families["rdrop"]) == sorted(earlier.families["rdrop"])
 
 
 def test_a_report_needs_a_comparison(folder, capsys):

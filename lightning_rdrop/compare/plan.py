@@ -155,8 +155,8 @@ def _axis(grid: str, variants: dict[str, str]) -> tuple[str, list[tuple[str, str
     left, _, values = grid.partition("=")
     name, colon, key = left.rpartition(":")
     settings = [(key, value) for value in values.split(",") if value]
-    if not key or len(set(settings)) < 2 or len(set(settings)) < len(settings):
-        raise ValueError(f"--grid {grid}: write KEY=VALUE,VALUE, with two or more different values.")
+    if not key or not settings or len(set(settings)) < len(settings):
+        raise ValueError(f"--grid {grid}: write KEY=VALUE,VALUE, with different values.")
     if colon and name not in variants:
         raise ValueError(f"--grid {grid}: there is no variant {name} among {', '.join(variants)}.")
     return name or _GRID, settings

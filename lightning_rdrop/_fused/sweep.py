@@ -78,7 +78,7 @@ class Sweep:
         """Those of ce and kl in the gradient that is written, as tensors: a number would be a graph of its own."""
         like = self.counted.n_labels
         ce_weight, kl_weight = (
-            weight.to(like) if isinstance(weight, Tensor) else torch.full_like(like, weight)  # without a copy to it
+            weight.to(like) if isinstance(weight, Tensor) else torch.full_like(like, weight)  # no copy to the device
             for weight in (self.ce_weight, self.kl_weight)
         )
         scale = self.grad_scale

@@ -134,6 +134,7 @@ def translation(folder: Path, size: int, layers: int, width: int) -> None:
         vocab_size=len(tokenizer), d_model=width, encoder_layers=layers, decoder_layers=layers,
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
         max_position_embeddings=64, dropout=0.1, decoder_start_token_id=2, forced_eos_token_id=None, **IDS,
+        init_std=width**-0.5,  # BART's own, 0.02, is for a width of 1,024
     )  # fmt: skip
     write("translation", BartForConditionalGeneration(config), tokenizer, tables)
 

@@ -17,7 +17,8 @@ class DropoutProbability(Callback):
     """Sets the probability of every dropout in the module for training, and restores the earlier ones afterwards.
 
     Su used more dropout for R-Drop than pretrained models come with, 0.3. A small model, or one that is trained
-    briefly, may learn less with it, so compare both on validation data. DropPath and LayerDrop are left alone; see
+    briefly, may learn less with it, so compare both on validation data. Those of 0 are set as well, such as the
+    attention and activation dropout of a BART. DropPath and LayerDrop are left alone; see
     :func:`lightning_rdrop.dropout.set_probability`.
 
     Args:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import TOKEN_IDS, texts, trained_on
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_rdrop import RDropLoss
 from lightning_rdrop.modules import Seq2Seq
@@ -35,6 +36,21 @@ def test_seq2seq_generates_and_scores(fit, bart, characters, tmp_path):
     module.trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = Seq2Seq.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     torch.testing.assert_close(again.state_dict(), module.state_dict())
+
+
+def test_a_frozen_encoder_runs_once(fit, bart):
+    module = Seq2Seq(bart, [], frozen_below="model.decoder", rdrop_duplicate_at="auto")
+    model = module.network.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = {}
+    for name in ("encoder", "decoder"):
+        getattr(model, name).register_forward_hook(lambda part, x, y, name=name: rows.update({name: len(y[0])}))
+    trainer = fit(module, DataLoader([texts()] * 3, batch_size=None))
+    assert trainer.callback_metrics["train/kl"] > 0
+    assert rows == {"encoder": 4, "decoder": 8}
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("decoder.") for name in changed)
 
 
 def test_seq2seq_scores_are_those_of_the_generated_text(fit, bart):

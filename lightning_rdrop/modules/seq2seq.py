@@ -51,6 +51,8 @@ class Seq2Seq(LanguageModel):
             folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
         quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
         gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
+        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``model.decoder``
+            for the encoder of a BART, and its embeddings, which it shares with the decoder. Not with ``peft``.
         learning_rate: of AdamW; for LoRA 1e-4 and more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
@@ -78,6 +80,7 @@ class Seq2Seq(LanguageModel):
         peft: dict[str, Any] | None = None,
         quantization: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        frozen_below: str | None = None,
         learning_rate: float = 2e-5,
         **kwargs: Any,
     ) -> None:
@@ -99,6 +102,7 @@ class Seq2Seq(LanguageModel):
             peft=peft,
             quantization=quantization,
             gradient_checkpointing=gradient_checkpointing,
+            frozen_below=frozen_below,
         )
         super().__init__(
             network, metrics, rdrop_distance=distance, fused_head=fused_head, learning_rate=learning_rate, **kwargs

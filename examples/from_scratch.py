@@ -149,6 +149,7 @@ def titles(folder: Path, encoder: Path) -> None:
     known = rows("dev")
     model = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder, encoder, tie_encoder_decoder=False)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer.backend_tokenizer.decoder = Metaspace()  # an encoder's own may leave its marks in generated texts
     model.config.decoder_start_token_id = tokenizer.bos_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id

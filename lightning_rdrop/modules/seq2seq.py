@@ -17,6 +17,10 @@ from lightning_rdrop.modules._pretrained import load
 from lightning_rdrop.transforms import RandomReplacement
 
 
+def characters_of(text: str) -> list[str]:
+    return list("".join(text.split()))
+
+
 class RougeL(ROUGEScore):
     """The F-measure of ROUGE-L as a single number, which Lightning can log."""
 
@@ -38,7 +42,8 @@ class Seq2Seq(LanguageModel):
         pretrained: name or folder of the model, whose dropout is switched on, and of its tokenizer.
         scores: any of ``"sacrebleu"``, ``"chrf"`` and ``"rouge"`` (ROUGE-L), each in [0, 1]. ``None`` is sacreBLEU;
             with an empty list nothing is generated, which makes validation fast.
-        characters: score characters instead of words, as for Chinese.
+        characters: score characters instead of words, as for Chinese. Spaces do not count: many tokenizers of
+            Chinese put them between all tokens.
         label_smoothing: of the cross-entropy.
         random_replacement: the probability that an input token of the decoder is replaced in training, in half of the
             texts; see :class:`~lightning_rdrop.transforms.RandomReplacement`. Its author uses 0.3.
@@ -85,7 +90,7 @@ class Seq2Seq(LanguageModel):
         **kwargs: Any,
     ) -> None:
         # ROUGE's default normalizer removes everything but letters a to z and digits
-        split: dict[str, Any] = {"normalizer": str, "tokenizer": list} if characters else {}
+        split: dict[str, Any] = {"normalizer": str, "tokenizer": characters_of} if characters else {}
         known: dict[str, Callable[[], Metric]] = {
             "sacrebleu": lambda: SacreBLEUScore(tokenize="char" if characters else "13a"),
             "chrf": lambda: CHRFScore(n_word_order=0 if characters else 2),

@@ -91,7 +91,6 @@ def test_its_command_is_understood_and_its_last_variant_trains(config, tmp_path,
         arguments = ["--model.init_args.max_new_tokens=6"]
     elif config.stem == "titles":
         write_titles(request.getfixturevalue("deep"))
-        arguments = ["--model.init_args.max_new_tokens=6"]
     elif config.stem != "diabetes":
         write_texts(tmp_path, request.getfixturevalue("deep"))
     last = yaml.safe_dump(plan.variants[[*plan.variants][-1]])

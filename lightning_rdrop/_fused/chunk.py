@@ -26,8 +26,8 @@ class Normalizer(NamedTuple):
     total: Tensor  # (n, 1)
 
 
-class Views(NamedTuple):
-    """Two views of n rows, (n, C) each."""
+class Pair(NamedTuple):
+    """The probabilities of two views of n rows, (n, C) each."""
 
     p: Tensor
     q: Tensor
@@ -40,12 +40,12 @@ def blanked(logits: Tensor, factors: Factors) -> Tensor:
     return logits if factors.ignored is None else torch.where(factors.ignored, 0, logits)
 
 
-def normalized(first: Tensor, second: Tensor) -> tuple[Views, Normalizer, Normalizer]:
+def normalized(first: Tensor, second: Tensor) -> tuple[Pair, Normalizer, Normalizer]:
     """Two views of blanked logits (n, C), and their normalizers. Each exponential is made once."""
     peaks = first.amax(-1, keepdim=True), second.amax(-1, keepdim=True)
     powers = (first - peaks[0]).exp(), (second - peaks[1]).exp()
     one, other = (Normalizer(peak, power.sum(-1, keepdim=True)) for peak, power in zip(peaks, powers, strict=True))
-    return Views(powers[0] / one.total, powers[1] / other.total, _log_ratio(first, second, one, other)), one, other
+    return Pair(powers[0] / one.total, powers[1] / other.total, _log_ratio(first, second, one, other)), one, other
 
 
 def normalizer(logits: Tensor) -> Normalizer:
@@ -54,18 +54,18 @@ def normalizer(logits: Tensor) -> Normalizer:
     return Normalizer(peak, (logits - peak).exp().sum(-1, keepdim=True))
 
 
-def normalized_by(first: Tensor, second: Tensor, one: Normalizer, other: Normalizer) -> Views:
+def normalized_by(first: Tensor, second: Tensor, one: Normalizer, other: Normalizer) -> Pair:
     """Two views of blanked logits (n, C), whose normalizers are known.
 
     An exponential that is used twice would be stored, which in a graph of all rows takes as much memory as the logits:
     so those here are others than those of :func:`normalizer`.
     """
     p, q = ((z - n.peak - n.total.log()).exp() for z, n in ((first, one), (second, other)))
-    return Views(p, q, _log_ratio(first, second, one, other))
+    return Pair(p, q, _log_ratio(first, second, one, other))
 
 
 def terms_of(
-    first: Tensor, second: Tensor, views: Views, one: Normalizer, other: Normalizer, factors: Factors
+    first: Tensor, second: Tensor, views: Pair, one: Normalizer, other: Normalizer, factors: Factors
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What some rows add to ce and kl, and the means of the log-ratio under p and under q, (n, 1) each.
 
@@ -94,7 +94,7 @@ def infinite(ce: Tensor, kl: Tensor) -> Tensor:
 
 
 def gradient_of(
-    views: Views, first_mean: Tensor, second_mean: Tensor, factors: Factors, ce_weight: Tensor, kl_weight: Tensor
+    views: Pair, first_mean: Tensor, second_mean: Tensor, factors: Factors, ce_weight: Tensor, kl_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients (n, C) of ``ce_weight * ce + kl_weight * kl`` for the logits of both views.
 

@@ -115,6 +115,25 @@ def test_fit_from_another_folder_trains_tests_and_draws(folder, run_here):
         assert subcommand == "predict" or "accuracy" in printed
 
 
+def test_the_command_line_goes_before_a_checkpoint_and_that_before_a_config(here, caplog):
+    fit = ["fit", "--config", "experiment.yaml", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    trained = RDropCLI(args=[*fit, "--model.rdrop_alpha=1", "--model.rdrop_views", "3"])
+    given = ["--ckpt_path", trained.trainer.checkpoint_callback.best_model_path, "--callbacks.curves=null"]
+    cli = RDropCLI(args=["predict", *fit[1:], *given, "--model.init_args.rdrop_views=2", "--model.mc_passes", "5"])
+    assert (cli.model.mc_passes, cli.model.rdrop_views, cli.model.rdrop_alpha) == (5, 2, 1.0)
+    assert "--model.rdrop_views=2 takes the place of the checkpoint's 3" in caplog.text
+
+
+def test_a_model_of_ones_own_takes_the_command_line_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    heads = ["--model.rdrop_distance.kind=Categorical", "--model.rdrop_distance.size=Gaussian"]
+    quiet = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false", *heads]
+    RDropCLI(TwoHeads, KindsAndSizes, args=["fit", *quiet, "--model.rdrop_alpha=1"])
+    (checkpoint,) = tmp_path.glob("checkpoints/*.ckpt")
+    again = ["--ckpt_path", str(checkpoint), "--model.rdrop_alpha=3", "--trainer.max_epochs=2"]
+    assert RDropCLI(TwoHeads, KindsAndSizes, args=["fit", *quiet, *again]).model.rdrop_alpha == 3.0
+
+
 def test_plot_draws_runs_over_each_other(tmp_path, capsys, monkeypatch):
     for name, kl in (("plain", 0.0), ("rdrop", 0.1)):
         (tmp_path / name).mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,9 @@ class RDropCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         self.given = self.config.clone()  # a checkpoint's own arguments are going to replace the model's
+        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        named = (word.removeprefix("--model.").removeprefix("init_args.") for word in words if word[:8] == "--model.")
+        self.on_command_line = {re.split(r"[.=+]", word)[0] for word in named}
 
     def before_instantiate_classes(self) -> None:
         """Find what is wrong with a checkpoint before anything is loaded."""
@@ -90,6 +95,17 @@ class RDropCLI(LightningCLI):
             later = "pretrained" in arguments and name in arguments and now is None
             if later and self.config.get(f"{self.subcommand}.optimizer"):
                 raise ValueError(f"--optimizer is made before the data tell {name}: give --model.{name} as well.")
+        self._prefer_command_line()
+
+    def _prefer_command_line(self) -> None:
+        """Arguments of the model on the command line go before those of a checkpoint, which go before a config's."""
+        model = f"{self.subcommand}.model"
+        key = f"{model}.init_args" if f"{model}.init_args" in self.given else model
+        for name in sorted(self.on_command_line):
+            given, now = (config.get(f"{key}.{name}") for config in (self.given, self.config))
+            if f"{key}.{name}" in self.given and given != now:
+                self.config[f"{key}.{name}"] = given
+                rank_zero_info(f"--model.{name}={given} takes the place of the checkpoint's {now}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer.callbacks") or []

@@ -135,6 +135,7 @@ def refuse_embeddings(what: str, module: RDropMixin) -> None:
 def _summary(distance: Distance, predictions: Any) -> Any:
     if isinstance(distance, Together):
         return {name: _summary(distance.part(name), predictions[name]) for name in distance.weights}
+    distance = distance.reader
     merged, passes, rows = views.merge(predictions), len(predictions), len(predictions[0])
     expected: Tensor = views.split(distance.expectation(merged), passes, rows)
     mean, std = expected.mean(0), expected.std(0)

@@ -77,6 +77,11 @@ class Distance(Described, Predictive):
         """The distance of one of several predictions; see :class:`~lightning_rdrop.Together`."""
         raise KeyError(name)
 
+    @property
+    def reader(self) -> Distance:
+        """What reads a prediction and the :meth:`truth` of a target: the distance itself, or the one that it wraps."""
+        return self
+
     def truth(self, target: Any) -> Any:
         """The part of a target that a metric compares with predictions: all of it, unless a weight comes with it."""
         return target

@@ -40,6 +40,10 @@ class Wrapped(Distance):
         """That of the distance within, if it has one."""
         return self.distance.ignore_index
 
+    @property
+    def reader(self) -> Distance:
+        return self.distance.reader
+
     def truth(self, target: Any) -> Any:
         return self.distance.truth(self.pair(target)[0])
 

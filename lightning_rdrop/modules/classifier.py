@@ -16,8 +16,8 @@ from lightning_rdrop.predict import MCPrediction
 class Classifier(ClassTask):
     """Classification of examples, or of tokens, with any network that returns logits.
 
-    Validation and test log the cross-entropy, the accuracy, the macro F1 and Matthews' correlation over the rows whose
-    target is not -100; prediction returns class probabilities.
+    Validation and test log the cross-entropy, the accuracy, the macro F1 and Matthews' correlation over the rows
+    that the distance counts, -100 left out by default; prediction returns class probabilities.
 
     Args:
         network: returns logits (N, ..., C) for the inputs of a batch.
@@ -48,12 +48,20 @@ class Classifier(ClassTask):
         )
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
+        distance = self.rdrop_distance.reader
+        if distance.reads("log_probabilities", "target_class"):
+            counted, target = distance.counted(prediction, target), distance.target_class(prediction, target)
+            target = target if counted is None else target.where(counted, -100)
+            prediction = distance.log_probabilities(prediction)
         metrics.update(prediction.flatten(0, -2), target.flatten())
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
-        """Class probabilities, (N, ..., C); an ``MCPrediction`` with ``mc_passes``."""
+        """Class probabilities, in the layout of the logits; an ``MCPrediction`` with ``mc_passes``."""
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
-        return prediction if isinstance(prediction, MCPrediction) else log_probabilities(prediction).exp()
+        if isinstance(prediction, MCPrediction):
+            return prediction
+        reader = self.rdrop_distance.reader
+        return reader.expectation(prediction) if reader.reads("expectation") else log_probabilities(prediction).exp()
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
         names = self.classes or [str(index) for index in range(prediction.shape[-1])]

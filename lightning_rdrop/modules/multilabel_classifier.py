@@ -50,11 +50,16 @@ class MultilabelClassifier(ClassTask):
 
     def metrics_of(self, count: int) -> MetricCollection:
         return MetricCollection(
-            {"accuracy": MultilabelAccuracy(count, average="micro"), "f1": MultilabelF1Score(count)}
+            {
+                "accuracy": MultilabelAccuracy(count, average="micro", ignore_index=-100),
+                "f1": MultilabelF1Score(count, ignore_index=-100),
+            }
         )
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
-        metrics.update(prediction.sigmoid(), target.long())
+        distance = self.rdrop_distance.reader
+        counted, target = distance.counted(prediction, target), distance.target_class(prediction, target)
+        metrics.update(prediction.sigmoid(), target if counted is None else target.where(counted, -100))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
         """The probability of each label, (N, L); an ``MCPrediction`` with ``mc_passes``."""

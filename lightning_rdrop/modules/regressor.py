@@ -9,6 +9,7 @@ from torchmetrics import MeanAbsoluteError, MetricCollection, PearsonCorrCoef, S
 
 from lightning_rdrop.distance import Distance, Gaussian
 from lightning_rdrop.modules.task import Task
+from lightning_rdrop.predict import MCPrediction
 
 
 class Regressor(Task):
@@ -38,11 +39,24 @@ class Regressor(Task):
         super().__init__(network, metrics, rdrop_distance=rdrop_distance or Gaussian(), **kwargs)
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
-        mean = prediction if prediction.shape == target.shape else prediction[..., 0]
-        metrics.update(mean.float().flatten(), target.float().flatten())
+        distance = self.rdrop_distance.reader
+        mean = distance.expectation(prediction) if distance.reads("expectation") else prediction
+        counted = distance.counted(prediction, target)
+        if counted is not None:
+            mean, target = mean[counted], target[counted]
+        if target.numel():
+            metrics.update(mean.float().flatten(), target.float().flatten())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
+        """The mean of each example, and for ``Gaussian(log_variance=True)`` (N, ..., 2), its log-variance too; an
+        ``MCPrediction`` with ``mc_passes``."""
+        prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
+        distance = self.rdrop_distance.reader
+        whole = isinstance(prediction, MCPrediction) or getattr(distance, "log_variance", False)
+        return prediction if whole or not distance.reads("expectation") else distance.expectation(prediction)
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
-        if not getattr(self.rdrop_distance, "log_variance", False):
+        if not getattr(self.rdrop_distance.reader, "log_variance", False):
             return super().readable(prediction)
         means, log_variances = prediction.unbind(-1)
         pairs = zip(means.tolist(), log_variances.tolist(), strict=True)

@@ -65,7 +65,8 @@ class RDropMixin(Hooks):
         rdrop_labeled_weight: :math:`w_\text{labeled}`, >= 0, where there are unlabelled examples. With 0 the labelled
             ones have but one pass, and plain cross-entropy, as in Su's experiments.
         rdrop_regularizers: further terms of the loss, such as :class:`~lightning_rdrop.VAT`, each logged by its name;
-            see :class:`~lightning_rdrop.Regularizer`. Checkpoints describe them as they do the distance.
+            see :class:`~lightning_rdrop.Regularizer`. ``None`` is none, or those of a checkpoint that is loaded, and an
+            empty list is none. Checkpoints describe them as they do the distance.
         rdrop_compile_loss: compile the arithmetic of the loss, which is then faster, some ten seconds after the first
             step begins; see :func:`~lightning_rdrop.rdrop_cross_entropy`.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
@@ -107,7 +108,7 @@ class RDropMixin(Hooks):
         rdrop_duplicate_at: str | Sequence[str] | None = None,
         rdrop_unlabeled_weight: float = 1.0,
         rdrop_labeled_weight: float = 1.0,
-        rdrop_regularizers: Sequence[Regularizer] = (),
+        rdrop_regularizers: Sequence[Regularizer] | None = None,
         rdrop_compile_loss: bool = False,
         rdrop_guard: Literal["error", "warn", "off"] = "error",
         **kwargs: Any,
@@ -130,7 +131,7 @@ class RDropMixin(Hooks):
         self.rdrop_duplicate_at = rdrop_duplicate_at
         self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
         self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
-        self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers, self._rdrop_logged()))
+        self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), self._rdrop_logged()))
         self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
@@ -140,7 +141,7 @@ class RDropMixin(Hooks):
         self.rdrop_kl: Tensor | None = None
         """The kl of the last step that was logged, for callbacks; None before the first."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
-        self._rdrop_given = [name for name, value in given.items() if value]
+        self._rdrop_given = [name for name, value in given.items() if value is not None]
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_late = None if rdrop_duplicate_at is None else LateDuplication(rdrop_duplicate_at, self.rdrop_views)
         self._rdrop_guard = Guard()
@@ -282,7 +283,7 @@ class RDropMixin(Hooks):
                 if name in self._rdrop_given:
                     raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
                 if name == "rdrop_distance":
-                    self.rdrop_distance = rebuild(saved, Distance).to(self.device)
+                    self._rdrop_take(rebuild(saved, Distance).to(self.device))
                 else:
                     made = [rebuild(one, Regularizer).to(self.device) for one in saved]
                     self.rdrop_regularizers = nn.ModuleList(distinct(made, self._rdrop_logged()))
@@ -294,6 +295,10 @@ class RDropMixin(Hooks):
                 )
             else:
                 rank_zero_info(f"Made again from the checkpoint: {name}={spell(saved)}.")
+
+    def _rdrop_take(self, distance: Distance) -> None:
+        """Measure by another distance from now on."""
+        self.rdrop_distance = distance
 
     def _rdrop_described(self) -> dict[str, Any]:
         parts = {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}

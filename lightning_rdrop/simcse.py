@@ -75,7 +75,7 @@ class SimCSEMixin(RDropMixin):
             rdrop_distance=None,
             rdrop_unlabeled_weight=1.0,
             rdrop_labeled_weight=1.0,
-            rdrop_regularizers=(),
+            rdrop_regularizers=None,
             **kwargs,
         )
         self.simcse_temperature = non_negative("simcse_temperature", simcse_temperature)

@@ -3,10 +3,10 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Two
+from conftest import Small, Two
 from torch.utils.data import DataLoader
 
-from lightning_rdrop import AdaptiveAlpha, AlphaScheduler
+from lightning_rdrop import AdaptiveAlpha, AlphaScheduler, Categorical, MaskedConsistency
 from lightning_rdrop.callbacks import UnlabeledWeightScheduler
 
 
@@ -98,6 +98,24 @@ def test_resumed_training_takes_the_same_alphas_to_the_bit(fit, small, rows, tmp
     fit(module, batches, callbacks(resumed), resume=tmp_path / f"step={stop}.ckpt", **options)
     assert resumed.seen == whole.seen[stop:]
     assert len(set(whole.alphas)) == 6
+
+
+def test_kl_is_weighed_by_its_own_rows(fit, rows):
+    class Masked(Small):
+        def rdrop_unpack(self, batch):
+            mask = torch.zeros(len(batch[1]))
+            mask[: 1 + (len(self.kl) % 4)] = 1  # 1, 2, 3 or 4 rows of kl, and all of ce
+            return batch[0], (batch[1], mask)
+
+        def on_train_batch_end(self, *args):
+            self.kl.append((float(self.rdrop_kl), float(self.rdrop_denominators["kl"])))
+
+    module, adaptive = Masked(rdrop_distance=MaskedConsistency(Categorical())), AdaptiveAlpha(1.0, horizon=9, every=100)
+    module.kl = []
+    fit(module, DataLoader(rows.dataset, 4, drop_last=True), [adaptive])
+    total, weight = adaptive._sums.tolist()
+    assert weight == sum(rows for _, rows in module.kl)
+    assert total == pytest.approx(sum(kl * rows for kl, rows in module.kl))
 
 
 def test_a_second_training_begins_anew(fit, small, rows):

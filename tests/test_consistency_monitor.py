@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lightning_rdrop import Bernoulli, Cosine, Gaussian, RDropMixin, SimCSEMixin
+from lightning_rdrop import Bernoulli, Cosine, Gaussian, RDropMixin, SimCSEMixin, Views
 from lightning_rdrop.callbacks import ConsistencyMonitor
 from lightning_rdrop.metrics import average_gap, dropout_disagreement, dropout_kl
 
@@ -228,7 +228,8 @@ def test_validation_alone(fit):
     assert trainer.validate(module)[0].keys() >= NAMES
 
 
-def test_modes_are_those_of_training(fit):
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_modes_are_those_of_training(fit, sanity):
     """A frozen part drops here if it did in training, and not where it was in eval mode."""
 
     class Parts(Validated):
@@ -239,11 +240,20 @@ def test_modes_are_those_of_training(fit):
 
     on, off = Parts(), Parts()
     off.network[0].eval()
-    quiet = {"num_sanity_val_steps": 0}
-    assert watched(fit, on, ConsistencyMonitor(), **quiet)[0]["val/dropout_kl"] > 0
+    steps = {"num_sanity_val_steps": sanity}  # which are before training, and tell nothing of its modes
+    assert watched(fit, on, ConsistencyMonitor(), **steps)[0]["val/dropout_kl"] > 0
     with pytest.warns(UserWarning, match="passes of Parts are all the same"):
-        found = watched(fit, off, ConsistencyMonitor(), rows=table, **quiet)
+        found = watched(fit, off, ConsistencyMonitor(), rows=table, **steps)
     assert found[0]["val/dropout_kl"] == 0
+
+
+def test_of_views_the_first_is_looked_at(fit):
+    class Twice(Validated):
+        def rdrop_unpack(self, batch):
+            return Views(batch[0], -batch[0]), batch[1]
+
+    found = watched(fit, Twice(), ConsistencyMonitor())[-1]
+    assert found["val/average_gap"] > 0
 
 
 def test_a_batch_that_a_step_takes_apart(fit):

@@ -23,18 +23,23 @@ def test_it_holds_during_the_training_and_not_after(fit, small, rows, tmp_path):
     assert saved["callbacks"]["DropoutProbability"] == {"p": 0.4}
 
 
-def test_outside_of_a_training_it_does_nothing(fit, small, rows):
-    class Evaluated(small):
-        def validation_step(self, batch, batch_idx):
-            assert self.network[2].p == expected
+def test_evaluation_has_it_too_and_the_users_own_comes_back(fit, small, rows):
+    seen = []
 
-    module, callback, expected = Evaluated(p=0.1), DropoutProbability(0.4), 0.1
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
-    trainer.validate(module, rows, verbose=False)
+    class Evaluated(small):
+        def evaluate(self, batch, batch_idx):
+            seen.append(self.network[2].p)
+
+        validation_step = test_step = predict_step = evaluate
+
+    module, callback = Evaluated(p=0.1), DropoutProbability(0.4)
     trainer = fit(module, rows, [callback])
-    module.network[2].p = expected = 0.2  # the user's, after the training
-    trainer.validate(module, rows, verbose=False)
-    assert module.network[2].p == 0.2
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        module.network[2].p = 0.2  # the user's, after the training
+        run(module, rows)
+        assert module.network[2].p == 0.2
+    assert set(seen) == {0.4}
+    assert len(seen) == 3 * len(rows)
 
 
 def test_no_dropout_at_all(fit, small, rows):

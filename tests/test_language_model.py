@@ -104,3 +104,15 @@ def test_a_fused_head_is_looked_up_in_each_step(gpt2):
     adapted(target_modules=["c_attn"]).loss.backward()
     grads = [p.grad.abs().sum() for name, p in module.network.named_parameters() if "lora_B" in name]
     assert all(grad > 0 for grad in grads)
+
+
+def test_padding_of_unlabelled_texts_does_not_count(gpt2):
+    module, batch = CausalLM(gpt2), texts(labels=False)
+    assert (batch["attention_mask"] == 0).any()
+    terms = []
+    for padding in (0, 1):
+        changed = batch["input_ids"].where(batch["attention_mask"] == 1, padding)
+        torch.manual_seed(1)
+        terms.append(module.rdrop_step({"labeled": batch, "unlabeled": batch | {"input_ids": changed}}))
+    assert terms[0].extra["kl_unlabeled"] > 0
+    torch.testing.assert_close(terms[0].extra["kl_unlabeled"], terms[1].extra["kl_unlabeled"])

@@ -1,5 +1,6 @@
 """The ready modules but the language models: each in a real Trainer, and each loss against a formula."""
 
+import math
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import Gaussian
+from lightning_rdrop import Bernoulli, Categorical, Focal, FromDistribution, Gaussian, Weighted
 from lightning_rdrop.callbacks import DropoutProbability
 from lightning_rdrop.data import TextDataModule
 from lightning_rdrop.modules import (
@@ -23,6 +24,7 @@ from lightning_rdrop.modules import (
     SequenceRegressor,
     TokenClassifier,
 )
+from lightning_rdrop.modules._frozen import freeze_below
 
 
 def network():
@@ -300,3 +302,82 @@ def test_packed_sequences_under_separate_passes(fit):
     assert metrics["train/kl"] > 0
     with pytest.raises(TypeError, match=r"a PackedSequence, cannot be doubled.*rdrop_passes=\"separate\""):
         fit(Classifier(PackedLSTM(), 3), loader)
+
+
+NAN = math.nan
+SURE = torch.tensor([[0.0, 3.0, 1.0], [4.0, 0.0, 1.0], [0.0, 1.0, 5.0], [2.0, 0.0, 0.0]])
+"""The classes 1, 0, 2 and 0."""
+
+
+@pytest.mark.parametrize(
+    ("distance", "prediction", "target"),
+    [
+        (Categorical(ignore_index=-1), SURE, torch.tensor([1, 0, -1, -1])),
+        (Categorical(ignore_index=1), SURE, torch.tensor([1, 0, 2, 0])),
+        (Weighted(Focal(ignore_index=-1)), SURE, (torch.tensor([1, 0, 2, -1]), torch.ones(4))),
+        (Categorical(), SURE, torch.eye(3)[[1, 0, 2, 0]] * 0.8 + 0.2 / 3),
+        (Categorical(class_dim=1), SURE[:3].T[None], torch.tensor([[1, 0, 2]])),
+    ],
+)
+def test_what_a_distance_does_not_count_is_in_no_metric_of_classes(distance, prediction, target):
+    """All that counts is right."""
+    module = Classifier(nn.Dropout(0.3), 3, rdrop_distance=distance)
+    module.measure(module.val_metrics, None, prediction, distance.truth(target))
+    assert module.val_metrics["accuracy"].compute() == 1
+    expected = prediction.softmax(distance.reader.class_dim)
+    torch.testing.assert_close(module.eval().predict_step(prediction, 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("distance", "target"),
+    [
+        (Bernoulli(ignore_value=-1), [1.0, -1.0, 0.0]),
+        (Bernoulli(ignore_value=NAN), [1, NAN, 0]),
+        (Bernoulli(), [0.9] * 3),
+    ],
+)
+def test_labels_that_are_not_known_are_in_no_metric(distance, target):
+    module = MultilabelClassifier(nn.Dropout(0.3), 3, rdrop_distance=distance)
+    module.measure(module.val_metrics, None, torch.tensor([[2.0, 2.0, -2.0]]), torch.tensor([target]))
+    right = 2 / 3 if target == [0.9] * 3 else 1.0  # a probable label is one
+    assert module.val_metrics["accuracy"].compute() == pytest.approx(right)
+
+
+@pytest.mark.parametrize("ignored", [-999.0, NAN])
+def test_numbers_that_are_not_known_are_in_no_metric(ignored):
+    module = Regressor(nn.Dropout(0.3), rdrop_distance=Gaussian(ignore_value=ignored))
+    known, nothing = torch.tensor([1.5, 2.0, ignored]), torch.full((3,), ignored)
+    for target in (known, nothing):
+        module.measure(module.val_metrics, None, torch.tensor([1.0, 2.0, 3.0]), target)
+    assert module.val_metrics["mae"].compute() == 0.25
+
+
+def test_a_regressor_predicts_what_its_distribution_expects():
+    poisson = FromDistribution(lambda prediction: torch.distributions.Poisson(prediction.exp()))
+    module, rates = Regressor(nn.Dropout(0.3), rdrop_distance=poisson).eval(), torch.tensor([1.0, 5.0, 20.0])
+    module.measure(module.val_metrics, None, rates.log(), rates)
+    assert module.val_metrics["mae"].compute() == pytest.approx(0, abs=1e-5)
+    torch.testing.assert_close(module.predict_step(rates.log(), 0), rates)
+
+
+def test_a_distance_out_of_a_checkpoint_names_the_loss(fit, rows, tmp_path):
+    class Fixed(Classifier):
+        def __init__(self, num_classes=3, **kwargs):
+            super().__init__(network(), num_classes, **kwargs)
+
+    fit(Fixed(rdrop_distance=Focal()), rows).save_checkpoint(tmp_path / "focal.ckpt")
+    module = Fixed.load_from_checkpoint(tmp_path / "focal.ckpt")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    assert "val/focal" in trainer.validate(module, rows, verbose=False)[0]
+
+
+def test_a_frozen_part_that_shares_its_config_leaves_the_dropout_above(pretrained):
+    """Falcon's layers read their probabilities from one config in forward."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 10, "num_labels": 2}
+    model = transformers.FalconForSequenceClassification(
+        transformers.FalconConfig(**size, hidden_dropout=0.1, attention_dropout=0.1, pad_token_id=0)
+    ).train()
+    freeze_below(model, "h.1")
+    assert model.transformer.h[1].config.hidden_dropout == 0.1
+    assert not model.transformer.h[0].training

@@ -128,7 +128,8 @@ class AdaptiveAlpha(ModuleValue):
                 "self.rdrop_log(terms)."
             )
         kl = module.rdrop_kl.to(_precise(module.rdrop_kl.device))
-        rows = torch.ones_like(kl) if module.rdrop_rows is None else module.rdrop_rows.to(kl)
+        counted = module.rdrop_denominators.get("kl")
+        rows = torch.ones_like(kl) if counted is None else counted.to(kl)
         sums = torch.stack([kl * rows, rows])
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.arguments import whole
 from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.data_views import first_view
 from lightning_rdrop.distance import Distance, Together
 from lightning_rdrop.metrics.average_gap import gap_averages
 from lightning_rdrop.metrics.dropout_disagreement import disagreement_average
@@ -108,9 +109,11 @@ class ConsistencyMonitor(Callback):
         batch = map_tensors(batch, lambda tensor: tensor)  # rdrop_unpack may pop what validation_step will need
         with trainer.precision_plugin.val_step_context(), untouched(module, module.device):
             inputs, target = module.rdrop_unpack(batch)
+            inputs = first_view(inputs)
             prediction = module.rdrop_predict(inputs)
             predictions = dropout_passes(module, inputs, self.passes, training=training)
-        self._warn_of_equal_passes(module, predictions)
+        if not trainer.sanity_checking:  # before training, whose modes are not known yet
+            self._warn_of_equal_passes(module, predictions)
         for name, average in _averages(module.rdrop_distance, predictions, prediction, target).items():
             rows: Any = average.weight  # a tensor, which is not waited for
             module.log(f"val/{name}", average.mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)

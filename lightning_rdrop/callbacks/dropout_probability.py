@@ -1,4 +1,4 @@
-"""Another dropout probability during training."""
+"""Another dropout probability."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 
 class DropoutProbability(Callback):
-    """Sets the probability of every dropout in the module for training, and restores the earlier ones afterwards.
+    """Sets the probability of every dropout in the module while the Trainer runs, and restores the earlier ones.
 
     Su used more dropout for R-Drop than pretrained models come with, 0.3. A small model, or one that is trained
     briefly, may learn less with it, so compare both on validation data. Those of 0 are set as well, such as the
     attention and activation dropout of a BART. DropPath and LayerDrop are left alone; see
     :func:`lightning_rdrop.dropout.set_probability`.
+
+    Test and prediction have it too, where ``mc_passes`` average the models that were trained. Before a call of
+    :func:`~lightning_rdrop.mc_predict` without the Trainer, set the probability with that function.
 
     Args:
         p: the probability, 0 <= p < 1.
@@ -44,12 +47,27 @@ class DropoutProbability(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the probability before the first forward pass of the training."""
-        self._earlier = set_probability(require_rdrop(self, pl_module), self.p)
+        self._set(pl_module)
         if not self._earlier:
             raise ValueError(
                 f"{type(pl_module).__name__} has no dropout whose probability could be set to p={self.p}. "
                 "Add nn.Dropout(0.3) in front of its head."
             )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set it for dropout passes of a validation by itself."""
+        self._set(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set it for dropout passes of a test."""
+        self._set(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set it for dropout passes of a prediction."""
+        self._set(pl_module)
+
+    def _set(self, pl_module: LightningModule) -> None:
+        self._earlier = self._earlier or set_probability(require_rdrop(self, pl_module), self.p)
 
     def state_dict(self) -> dict[str, Any]:
         """Record p in the checkpoint; a resumed training takes the p it is given."""
@@ -60,7 +78,7 @@ class DropoutProbability(Callback):
         self._put_back(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the probabilities after training."""
+        """Restore the probabilities afterwards."""
         self._put_back(pl_module)
 
     def _put_back(self, pl_module: LightningModule) -> None:

@@ -37,4 +37,6 @@ def freeze_below(network: nn.Module, name: str) -> None:
         if path and not first.startswith(f"{path}."):
             module.training = False
             below.add(module)
-    set_probability(network, {layer.name: 0.0 for layer in stochastic_layers(network) if layer.module in below})
+    layers = [layer for layer in stochastic_layers(network) if layer.module in below]
+    own = [layer.name for layer in layers if not layer.attribute.startswith("config.")]  # which the layers above share
+    set_probability(network, dict.fromkeys(own, 0.0))

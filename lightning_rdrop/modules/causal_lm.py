@@ -65,6 +65,9 @@ class CausalLM(LanguageModel):
                 labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
         return inputs, labels[:, 1:]
 
+    def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[dict[str, Any], Tensor]:
+        return self.rdrop_unpack(batch)  # the texts are their own labels, which tell what is padding
+
     def rdrop_predict(self, inputs: Any) -> Tensor:
         return super().rdrop_predict(inputs)[:, :-1]  # no token follows the last one
 

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from lightning_rdrop import views
 from lightning_rdrop.arguments import duration
 from lightning_rdrop.data_views import first_view
+from lightning_rdrop.distance import Distance
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.modules._mean_loss import MeanLoss
@@ -79,8 +80,12 @@ class Task(RDropMixin, pl.LightningModule):
         self.mc_passes = mc_passes
         if metrics is not None:
             self.set_metrics(metrics)
-        self.val_loss = MeanLoss(self.rdrop_distance, prefix="val/")
-        self.test_loss = MeanLoss(self.rdrop_distance, prefix="test/")
+        self._rdrop_take(self.rdrop_distance)
+
+    def _rdrop_take(self, distance: Distance) -> None:
+        super()._rdrop_take(distance)
+        self.val_loss = MeanLoss(distance, prefix="val/").to(self.device)
+        self.test_loss = MeanLoss(distance, prefix="test/").to(self.device)
 
     def set_metrics(self, metrics: MetricCollection) -> None:
         """Measure these in validation and test."""

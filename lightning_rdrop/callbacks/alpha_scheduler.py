@@ -21,8 +21,9 @@ class AlphaScheduler(ModuleValue):
     .. math:: \alpha(s) = \text{peak} \cdot \text{shape}\left(\min\left(1, \frac{s - \text{delay}}{\text{ramp}}\right)
         \right), \qquad \alpha(s) = 0 \text{ while } s < \text{delay}
 
-    with s the number of optimizer steps so far. A cyclical shape starts over every ``ramp`` steps instead of staying at
-    its end. After training, the module's own alpha is restored.
+    with s the number of optimizer steps so far. In manual optimization s counts batches, since the Trainer's
+    ``global_step`` counts the steps of every optimizer. A cyclical shape starts over every ``ramp`` steps instead of
+    staying at its end. After training, the module's own alpha is restored.
 
     Alpha depends on s alone, so an interrupted run resumes with the same alphas to the bit, on any number of processes.
     A share is taken of the training as planned when it began, and checkpoints keep that length: alpha does not jump

@@ -32,20 +32,33 @@ nitpick_ignore_regex = [
 ]
 
 FILES = {"index": "README.md", "recipes": "examples/README.md", "contributing": "CONTRIBUTING.md"}
-"""Pages that begin with a file of the repository."""
+"""Pages whose text is a file of the repository. What they contain themselves is for readers on GitHub."""
+
+TOCTREE = """
+
+```{toctree}
+:hidden:
+:glob:
+:caption: Guide
+
+training
+guard
+*
+```
+"""
 
 
-def begin_with_file(app: Any, docname: str, source: list[str]) -> None:
-    """Put the file in front, its links relative to the page instead of to the file."""
+def take_from_file(app: Any, docname: str, source: list[str]) -> None:
+    """Replace the page by the file, with links relative to the page."""
     if docname in FILES:
         root = Path(__file__).parents[2]
         folder = Path("../..", FILES[docname]).parent
         text = re.sub(r"\]\((?!\w+:|#)", f"]({folder}/", (root / FILES[docname]).read_text())
         for page, file in FILES.items():
             text = text.replace(f"](../../{file}", f"]({page}.md")
-        source[0] = text + source[0]
+        source[0] = text + (TOCTREE if docname == "index" else "")
         app.env.note_dependency(str(root / FILES[docname]))
 
 
 def setup(app: Any) -> None:
-    app.connect("source-read", begin_with_file)
+    app.connect("source-read", take_from_file)

@@ -3,6 +3,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from lightning_rdrop import distance
 from lightning_rdrop.plots import curves, find_runs, heat_map, read_csv
 from lightning_rdrop.plots.curves import is_plain
 
@@ -92,6 +93,14 @@ def test_the_validation_metric(logged, title):
 def test_other_tasks_and_distances():
     figure = curves({"a run": {"train/mse": [(0, 1.0)], "train/consistency": [(0, 1.0)], "val/mae": [(0, 1.0)]}})
     assert [panel.get_title() for panel in figure.axes] == ["train/mse", "train/consistency", "val/mae"]
+
+
+def test_the_task_loss_of_every_distance_has_a_panel():
+    named = {getattr(distance, name).term_names[0] for name in distance.__all__}
+    assert named > {"ce", "focal", "ctc"}
+    for name in named | {"mse"}:
+        figure = curves({"a run": {f"train/{name}": [(0, 1.0)]}})
+        assert [panel.get_title() for panel in figure.axes] == [f"train/{name}"]
 
 
 def test_many_points_are_faint_under_a_smooth_line():

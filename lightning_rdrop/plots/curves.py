@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 History = Mapping[str, Sequence[tuple[int, float]]]
 """What was logged in a run: by name the optimizer steps and the values."""
 
-TASK = ("train/ce", "train/bce", "train/mse", "train/nll", "train/cosine")
+TASK = tuple(f"train/{name}" for name in ("ce", "bce", "mse", "nll", "focal", "ctc", "cosine"))
 CONSISTENCY = ("train/kl", "train/js", "train/consistency")
 VALIDATION = ("val/accuracy", "val/f1", "val/pearson", "val/sacrebleu", "val/chrf", "val/rouge", "val/perplexity")
 USUAL = (TASK, CONSISTENCY, ("train/alpha",), VALIDATION)

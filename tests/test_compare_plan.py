@@ -130,6 +130,12 @@ def test_variants_are_added_to_those_of_an_earlier_command(folder):
     assert next(iter(planned("plain=plain.yaml", "more=many.yaml").continues(earlier).families)) == "plain"
 
 
+def test_an_earlier_command_chose_by_another_metric(folder):
+    earlier = planned("plain=plain.yaml")
+    with pytest.raises(ValueError, match="choose their checkpoints by different metrics: .*val/ce.*val/accuracy"):
+        planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier)
+
+
 def test_a_part_of_a_grid_goes_on(folder):
     earlier = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=1,4"])
     later = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=4"])

@@ -132,7 +132,7 @@ def test_variants_are_added_to_those_of_an_earlier_command(folder):
 
 def test_an_earlier_command_chose_by_another_metric(folder):
     earlier = planned("plain=plain.yaml")
-    with pytest.raises(ValueError, match="choose their checkpoints by different metrics: .*val/ce.*val/accuracy"):
+    with pytest.raises(ValueError, match=r"choose their checkpoints by different metrics: .*val/ce.*val/accuracy"):
         planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier)
 
 

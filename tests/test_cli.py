@@ -334,7 +334,7 @@ def test_a_second_run_in_the_same_folder(here):
 def test_what_is_tested_is_the_best_by_a_metric_or_the_last(here, capsys, monitored):
     first = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3}}
     best = {"best": CONFIG["callbacks"]["best"]} if monitored else {}
-    (here / "two.yaml").write_text(yaml.safe_dump(CONFIG | {"callbacks": {"a_first": first} | best}, sort_keys=False))
+    (here / "two.yaml").write_text(yaml.safe_dump(CONFIG | {"callbacks": {"first": first} | best}, sort_keys=False))
     trainer = RDropCLI(args=["fit", "--config=two.yaml"]).trainer
     chosen = trainer.checkpoint_callbacks[-1].best_model_path
     assert trainer.ckpt_path == (chosen if monitored else None)

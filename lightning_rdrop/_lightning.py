@@ -51,6 +51,14 @@ def on_all_ranks(module: Any, decision: bool) -> bool:
     return decision if trainer is None else bool(trainer.strategy.reduce_boolean_decision(decision))
 
 
+def monitored_checkpoint(trainer: Trainer) -> Any:
+    """The first ``ModelCheckpoint`` that chooses by a metric; None if there is none.
+
+    That of ``ckpt_path="best"`` is the first at all, which may keep the latest weights only.
+    """
+    return next((one for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)), None)
+
+
 def extend_hook(cls: type, name: str, first: Callable[..., None]) -> None:
     """Let a class do something before one of its hooks, also where an override of the hook forgets ``super()``."""
     hook = getattr(cls, name, None)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS, texts, trained_on
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_rdrop.cli import RDropCLI
@@ -89,6 +90,26 @@ def test_every_module(fit, task, auto, model, request, tmp_path):
     by_peft = loaded(auto, base, files.parent / "adapter", **config)
     torch.testing.assert_close(by_peft(**inputs).logits, again.rdrop_predict(inputs))
     torch.testing.assert_close(by_peft(**inputs).logits, module.eval().rdrop_predict(inputs))
+
+
+def test_the_adapter_is_the_best_by_a_metric_or_that_of_the_end(fit, llama, tmp_path):
+    def trained(*checkpoints):
+        module = CausalLM(llama, peft=LORA, learning_rate=0.02)
+        fit(module, DataLoader([texts(labels=False)] * 3, batch_size=None), checkpoints, enable_checkpointing=True)
+        return module.eval()
+
+    first, best = (
+        ModelCheckpoint(tmp_path / "first", every_n_train_steps=2),
+        ModelCheckpoint(tmp_path, monitor="train/ce"),
+    )
+    trained(first, best)
+    assert (tmp_path / "adapter").exists()
+    assert not (tmp_path / "first/adapter").exists()
+
+    module = trained(ModelCheckpoint(tmp_path / "old", every_n_train_steps=2))
+    inputs, _ = module.rdrop_unpack(texts(labels=False))
+    by_peft = loaded("AutoModelForCausalLM", llama, tmp_path / "old/adapter")
+    torch.testing.assert_close(by_peft(**inputs).logits[:, :-1], module.rdrop_predict(inputs))
 
 
 def test_without_checkpoints_nothing_is_written(fit, llama, tmp_path):

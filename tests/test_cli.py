@@ -349,6 +349,17 @@ def test_a_second_run_in_the_same_folder(here):
         assert yaml.safe_load((here / f"config_{number}.yaml").read_text())["trainer"]["max_steps"] == 1
 
 
+@pytest.mark.parametrize("monitored", [True, False])
+def test_what_is_tested_is_the_best_by_a_metric_or_the_last(here, capsys, monitored):
+    first = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3}}
+    best = {"best": CONFIG["callbacks"]["best"]} if monitored else {}
+    (here / "two.yaml").write_text(yaml.safe_dump(CONFIG | {"callbacks": {"first": first} | best}, sort_keys=False))
+    trainer = RDropCLI(args=["fit", "--config=two.yaml"]).trainer
+    chosen = trainer.checkpoint_callbacks[-1].best_model_path
+    assert trainer.ckpt_path == (chosen if monitored else None)
+    assert f"checkpoint: {chosen}\n" in capsys.readouterr().out
+
+
 def test_a_quickstart_without_a_clone(here, capsys):
     pytest.importorskip("snownlp")
     main(["quickstart", "start"])

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_rdrop.compare.run import Run
+
 pytest.importorskip("submitit")
 
 pytestmark = pytest.mark.timeout(900)  # a dozen processes, each of which imports torch and Lightning
@@ -178,6 +180,16 @@ def test_every_run_is_a_fit_and_a_test_of_its_own(whole):
     assert not list(whole.rglob("*.ckpt"))
     assert (whole / "report.png").stat().st_size > 10_000
     assert "| plain | 2 | " in (whole / "report.md").read_text()
+
+
+def test_validation_and_test_are_of_the_checkpoint_with_a_metric(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    first = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3}}
+    run = Run("two", 1, CONFIG | {"callbacks": {"first": first, "best": CONFIG["callbacks"]["best"]}}, folder / "two")
+    run.folder.mkdir()
+    run()
+    assert run.result["validation"] == {"val/accuracy": run.result["test"]["test/accuracy"]}  # the rows are the same
 
 
 def test_interrupted_twice_it_goes_on_and_gives_the_same_table(folder, whole):

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from lightning_rdrop.cli import main
+from lightning_rdrop.compare.config import checkpointed
 from lightning_rdrop.compare.plan import Plan
 
 for package in ("submitit", "scipy", "rich", "matplotlib"):
@@ -49,6 +50,13 @@ def test_variants_lie_over_the_base_in_the_order_of_their_words(folder):
     assert "rdrop_views" not in same["model"]["init_args"]
     assert both["model"]["init_args"] | {"rdrop_views": 1, "rdrop_alpha": 1.0} == both["model"]["init_args"]
     assert both["trainer"]["max_epochs"] == 3
+
+
+def test_the_first_monitor_is_that_of_the_trainers_own_list():
+    named, listed = (
+        {"class_path": "ModelCheckpoint", "init_args": {"monitor": name}} for name in ("val/accuracy", "val/ce")
+    )
+    assert checkpointed({"callbacks": {"best": named}, "trainer": {"callbacks": [listed]}}) == ("val/ce", "min")
 
 
 def test_grids_make_variants_of_the_base_and_of_variants(folder):
@@ -128,6 +136,12 @@ def test_variants_are_added_to_those_of_an_earlier_command(folder):
     assert {*later.variants} == {"plain", "more", "rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
     assert {*later.families["grid"]} == {"rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
     assert next(iter(planned("plain=plain.yaml", "more=many.yaml").continues(earlier).families)) == "plain"
+
+
+def test_an_earlier_command_chose_by_another_metric(folder):
+    earlier = planned("plain=plain.yaml")
+    with pytest.raises(ValueError, match=r"choose their checkpoints by different metrics: .*val/ce.*val/accuracy"):
+        planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier)
 
 
 def test_a_part_of_a_grid_goes_on(folder):

@@ -1,4 +1,6 @@
 import copy
+import math
+import warnings
 
 import pytest
 import yaml
@@ -120,6 +122,46 @@ def test_the_reference_may_be_the_chosen_one_of_a_grid():
     report = report_of(Plan(plan("p=1", "p=2", "r").variants, {"plain": ["p=1", "p=2"], "r": ["r"]}), rows)
     assert report.summary.reference == "p=2"
     assert "| p=2 * | 2 | 0.2000 | 0.5000 | 0.0000 | reference |" in report.markdown()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("metric", ["test/accuracy", "test/ce"])
+def test_a_value_that_is_not_finite_is_named_and_has_no_mean(tmp_path, bad, metric):
+    grid = [f"rdrop:alpha={alpha},p={p}" for alpha in (1, 4) for p in (0.1, 0.3)]
+    rows = [row(name, seed, 0.1 * seed) for name in ("plain", *grid) for seed in (1, 2, 3)]
+    next(one for one in rows if one["variant"] == grid[1])[metric] = bad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report_of(plan("plain", *grid, rdrop=grid), rows).write(tmp_path)
+    table, _, notes = (tmp_path / "report.md").read_text().partition(f"## {metric}")[2].partition("- difference")
+    assert f"| {grid[1]} | 3 | 0.5000 |  |  |  | not shown |  | 1.00x | 1.00x |" in table
+    assert f"| {grid[2]} | 3 | 0.5000 | 0." in table
+    assert f"- {grid[1]}, seed 1: {metric} is {bad}." in notes
+
+
+def test_a_metric_that_one_variant_does_not_log_is_blank(tmp_path):
+    rows = [row("plain", seed, 0.1 * seed) | {"test/f1": 0.5} for seed in (1, 2)]
+    rows += [row("rdrop", seed, 0.1 * seed) for seed in (1, 2)]
+    report_of(plan("plain", "rdrop"), rows).write(tmp_path)
+    table = (tmp_path / "report.md").read_text().partition("## test/f1")[2]
+    assert "| plain | 2 | 0.5000 | 0.5000 | 0.0000 | reference |" in table
+    assert "| rdrop | 2 | 0.5000 |  |  |  | not shown |  | 1.00x | 1.00x |" in table
+    assert "seed 1:" not in table
+
+
+@pytest.mark.parametrize("val", [None, math.nan, -math.inf])  # -inf is what ModelCheckpoint makes of NaN
+def test_without_validation_nothing_is_chosen(val):
+    grid = ["a=1", "a=2"]
+    rows = [row(name, 1, 0.5, val=val) for name in ("plain", *grid)]
+    if val is None:
+        rows = [{key: value for key, value in one.items() if key != "val/accuracy"} for one in rows]
+    tuned = plan("plain", *grid, grid=grid)
+    report = report_of(tuned, rows)
+    assert report.summary.chosen("grid") is None
+    assert "*" not in report.markdown()
+    assert "- none of the 2 variants of grid was chosen: no mean of val/accuracy is known." in report.notes()
+    with pytest.raises(ValueError, match="no validation tells which variant"):
+        add_equal_cost(tuned, rows, "grid")
 
 
 def test_a_report_of_nothing(tmp_path):

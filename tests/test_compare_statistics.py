@@ -41,11 +41,15 @@ def test_one_seed_and_nan_show_nothing():
         assert (difference.sign, difference.needed) == (0, None)
 
 
-def test_differences_that_do_not_vary():
-    same = paired_difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
-    assert (same.mean, same.margin, same.sign, same.needed) == (0.0, 0.0, 0, None)
-    shifted = paired_difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
-    assert (shifted.mean, shifted.margin, shifted.sign, shifted.needed) == (1.0, 0.0, 1, 2)
+@pytest.mark.parametrize("shift", [0.0, 0.01])
+@pytest.mark.parametrize("reference", [[0.8, 0.8], [0.8, 0.7, 0.6]])
+@pytest.mark.parametrize("digits", [16, 6])
+def test_differences_that_do_not_vary_show_nothing(shift, reference, digits):
+    values = [float(f"{value / 3 + shift / 3:.{digits}g}") for value in reference]  # 0.01 / 3 but for rounding
+    difference = paired_difference(values, [float(f"{value / 3:.{digits}g}") for value in reference])
+    assert difference.mean == pytest.approx(shift / 3, abs=1e-6)
+    assert math.isnan(difference.margin)
+    assert (difference.sign, difference.needed) == (0, None)
 
 
 @pytest.mark.parametrize(("effect", "needed"), [(0.2, 199), (0.3, 90), (0.5, 34), (0.8, 15), (1.0, 10)])

@@ -66,9 +66,9 @@ def instances(config: Config, key: str) -> Iterator[Config]:
 
 
 def callbacks(config: Config) -> Iterator[Config]:
-    """All callbacks of a config."""
-    yield from instances(config, "callbacks")
+    """All callbacks of a config, in the order in which the Trainer has them."""
     yield from instances(config, "trainer.callbacks")
+    yield from instances(config, "callbacks")
 
 
 def checkpointed(config: Config) -> tuple[str, str] | None:

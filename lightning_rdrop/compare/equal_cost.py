@@ -25,12 +25,14 @@ def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
         family: the variant with R-Drop.
 
     Raises:
-        ValueError: no seed of both R-Drop and the reference is finished.
+        ValueError: no seed of both R-Drop and the reference is finished, or no variant of a grid is chosen.
     """
     if family in plan.equal_cost:
         return plan
     summary = Summary(plan, rows)
-    reference, variant = summary.reference, summary.chosen(family)
+    reference, variant = (summary.chosen(one) for one in (next(iter(plan.families)), family))
+    if reference is None or variant is None:
+        raise ValueError(f"--equal-cost {family}: no validation tells which variant of the grid to take.")
     ratio = max(1.0, summary.relative(variant, "seconds"))
     if math.isnan(summary.relative(variant, "seconds")):
         raise ValueError(f"--equal-cost {family}: no seed of both {variant} and {reference} is finished.")

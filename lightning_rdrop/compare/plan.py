@@ -99,7 +99,7 @@ class Plan:
         """This plan with the variants of an earlier command that it does not name again.
 
         Raises:
-            ValueError: a config is another one under the same name.
+            ValueError: a config is another one under the same name, or checkpoints are chosen by another metric.
         """
         for name in self.variants.keys() & earlier.variants.keys():
             different = changes(earlier.variants[name], self.variants[name])
@@ -118,7 +118,9 @@ class Plan:
             for name in [*self.families, *earlier.families]
         }
         variants = self.variants | {name: c for name, c in earlier.variants.items() if name not in self.variants}
-        return Plan(variants, families, self.seed_to, earlier.equal_cost)
+        merged = Plan(variants, families, self.seed_to, earlier.equal_cost)
+        _same_monitor(merged)
+        return merged
 
 
 def settings_of(variant: str) -> dict[str, str]:

@@ -73,13 +73,17 @@ class Report:
         ]
         for family, members in plan.families.items():
             if len(members) > 1 and plan.monitor is not None:
+                chosen, metric = self.summary.chosen(family), plan.monitor[0]
                 notes.append(
-                    f"{self.summary.chosen(family)} (marked *) was chosen among {len(members)} variants by the mean of "
-                    f"{plan.monitor[0]}, on validation data only, to stand for {family}. To pick another of them "
-                    "by its test metric would overstate it."
+                    f"{chosen} (marked *) was chosen among {len(members)} variants by the mean of {metric}, on "
+                    f"validation data only, to stand for {family}. To pick another of them by its test metric would "
+                    "overstate it."
+                    if chosen
+                    else f"none of the {len(members)} variants of {family} was chosen: no mean of {metric} is known."
                 )
         for added in plan.equal_cost.values():
             notes += [f"{name} is {reason}." for name, reason in added.items()]
+        notes += [f"{run}. A mean with such a value is left blank." for run in self.summary.not_finite()]
         return "\n".join(f"- {note}" for note in notes)
 
     def write(self, folder: Path) -> None:
@@ -105,18 +109,20 @@ class Report:
         settings = {name: settings_of(name) for name in members}
         axes, *others = {tuple(keys) for keys in settings.values()}
         metric, reference = self.summary.metrics[0], self.summary.reference
-        means = {line.variant: line.mean for line in self.summary.lines(metric) if line.values}
+        means = {line.variant: line.mean for line in self.summary.lines(metric) if math.isfinite(line.mean)}
         if others or len(axes) != 2 or not means.keys() & settings.keys():
             return ""
         pairs = {name: tuple(values.values()) for name, values in settings.items()}
+        chosen = self.summary.chosen(family)
         figure = heat_map(
             {pairs[name]: means[name] for name in members if name in means},
             axes,
             f"{metric}, mean" + (f"; {reference} {means[reference]:.4g}" if reference in means else ""),
-            pairs[self.summary.chosen(family)],
+            pairs[chosen] if chosen else None,
         )
         figure.savefig(folder / f"{family}.png", dpi=150)
-        return f"\n![{metric} over the grid {family}, the chosen variant framed]({family}.png)\n"
+        framed = ", the chosen variant framed" if chosen else ""
+        return f"\n![{metric} over the grid {family}{framed}]({family}.png)\n"
 
     def _header(self) -> list[str]:
         monitored = (
@@ -126,12 +132,12 @@ class Report:
 
     def _cells(self, metric: str) -> list[list[str]]:
         lines = self.summary.lines(metric)
-        digits = 4 if all(not abs(line.mean) >= 2 for line in lines) else 2
+        digits = 2 if any(2 <= abs(line.mean) < math.inf for line in lines) else 4
         return [self._cells_of(line, digits, self.summary.better(metric)) for line in lines]
 
     def _cells_of(self, line: Line, digits: int, better: int) -> list[str]:
         def number(value: float, sign: str = "") -> str:
-            return "" if math.isnan(value) else f"{value:{sign}.{digits}f}"
+            return f"{value:{sign}.{digits}f}" if math.isfinite(value) else ""
 
         name = f"{line.variant} *" if line.chosen else line.variant
         runs = f"{len(line.values)}" + (f" ({line.failed} failed)" if line.failed else "")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.compare.config import Config, callbacks, instances
 from lightning_rdrop.lightning_cli import RDropCLI
 
@@ -94,9 +95,9 @@ class Measured(RDropCLI):
         self._seconds = time.perf_counter() - self._start
         self._memory = _peak_memory()
         self._steps = self.trainer.global_step
-        checkpoint = self.trainer.checkpoint_callback
+        checkpoint = monitored_checkpoint(self.trainer)
         best = getattr(checkpoint, "best_model_score", None)
-        self._validation = {} if best is None else {str(checkpoint.monitor): float(best)}  # type: ignore[union-attr]
+        self._validation = {} if best is None else {checkpoint.monitor: float(best)}
         super().after_fit()
 
     def measured(self) -> dict[str, Any]:

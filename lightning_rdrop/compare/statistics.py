@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+_ROUNDING = 1e-5
+"""Of a value in a table, which has six digits."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -14,7 +17,7 @@ class Difference:
 
     Args:
         mean: of the differences.
-        margin: half of its 95 % interval; NaN for one seed.
+        margin: half of its 95 % interval; NaN for one seed, and where all seeds differ by the same.
         needed: the seeds with which a difference of this size would be seen; None for none, or more than a million.
     """
 
@@ -33,6 +36,9 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
     .. math:: \bar d \pm t_{0.975,\,n-1}\, \frac{s_d}{\sqrt{n}}
 
+    Differences that are equal, but for rounding, have no interval: a few counts may well agree by chance, and their
+    :math:`s_d` of 0 does not say how far the next one would be off.
+
     Args:
         values, reference: one for each seed, in the same order.
 
@@ -45,12 +51,11 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
     differences = [value - other for value, other in zip(values, reference, strict=True)]
     seeds, center = len(differences), mean(differences)
-    if seeds < 2:
+    deviation = stdev(differences) if seeds > 1 and all(map(math.isfinite, differences)) else math.nan
+    if not deviation > _ROUNDING * max(map(abs, [*values, *reference])):
         return Difference(center, math.nan, None)
-    deviation = stdev(differences) if all(map(math.isfinite, differences)) else math.nan
     margin = float(stats.t.ppf(0.975, seeds - 1)) * deviation / math.sqrt(seeds)
-    effect = abs(center) / deviation if deviation else math.inf if center else 0.0
-    return Difference(center, margin, seeds_needed(effect))
+    return Difference(center, margin, seeds_needed(abs(center) / deviation))
 
 
 def seeds_needed(effect: float, power: float = 0.8) -> int | None:
@@ -83,7 +88,5 @@ def seeds_needed(effect: float, power: float = 0.8) -> int | None:
 def _power(effect: float, seeds: int) -> float:
     from scipy import stats  # an extra
 
-    if effect == math.inf:
-        return 1.0
     critical, shift = stats.t.ppf(0.975, seeds - 1), effect * math.sqrt(seeds)
     return float(stats.nct.sf(critical, seeds - 1, shift) + stats.nct.cdf(-critical, seeds - 1, shift))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from lightning_rdrop.compare.plan import Plan
-from lightning_rdrop.compare.results import Row, metrics, values
+from lightning_rdrop.compare.results import Row, finished, metrics, values
 from lightning_rdrop.compare.statistics import Difference, paired_difference
 
 
@@ -42,7 +42,7 @@ class Line:
 
     @property
     def sd(self) -> float:
-        return stdev(self.values) if len(self.values) > 1 else math.nan
+        return stdev(self.values) if len(self.values) > 1 and all(map(math.isfinite, self.values)) else math.nan
 
 
 class Summary:
@@ -66,10 +66,13 @@ class Summary:
     @property
     def reference(self) -> str:
         """The variant that the others are compared with: the first, or the chosen one of its grid."""
-        return self.chosen(next(iter(self.plan.families)))
+        family, members = next(iter(self.plan.families.items()))
+        return self.chosen(family) or members[0]
 
-    def chosen(self, family: str) -> str:
+    def chosen(self, family: str) -> str | None:
         """The variant of a grid with the best validation metric, a mean over the seeds that all of them have.
+
+        None where no such mean is known.
 
         Raises:
             ValueError: there is no such variant or grid.
@@ -77,17 +80,24 @@ class Summary:
         if family not in self.plan.families:
             raise ValueError(f"there is no variant {family} among {', '.join(self.plan.families)}.")
         members = self.plan.families[family]
-        if len(members) == 1 or self.plan.monitor is None:
+        if len(members) == 1:
             return members[0]
+        if self.plan.monitor is None:
+            return None
         monitor, mode = self.plan.monitor
         scores = {name: values(self.rows, name, monitor) for name in members}
         scores = {name: score for name, score in scores.items() if score}
         common = [seed for seed in next(iter(scores.values()), {}) if all(seed in score for score in scores.values())]
-        if not common:
-            return members[0]
-        means = {name: mean(score[seed] for seed in common) for name, score in scores.items()}
+        means = {name: mean(score[seed] for seed in common) for name, score in scores.items()} if common else {}
         best = max if mode == "max" else min
-        return best((name for name in means if not math.isnan(means[name])), key=means.__getitem__, default=members[0])
+        return best((name for name in means if math.isfinite(means[name])), key=means.__getitem__, default=None)
+
+    def not_finite(self) -> Iterator[str]:
+        """The finished runs with a value that is NaN or infinite, and which."""
+        for row in finished(self.rows):
+            bad = [f"{name} is {row[name]}" for name in metrics([row]) if not math.isfinite(row[name])]
+            if bad:
+                yield f"{row['variant']}, seed {row['seed']}: {', '.join(bad)}"
 
     def lines(self, metric: str) -> list[Line]:
         """A line for each variant that has a finished or failed run."""

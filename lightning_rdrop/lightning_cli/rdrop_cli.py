@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 import lightning_rdrop.callbacks
 import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
+from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.data import ChatDataModule, TextDataModule
 from lightning_rdrop.lightning_cli.parser import RDropParser
 from lightning_rdrop.lightning_cli.progress_bar import NarrowProgressBar
@@ -149,8 +150,8 @@ class RDropCLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self._get(self.config_init, "test_after_fit"):
-            best = getattr(self.trainer.checkpoint_callback, "best_model_path", None)
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None)
+            best = getattr(monitored_checkpoint(self.trainer), "best_model_path", None)
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None)
         self._say_where()
 
     def after_validate(self) -> None:
@@ -171,6 +172,6 @@ class RDropCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if folder := getattr(logger, "log_dir", None):
                 print(f"{type(logger).__name__}: {folder}")
-        callback = self.trainer.checkpoint_callback
+        callback = monitored_checkpoint(self.trainer) or self.trainer.checkpoint_callback
         if self.subcommand == "fit" and (path := getattr(callback, "best_model_path", None)):
             print(f"checkpoint: {path}")

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.dropout import stochastic_layers, switch_on
 from lightning_rdrop.extras import require
 from lightning_rdrop.guard.rows import shares_weights
@@ -43,15 +44,19 @@ class Pretrained(Task):
             fill_in_frozen(self, checkpoint.get("state_dict", {}))
 
     def on_fit_end(self) -> None:
-        """Write the adapter of the best checkpoint, or of the weights at the end where there is none."""
-        files = self.trainer.checkpoint_callback
+        """Write the adapter of the best checkpoint, or of the weights at the end where no metric chooses one.
+
+        Where a rank has a part of the weights only, that is the adapter of the latest checkpoint.
+        """
+        files = monitored_checkpoint(self.trainer) or self.trainer.checkpoint_callback
         if not self.hparams.get("peft") or not isinstance(files, ModelCheckpoint) or files.dirpath is None:
             return
-        folder, best = Path(files.dirpath) / "adapter", Path(files.best_model_path)
-        if not best.is_file() and shares_weights(self):
+        folder, saved = Path(files.dirpath) / "adapter", Path(files.best_model_path)
+        if not saved.is_file() and shares_weights(self):
             rank_zero_warn(f"No adapter was written to {folder}: this rank has a part of the weights only.")
             return
-        save_adapter(self.network, folder, best if best.is_file() else None, write=self.trainer.is_global_zero)
+        taken = saved.is_file() and (files.monitor or shares_weights(self))
+        save_adapter(self.network, folder, saved if taken else None, write=self.trainer.is_global_zero)
         rank_zero_info(f"The adapter: {folder}. peft.PeftModel.from_pretrained(base, folder) loads it.")
 
     def on_fit_start(self) -> None:

@@ -259,14 +259,38 @@ def test_a_mask_that_comes_later_is_refused_where_ranks_share_the_weights(monkey
         module.rdrop_step(tokens(4))
 
 
-@pytest.mark.parametrize("build", [lambda: bert_like("Bert"), gpt2, bart], ids=["bert", "gpt2", "bart"])
-def test_masks_that_come_behind_an_automatic_split(build):
-    """With the dropout masks of a batch doubled early: no random number is drawn for the pass that fails."""
-    early, late, batch_of = pair(build, "auto", rdrop_guard="off")
+FROZEN = [
+    (lambda: bert_like("Bert"), "encoder.layer.2", ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"]),
+    (gpt2, "transformer.h.1", ["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.h.0"]),
+    (t5, "encoder.block.1", ["shared", "encoder.dropout", "encoder.block.0"]),
+    (resnet, "network.2", ["0", "1"]),
+]
+
+
+def freeze(network, names):
+    for name in names:
+        network.get_submodule(name).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("automatic", [True, False], ids=["auto", "by name"])
+@pytest.mark.parametrize(("build", "at", "frozen"), FROZEN[:2], ids=["bert", "gpt2"])
+def test_masks_that_come_to_a_split_with_dropout_on(build, at, frozen, automatic):
+    """As in a batch doubled early: no random number is drawn for the pass that fails."""
+    early, late, batch_of = pair(build, "auto" if automatic else at, rdrop_guard="off")
+    for module in (early, late):
+        freeze(module.network, frozen)
     for batch in (without_padding(batch_of(4)), batch_of(4), without_padding(batch_of(3)), batch_of(5)):
         (terms, found), (expected, wanted) = gradients(late, batch), gradients(early, batch)
         torch.testing.assert_close(terms.kl, expected.kl)
         torch.testing.assert_close(found, wanted)
+
+
+def test_auto_saves_nothing_behind_an_embedding_and_lets_masks_come():
+    """BERT makes its mask behind the embeddings, from B rows."""
+    module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="auto")
+    for batch in (without_padding(tokens(4)), tokens(4)):
+        assert module.rdrop_step(batch).kl > 0
+    assert list(module._rdrop_late._splits.values()) == [None]
 
 
 class Unpadding(nn.Linear):
@@ -332,19 +356,6 @@ def test_what_cannot_be_doubled_in_a_later_batch_is_said_and_a_networks_own_erro
         module.rdrop_step((x, y))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         module.rdrop_step((x[:, :5], y))
-
-
-FROZEN = [
-    (lambda: bert_like("Bert"), "encoder.layer.2", ["bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1"]),
-    (gpt2, "transformer.h.1", ["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.h.0"]),
-    (t5, "encoder.block.1", ["shared", "encoder.dropout", "encoder.block.0"]),
-    (resnet, "network.2", ["0", "1"]),
-]
-
-
-def freeze(network, names):
-    for name in names:
-        network.get_submodule(name).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(("build", "at", "frozen"), FROZEN, ids=["bert", "gpt2", "t5", "resnet"])

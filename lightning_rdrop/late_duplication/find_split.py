@@ -20,6 +20,9 @@ from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.probe import random_states, untouched
 from lightning_rdrop.views import batch_size, duplicate
 
+_NOTHING_SAVED = 0.995
+"""A share of the FLOPs that is 100 % when rounded."""
+
 
 class LateDuplication:
     """The splits of a module, each found when inputs of its kind first come.
@@ -142,7 +145,8 @@ def find_split(
         on_all_ranks: as for :func:`lightning_rdrop.guard.diagnose`.
 
     Returns:
-        the split; None for ``"auto"`` if nothing is random, or if the first submodule already is.
+        the split; None for ``"auto"`` if nothing is random, if the first submodule already is, or if what lies before
+        is no work, such as an embedding.
 
     Raises:
         ValueError: a submodule that does not exist, or before which the batch cannot be doubled.
@@ -162,7 +166,8 @@ def find_split(
     with untouched(network, device):
         calls, random = first_random(network, predict, inputs, device, on_all_ranks)
         if chosen is None:
-            return None if random is None else Trial(network, predict, inputs, views).latest(calls[:random])
+            found = None if random is None else Trial(network, predict, inputs, views).latest(calls[:random])
+            return None if found is None or found.share > _NOTHING_SAVED else found
         split = Trial(network, predict, inputs, views).split(chosen)
     reached = min((index for index, (name, _) in enumerate(calls) if name in chosen), default=0)
     shared = calls[random - 1][0] if random is not None and 0 < random <= reached else None

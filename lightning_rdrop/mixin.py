@@ -71,7 +71,7 @@ class RDropMixin(Hooks):
             step begins; see :func:`~lightning_rdrop.rdrop_cross_entropy`.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
             dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a mode
-            changes; NaN is looked for whenever the Trainer logs.
+            changes; NaN is looked for whenever the Trainer logs, and at the end of each epoch.
 
     Raises:
         ValueError: an argument out of its range.
@@ -154,6 +154,7 @@ class RDropMixin(Hooks):
         extend_hook(cls, "setup", RDropMixin._rdrop_step_back)
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
+        extend_hook(cls, "on_train_epoch_end", RDropMixin._rdrop_epoch_ends)
         extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
         extend_hook(cls, "on_load_checkpoint", RDropMixin._rdrop_load)
 
@@ -263,6 +264,9 @@ class RDropMixin(Hooks):
     def _rdrop_batch_ends(self, *_: Any) -> None:
         if self.rdrop_views > 1:
             self._rdrop_guard.batch_ends(self)
+
+    def _rdrop_epoch_ends(self) -> None:
+        self._rdrop_guard.epoch_ends(self)
 
     def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
         """Describe the modules that are no hyper-parameters."""

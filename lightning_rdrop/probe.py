@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -33,12 +33,10 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     modes = [(module, module.training) for module in network.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hands nested tensors to submodules, and cuts padding off
-    others = [] if device.type == "cpu" else [device]
     with ExitStack() as stack:
         stack.enter_context(eagerly())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(others, device_type=device.type))
-        stack.enter_context(_fork_other_rngs())
+        stack.callback(random_states(device))
         stack.enter_context(buffers_aside(network))
         try:
             yield
@@ -49,17 +47,35 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = mode
 
 
-@contextmanager
-def _fork_other_rngs() -> Iterator[None]:
-    """Python's and numpy's random states, the latter where anyone has imported it: SpecAugment draws from it."""
-    numpy, python_state = sys.modules.get("numpy"), random.getstate()
+def random_states(device: torch.device) -> Callable[[], None]:
+    """Keep the random states of torch, Python and numpy; the function that is returned puts them back.
+
+    Numpy's is kept where anyone has imported it: SpecAugment draws from it.
+
+    Args:
+        device: whose state is kept along with the CPU's.
+
+    Example:
+        >>> put_back = random_states(torch.device("cpu"))
+        >>> first = torch.rand(3)
+        >>> put_back()
+        >>> torch.equal(first, torch.rand(3))
+        True
+    """
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    numpy, python_state, state = sys.modules.get("numpy"), random.getstate(), torch.get_rng_state()
     numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
+    device_state = None if accelerator is None else accelerator.get_rng_state(device)
+
+    def put_back() -> None:
         random.setstate(python_state)
+        torch.set_rng_state(state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+        if accelerator is not None:
+            accelerator.set_rng_state(device_state, device)
+
+    return put_back
 
 
 @contextmanager

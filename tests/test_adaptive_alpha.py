@@ -156,6 +156,19 @@ def test_a_training_step_without_kl_is_named(fit, small, rows):
         fit(Silent(), rows, [AdaptiveAlpha(0.1, 100)])
 
 
+def test_a_skipped_batch_counts_nothing(fit, small, rows):
+    class Skipping(small):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            if batch_idx == 2:
+                self.rdrop_kl = self.rdrop_kl * torch.nan
+            return None if batch_idx in (1, 2) else outputs
+
+    watch = Watch()
+    fit(Skipping(), rows, [AdaptiveAlpha(1e3, horizon=4, every=4), watch])
+    assert watch.alphas == pytest.approx([4] * 4 + [3.2] * 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

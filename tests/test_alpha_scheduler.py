@@ -198,6 +198,15 @@ def test_a_share_of_an_unknown_length_is_refused(fit, small):
         fit(small(), loader, [AlphaScheduler(ramp=5, delay=0.5)], max_epochs=1)
 
 
+def test_a_share_of_the_steps_of_several_optimizers_is_refused(fit, rows):
+    with pytest.raises(ValueError, match=r"^ramp=0\.5 is a share .* several optimizers.*max_epochs"):
+        fit(Two(), rows, [AlphaScheduler(ramp=0.5)], max_steps=8)
+    fit(Two(), rows, [AlphaScheduler(ramp=0.5)], fast_dev_run=True)
+    watch = Watch()
+    fit(Two(), rows, [AlphaScheduler("linear", ramp=4, peak=4.0), watch], max_steps=8)  # 4 batches
+    assert watch.alphas == [0, 1, 2, 3]
+
+
 def test_endless_data_with_steps(fit, small):
     loader, counted, shared = DataLoader(Endless(), batch_size=4), Watch(), Watch()
     fit(small(), loader, [AlphaScheduler("linear", ramp=4, peak=4.0), counted], max_epochs=-1, max_steps=6)

@@ -10,7 +10,8 @@ import lightning_rdrop
 
 PACKAGE = Path(lightning_rdrop.__file__).parent
 FLOORS = [
-    "_compat _lightning arguments extras description divergence labels nesting plots probe schedule submodules terms",
+    "_compat _lightning arguments extras description divergence labels nesting plots probe schedule submodules terms "
+    "training_length",
     "data_views own_losses transforms views",
     "_fused cross_entropy dropout",
     "distance",

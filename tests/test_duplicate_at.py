@@ -255,7 +255,7 @@ def test_a_mask_that_comes_later_is_refused_where_ranks_share_the_weights(monkey
     monkeypatch.setattr(room, "shares_weights", lambda network: True)
     module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="encoder.layer.2", rdrop_guard="off")
     module.rdrop_step(without_padding(tokens(4)))
-    with pytest.raises(ValueError, match=r"encoder\.layer\.2 is called with other tensors than on the first batch"):
+    with pytest.raises(ValueError, match=r"encoder\.layer\.2 is called with other tensors than before.*share the wei"):
         module.rdrop_step(tokens(4))
 
 
@@ -270,6 +270,92 @@ FROZEN = [
 def freeze(network, names):
     for name in names:
         network.get_submodule(name).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("automatic", [True, False], ids=["auto", "by name"])
+@pytest.mark.parametrize(("build", "at", "frozen"), FROZEN[:2], ids=["bert", "gpt2"])
+def test_masks_that_come_to_a_split_with_dropout_on(build, at, frozen, automatic):
+    """As in a batch doubled early: no random number is drawn for the pass that fails."""
+    early, late, batch_of = pair(build, "auto" if automatic else at, rdrop_guard="off")
+    for module in (early, late):
+        freeze(module.network, frozen)
+    for batch in (without_padding(batch_of(4)), batch_of(4), without_padding(batch_of(3)), batch_of(5)):
+        (terms, found), (expected, wanted) = gradients(late, batch), gradients(early, batch)
+        torch.testing.assert_close(terms.kl, expected.kl)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_auto_saves_nothing_behind_an_embedding_and_lets_masks_come():
+    """BERT makes its mask behind the embeddings, from B rows."""
+    module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="auto")
+    for batch in (without_padding(tokens(4)), tokens(4)):
+        assert module.rdrop_step(batch).kl > 0
+    assert list(module._rdrop_late._splits.values()) == [None]
+
+
+class Unpadding(nn.Linear):
+    """As flash attention: padding comes as lengths, and what has none is left 0, without an error."""
+
+    def forward(self, x, lengths=None):
+        x = super().forward(x)
+        if lengths is None:
+            return x
+        padded = torch.zeros_like(x)
+        padded[: len(lengths)] = x[: len(lengths)] * lengths.view(-1, 1)
+        return padded
+
+
+class Looping(nn.Module):
+    """A cell that is called for each number of an example, with a gate from before the split."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.cell = nn.Linear(1, 8), Gated()
+
+    def forward(self, x):
+        gates = x.unsqueeze(-1) > 0
+        steps = self.first(x.unsqueeze(-1))
+        return sum(self.cell(steps[:, t], gates[:, t]) for t in range(x.shape[1]))
+
+
+class Late(nn.Module):
+    """What comes with a negative number is combined with the second layer as ``combine`` says."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.first, self.drop, self.second, self.combine = nn.Linear(8, 8), nn.Dropout(0.3), Unpadding(8, 3), combine
+
+    def forward(self, x):
+        hidden = self.drop(self.first(x))
+        return self.second(hidden) if (x >= 0).all() else self.combine(self, hidden, (x > 0).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("network", "at"),
+    [
+        (lambda: Late(lambda self, hidden, lengths: self.second(hidden, lengths)), "drop"),
+        (lambda: Late(lambda self, hidden, lengths: self.second(hidden) * lengths.view(-1, 1)), "auto"),
+        (Looping, "first"),
+    ],
+    ids=["silently", "in the network itself", "in a further call"],
+)
+def test_tensors_that_come_later(network, at):
+    early, late, _ = pair(lambda: (network(), None), at, rdrop_guard="off")
+    x, y = torch.randn(4, 8, dtype=torch.double), torch.tensor([0, 1, 2, 0])
+    for inputs in (x.abs(), x, x.abs(), x) if network is not Looping else (x[:, :3], x, x[:, :5]):
+        torch.testing.assert_close(gradients(late, (inputs, y))[1], gradients(early, (inputs, y))[1])
+
+
+def test_what_cannot_be_doubled_in_a_later_batch_is_said_and_a_networks_own_error_stays():
+    module = Net(
+        Late(lambda self, hidden, lengths: self.second(hidden) * lengths.view(-1, 1)), rdrop_duplicate_at="drop"
+    )
+    x, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    module.rdrop_step((x.abs(), y))
+    with pytest.raises(ValueError, match=r"cannot be doubled before network\.drop.*must match the size of tensor"):
+        module.rdrop_step((x, y))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module.rdrop_step((x[:, :5], y))
 
 
 @pytest.mark.parametrize(("build", "at", "frozen"), FROZEN, ids=["bert", "gpt2", "t5", "resnet"])

@@ -52,6 +52,20 @@ def test_several_steps_and_a_last_window_that_is_not_full(fit):
     torch.testing.assert_close(exact, big)
 
 
+@pytest.mark.parametrize(("accumulate", "skipped"), [(4, {1}), (2, {0, 1})], ids=["one", "a whole step"])
+def test_a_skipped_micro_batch_counts_nothing(fit, accumulate, skipped):
+    class Skipping(Tagger):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in skipped else super().training_step(batch, batch_idx)
+
+    data = ragged(5, 4)
+    kept = [row for number, row in enumerate(data) if number // 2 not in skipped]
+    skipping, big = Skipping(rdrop_alpha=2.0), Tagger(rdrop_alpha=2.0)
+    fit(skipping, DataLoader(data, 2), [ExactAccumulation()], accumulate_grad_batches=accumulate)
+    fit(big, DataLoader(kept, 8))
+    torch.testing.assert_close(weights(skipping), weights(big))
+
+
 class Failing(pl.Callback):
     def on_train_batch_end(self, *args):
         raise OSError("disk full")

@@ -37,7 +37,7 @@ def test_auto_is_the_latest_place_before_anything_random():
     assert found(Functional()).at == ("second",)
     assert found(sequential(0.0)) is None
     assert found(sequential(0.3).eval()) is None
-    assert found(nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))).at == ("0",)
+    assert found(nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3))) is None  # nothing would be saved
 
 
 def test_the_share_of_the_work():

@@ -395,11 +395,12 @@ class Change(pl.Callback):
             self.action(pl_module)
 
 
+@pytest.mark.parametrize("every", [4, 50], ids=["log", "end of an epoch"])
 @pytest.mark.parametrize("change", ["p = 0", "another network"])
-def test_views_that_become_equal_in_the_middle_of_a_fit(fit, small, rows, change):
+def test_views_that_become_equal_in_the_middle_of_a_fit(fit, small, rows, change, every):
     action, message = SECOND_FITS[change]
     with pytest.raises(ValueError, match=f"(?s)The views are identical.*{message}"):
-        fit(small(), rows, [Change(action)], max_epochs=10, log_every_n_steps=4)
+        fit(small(), rows, [Change(action)], max_epochs=5, log_every_n_steps=every)
 
 
 @pytest.mark.parametrize(("make", "batch", "message"), WRONG.values(), ids=WRONG)
@@ -615,14 +616,23 @@ def test_a_dead_backbone_under_a_live_head_is_a_warning_by_name():
         module.rdrop_step(rows())
 
 
-def test_nan_in_the_middle_of_a_training_is_found_at_the_next_log(fit, small, rows):
-    class Poison(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx == 5:
-                pl_module.network[0].weight.data.fill_(torch.nan)
+def poison(module):
+    module.network[0].weight.data.fill_(torch.nan)
 
+
+@pytest.mark.parametrize("every", [4, 50], ids=["log", "end of an epoch"])
+def test_nan_in_the_middle_of_a_training_is_found_at_the_next(fit, small, rows, every):
     with pytest.raises(ValueError, match="view 0 is NaN since batch 5"):
-        fit(small(), rows, [Poison()], max_epochs=2, log_every_n_steps=4)
+        fit(small(), rows, [Change(poison, 5)], log_every_n_steps=every)
+
+
+def test_nan_is_said_once_at_the_end_of_an_epoch_before_a_hook_of_ones_own(fit, small, rows):
+    ended = []
+    module = type("Own", (small,), {"on_train_epoch_end": lambda self: ended.append(self.current_epoch)})
+    with pytest.warns(UserWarning, match="is NaN since batch 5") as caught:
+        fit(module(rdrop_guard="warn"), rows, [Change(poison, 5)], max_epochs=2, log_every_n_steps=7)
+    assert len([one for one in caught if "is NaN" in str(one.message)]) == 1
+    assert ended == [0, 1]
 
 
 def test_after_the_first_batch_the_device_is_waited_for_only_where_a_log_is_due(fit, small, rows, monkeypatch):
@@ -630,7 +640,7 @@ def test_after_the_first_batch_the_device_is_waited_for_only_where_a_log_is_due(
     monkeypatch.setattr(NanWatch, "reason", lambda watch: read.append(watch.batches))
     monkeypatch.setattr("lightning_rdrop.guard.guard.diagnose", lambda *arguments: compared.append(arguments))
     fit(small(), rows, max_epochs=2, log_every_n_steps=5)
-    assert read == [1, 6, 11, 16]
+    assert read == [1, 6, 8, 11, 16, 16]  # and at the end of an epoch of eight batches
     assert len(compared) == 1
 
 

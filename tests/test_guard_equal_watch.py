@@ -56,3 +56,9 @@ def test_no_step_is_kept_alive():
 
 def test_nothing_noted():
     assert not EqualWatch().died()
+
+
+def test_views_that_are_both_sure_of_a_class_differ():
+    watch = noted(1e-3, *[0.0] * 16)
+    watch.look(torch.tensor([[[90.0, 0.0]], [[80.0, 0.0]]]))
+    assert not watch.died()

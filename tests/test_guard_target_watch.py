@@ -39,15 +39,16 @@ def test_a_later_batch_is_named_where_a_log_is_due(fit, case):
         fit(Net(network(), rdrop_distance=distance), spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
 
 
-def test_where_values_are_waited_for_they_are_read_when_a_log_is_due(monkeypatch, fit):
+@pytest.mark.parametrize(("every", "batches"), [(6, 7), (50, 8)], ids=["log", "end of an epoch"])
+def test_where_values_are_waited_for_they_are_read_at_the_next(monkeypatch, fit, every, batches):
     """As on a GPU."""
     monkeypatch.setattr("lightning_rdrop.guard.guard.is_readable", lambda tensor: False)
     distance, target, value = LATER["-1 for Bernoulli"]
     module = Net(network(), rdrop_distance=distance)
     seen = training_outputs(module)
     with pytest.raises(ValueError, match="target of batch 5 holds"):
-        fit(module, spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
-    assert len(seen) == 9  # batches 0 to 8
+        fit(module, spoiled(target(), value), max_epochs=2, log_every_n_steps=every)
+    assert len(seen) == batches
 
 
 def test_a_target_is_spoken_of_once():

@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import texts, trained_on
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 from torch.nn import functional as F
@@ -168,17 +169,25 @@ def test_a_missing_extra_names_itself(bert, monkeypatch):
         SequenceClassifier(bert, 2)
 
 
+class Rates(pl.Callback):
+    seen = ()
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen = (*self.seen, trainer.optimizers[0].param_groups[0]["lr"])
+
+
 @pytest.mark.parametrize("warmup", [2, 1 / 3])
 def test_warmup_and_linear_decay(fit, rows, warmup):
-    class Rates(pl.Callback):
-        seen = ()
-
-        def on_train_batch_start(self, trainer, *_):
-            self.seen = (*self.seen, trainer.optimizers[0].param_groups[0]["lr"])
-
     rates = Rates()
     fit(Classifier(network(), 3, learning_rate=0.4, warmup=warmup), rows, [rates], limit_train_batches=3, max_epochs=2)
     assert rates.seen == pytest.approx([0, 0.2, 0.4, 0.3, 0.2, 0.1])  # and 0 after the sixth step
+
+
+def test_warmup_under_a_schedule_of_accumulation(fit, rows):
+    rates = Rates()
+    callbacks = [GradientAccumulationScheduler({0: 4, 1: 2}), rates]  # 1 + 2 steps
+    fit(Classifier(network(), 3, learning_rate=0.3, warmup=1), rows, callbacks, limit_train_batches=4, max_epochs=2)
+    assert rates.seen == pytest.approx([0] * 4 + [0.3] * 2 + [0.15] * 2)
 
 
 def test_whole_warmups_are_steps():

@@ -122,6 +122,8 @@ class AdaptiveAlpha(ModuleValue):
     ) -> None:
         """Add the kl of the batch, on its device."""
         module = require_rdrop(self, pl_module)
+        if module.automatic_optimization and not outputs:
+            return  # training_step skipped the batch
         if module.rdrop_kl is None:
             raise ValueError(
                 f"AdaptiveAlpha found no kl: the training_step of {type(pl_module).__name__} has to call "

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_rdrop.arguments import duration, non_negative
 from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
-from lightning_rdrop.callbacks._training_length import planned_steps
 from lightning_rdrop.schedule import SHAPES, cyclical
+from lightning_rdrop.training_length import planned_steps
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer
@@ -136,9 +136,10 @@ class AlphaScheduler(ModuleValue):
             return duration
         if self._training_steps is None:
             raise ValueError(
-                f"{name}={duration} is a share of training, whose length is unknown here (the data loader or the "
-                f"Trainer has no end). Give {name} as an int, a number of optimizer steps, or set the Trainer's "
-                "max_steps."
+                f"{name}={duration} is a share of training, whose length is unknown here: the data loader or the "
+                "Trainer has no end, or max_steps counts the steps of several optimizers. Give "
+                f"{name} as an int, a number of optimizer steps (of batches in manual optimization), or set the "
+                "Trainer's max_steps for one optimizer, max_epochs for several."
             )
         return duration * self._training_steps
 

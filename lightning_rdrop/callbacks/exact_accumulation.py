@@ -90,9 +90,11 @@ class ExactAccumulation(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Divide the accumulated gradients by all rows, before Lightning clips them."""
+        if not isinstance(self._rows, Tensor):
+            return  # training_step skipped every micro-batch
         # Lightning has divided by the number of micro-batches, DDP by that of ranks
         means = trainer.accumulate_grad_batches * trainer.world_size
-        rows = torch.as_tensor(trainer.strategy.reduce(self._rows, reduce_op="sum"))
+        rows: Any = trainer.strategy.reduce(self._rows, reduce_op="sum")
         factor = means / rows.where(rows != 0, 1)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:

@@ -1,16 +1,22 @@
-"""Views that have become equal: kl is noted in every step, and read where a log is due."""
+"""Views that have become equal: noted in every step, read where it is asked for."""
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_rdrop.guard.agreement import agree
+from lightning_rdrop.nesting import tensors_of
 
 _EQUAL = 1e-9
 """A kl, in nats, as only rounding makes it; dropout makes 1e-7 and more."""
 _STEPS = 16
 """So many steps in a row are no chance, as they are for a batch of one row with a small p."""
+_SAMPLE = 1024
+"""So many numbers of a row are compared: a kl of 0 may also be that of views which are both sure of a class."""
 
 
 class EqualWatch:
@@ -29,6 +35,12 @@ class EqualWatch:
     def __init__(self) -> None:
         self._noted: deque[Tensor] = deque(maxlen=1024)
         self._alive, self._equal = False, 0
+        self._sample: list[Tensor] = []
+
+    def look(self, predictions: Any) -> None:
+        """Keep the beginning of each of the K views (K, N, ...), without waiting for the device."""
+        tensors = (tensor.detach() for _, tensor in tensors_of(predictions) if tensor.dim())
+        self._sample = [tensor[:, :1].flatten(1)[:, :_SAMPLE].clone() for tensor in tensors]
 
     def note(self, kl: Tensor) -> None:
         """Keep the kl of a step, without waiting for the device."""
@@ -44,4 +56,4 @@ class EqualWatch:
         died = self._alive and self._equal >= _STEPS
         if died:
             self._alive = False
-        return died
+        return died and agree(self._sample)

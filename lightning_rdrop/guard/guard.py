@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_rdrop._compat import is_readable
 from lightning_rdrop._lightning import on_all_ranks, trainer_of
 from lightning_rdrop.data_views import Views, first_view
-from lightning_rdrop.guard.agreement import agree, diagnose
+from lightning_rdrop.guard.agreement import diagnose
 from lightning_rdrop.guard.equal_watch import EqualWatch
 from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead, explain_negligible
 from lightning_rdrop.guard.first_batch import in_evaluation
@@ -42,7 +42,7 @@ class Guard:
 
     It lives as long as a fit: :meth:`begin` forgets all that was found before. Values are looked at on the first batch,
     and again when a submodule has changed its mode or alpha has risen from 0, which waits for the device. Every other
-    batch is only noted there, and read where a log is due.
+    batch is only noted there, and read where a log is due and at the end of an epoch.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,8 @@ class Guard:
 
     def begin(self) -> None:
         """Forget the verdicts of an earlier fit."""
-        self._drawn = self._batch_ended = False
+        self._drawn = self._batch_ended = self._must_differ = False
+        self._warned: set[str] = set()
         self._alone: set[str] = set()
         self._parted: set[str] = set()
         self._checked: dict[str, list[bool]] = {}
@@ -123,14 +124,11 @@ class Guard:
         every = getattr(trainer_of(module), "log_every_n_steps", 1)
         read = not every or nan.batches % every == 0
         nan.look(predictions)
+        self._equal.look(predictions)
+        self._must_differ = must_differ
         network = cast(nn.Module, module)
         if read:
-            self.complain(module, self._targets.reason())  # first: NaN in a target soon is NaN everywhere
-            self.complain(module, nan.reason())
-            if must_differ and self._equal.died() and agree(predictions):
-                self.complain(module, explain(network))
-            if must_differ and (share := self._negligible.share()) is not None:
-                warnings.warn(explain_negligible(network, share, STEPS), stacklevel=4)
+            self._read(module)
         if modes != self._checked.get(part):
             self._checked[part] = modes
             if reason := in_evaluation(trainer_of(module)):
@@ -174,9 +172,30 @@ class Guard:
                 stacklevel=2,
             )
 
+    def epoch_ends(self, module: Guarded) -> None:
+        """Read what was noted since the last log: in a short training none is due after the first batch.
+
+        Raises:
+            ValueError: what was found, where ``rdrop_guard="error"``.
+        """
+        if module.rdrop_guard != "off":
+            self._read(module)
+
     def complain(self, module: Guarded, reason: str | None) -> None:
-        """Raise or warn, where there is a reason."""
+        """Raise, or warn once, where there is a reason."""
         if reason is not None and module.rdrop_guard == "error":
             raise ValueError(reason)
-        if reason is not None:
+        if reason is not None and reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(reason, stacklevel=4)
+
+    def _read(self, module: Guarded) -> None:
+        """Say what the watches have noted; waits for the device."""
+        network = cast(nn.Module, module)
+        self.complain(module, self._targets.reason())  # first: NaN in a target soon is NaN everywhere
+        for nan in self._nan.values():
+            self.complain(module, nan.reason())
+        if self._must_differ and self._equal.died():
+            self.complain(module, explain(network))
+        if self._must_differ and (share := self._negligible.share()) is not None:
+            warnings.warn(explain_negligible(network, share, STEPS), stacklevel=4)

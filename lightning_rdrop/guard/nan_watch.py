@@ -1,4 +1,4 @@
-"""A prediction that is NaN: noted in every batch, read where a log is due."""
+"""A prediction that is NaN: noted in every batch, read where it is asked for."""
 
 from __future__ import annotations
 

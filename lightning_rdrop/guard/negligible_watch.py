@@ -1,4 +1,4 @@
-"""A kl that never was more than a rounding beside ce: noted in the first steps, read where a log is due."""
+"""A kl that never was more than a rounding beside ce: noted in the first steps, read where it is asked for."""
 
 from __future__ import annotations
 

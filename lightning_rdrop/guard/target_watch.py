@@ -1,4 +1,4 @@
-"""Targets that hold impossible values: noted in every step, read where a log is due."""
+"""Targets that hold impossible values: noted in every step, read where it is asked for."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class Split:
     Args:
         at: the submodules before which it is doubled.
         places: the tensors among the arguments (args, kwargs), by submodule and index of the call, and whether each is
-            to be doubled: those of ``at``, and those of later submodules that come from before the split.
+            to be doubled: those of ``at``, and those of later submodules that come from before the split. Submodules
+            that may be given a further tensor another time are there also where nothing is doubled.
         share: the FLOPs of a forward pass relative to those of a batch doubled at the entrance (matrix products only).
         shared: a random submodule before the split, whose random numbers all views share; None if there is none.
     """
@@ -63,11 +64,12 @@ class Split:
             nonlocal reached
             name, index = call
             reached = reached or name in self.at
-            known = self.places[name].get(index)
-            if not reached or known is None:
+            if not reached:
                 return arguments
+            calls = self.places[name]
+            known = calls[index] if index in calls else _of_a_further_call(calls)
             if any(path not in known for path, _ in tensors_of(arguments)):
-                raise UnforeseenError
+                raise UnforeseenError(f"{name} is called with other tensors than before.")
             return double(arguments, [path for path, carries in known.items() if carries])
 
         with before_calls({name: network.get_submodule(name) for name in self.places}, change):
@@ -112,6 +114,13 @@ class Doubling:
         parts = parts_of(value) or {}
         changed = {key: self(parts[key], inner) for key, inner in below.items() if key in parts}
         return with_parts(value, parts | changed) if changed else value
+
+
+def _of_a_further_call(calls: Mapping[int, Mapping[KeyPath, bool]]) -> dict[KeyPath, bool]:
+    """What is known of a call that was not made before, as in a loop over time: none is doubled if none ever was."""
+    if any(carries for known in calls.values() for carries in known.values()):
+        return {}
+    return {path: False for known in calls.values() for path in known}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_rdrop import submodules
@@ -16,8 +17,11 @@ from lightning_rdrop.late_duplication.duplicate_at import KeyPath, Predict, Spli
 from lightning_rdrop.late_duplication.first_random import first_random
 from lightning_rdrop.late_duplication.trial import Trial
 from lightning_rdrop.nesting import tensors_of
-from lightning_rdrop.probe import untouched
+from lightning_rdrop.probe import random_states, untouched
 from lightning_rdrop.views import batch_size, duplicate
+
+_NOTHING_SAVED = 0.995
+"""A share of the FLOPs that is 100 % when rounded."""
 
 
 class LateDuplication:
@@ -83,31 +87,39 @@ class LateDuplication:
     def predict(self, network: nn.Module, predict: Predict, inputs: Any, views: int) -> Any:
         """The prediction by the split that has been found; it learns what is new in the calls of this batch.
 
-        A network may be called otherwise for other values, as attention is without a mask where nothing is padded.
+        A network may be called otherwise for other values, as attention is without a mask where nothing is padded. Then
+        the split is looked for again, and the batch is predicted once more, under the same dropout masks.
 
         Args:
             network, predict, inputs, views: see :meth:`Split.predict`.
 
         Raises:
-            ValueError: something is new where the ranks share the weights, and would have to make the same passes.
+            ValueError: the batch cannot be doubled there, or something is new where the ranks share the weights, and
+                would have to make the same passes.
         """
         structure = _structure(inputs)
         split = self._splits[structure]
         assert split is not None
+        put_back = random_states(_device(inputs))
         try:
             return split.predict(network, predict, inputs, views)
-        except UnforeseenError:
+        except Exception as error:  # a network may raise anything where B rows meet K * B
             if shares_weights(network):
+                if not isinstance(error, UnforeseenError):
+                    raise
                 raise ValueError(
-                    f"rdrop_duplicate_at: {', '.join(split.at)} is called with other tensors than on the first batch, "
-                    "such as a mask, which cannot be looked at by one rank alone where all share the weights. Let the "
-                    "first batch have them, or train without rdrop_duplicate_at."
+                    f"rdrop_duplicate_at: {error} Where ranks share the weights, none can look at them by itself: let "
+                    "the first batch have all that comes later, such as a mask, or train without rdrop_duplicate_at."
                 ) from None
-        # of this rank alone: another one may never see such a batch
-        other = find_split(network, predict, inputs, views, split.at)
-        assert other is not None  # it is before submodules that are named
-        split = self._splits[structure] = split.with_places_of(other)
-        return split.predict(network, predict, inputs, views)
+            put_back()
+            # of this rank alone: another one may never see such a batch
+            found = find_split(network, predict, inputs, views, self.at)
+            if found is not None and found.at == split.at:
+                found = split.with_places_of(found)
+            if found == split:
+                raise  # the error is the network's own
+            self._splits[structure] = found
+        return predict(duplicate(inputs, views)) if found is None else found.predict(network, predict, inputs, views)
 
 
 def find_split(
@@ -133,7 +145,8 @@ def find_split(
         on_all_ranks: as for :func:`lightning_rdrop.guard.diagnose`.
 
     Returns:
-        the split; None for ``"auto"`` if nothing is random, or if the first submodule already is.
+        the split; None for ``"auto"`` if nothing is random, if the first submodule already is, or if what lies before
+        is no work, such as an embedding.
 
     Raises:
         ValueError: a submodule that does not exist, or before which the batch cannot be doubled.
@@ -149,15 +162,20 @@ def find_split(
     chosen = None if at == "auto" else submodules.matching("rdrop_duplicate_at", network, patterns)
     if batch_size(inputs) == 1:  # the tensors of one row would broadcast against those of two, unnoticed
         inputs = duplicate(inputs, 2)
-    device = next(tensor.device for _, tensor in tensors_of(inputs))
+    device = _device(inputs)
     with untouched(network, device):
         calls, random = first_random(network, predict, inputs, device, on_all_ranks)
         if chosen is None:
-            return None if random is None else Trial(network, predict, inputs, views).latest(calls[:random])
+            found = None if random is None else Trial(network, predict, inputs, views).latest(calls[:random])
+            return None if found is None or found.share > _NOTHING_SAVED else found
         split = Trial(network, predict, inputs, views).split(chosen)
     reached = min((index for index, (name, _) in enumerate(calls) if name in chosen), default=0)
     shared = calls[random - 1][0] if random is not None and 0 < random <= reached else None
     return replace(split, shared=shared)
+
+
+def _device(inputs: Any) -> torch.device:
+    return next(tensor.device for _, tensor in tensors_of(inputs))
 
 
 def _structure(inputs: Any) -> tuple[KeyPath, ...]:

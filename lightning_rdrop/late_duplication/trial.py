@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,9 +50,10 @@ class Trial:
                 raise ValueError(f"{name} gets no tensor with the batch.")
             waiting.discard(name)
             # behind the last split everything is doubled; before it, only what meets something doubled
-            if not single or not (here or doubled or not waiting):
+            if not (here or doubled or not waiting):
                 return arguments
-            places[name][index] = {path: path in single for path, _ in tensors_of(arguments)}
+            places[name][index] = dict.fromkeys(self._in_training.get(call, ()), False)
+            places[name][index] |= {path: path in single for path, _ in tensors_of(arguments)}
             return double(arguments, single)
 
         try:
@@ -69,7 +70,8 @@ class Trial:
                 "before the split with one from behind it, B rows would meet K * B rows."
             ) from error
         share = counter.get_total_flops() / self._work if self._work else 1.0
-        split = Split(tuple(at), dict(places), share)
+        watched = {name: calls for name, calls in places.items() if self._may_change(name, calls)}
+        split = Split(tuple(at), watched, share)
         self._rehearse(split)
         return split
 
@@ -106,6 +108,12 @@ class Trial:
             ) from error
         finally:
             self._network.eval()
+
+    def _may_change(self, name: str, calls: Mapping[int, Mapping[KeyPath, bool]]) -> bool:
+        """Whether a call has something to double, or may have in another batch: no layer of one argument does."""
+        parameters = inspect.signature(self._modules[name].forward).parameters.values()
+        several = len(parameters) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+        return several or any(carries for known in calls.values() for carries in known.values())
 
     def latest(self, calls: Sequence[Call]) -> Split | None:
         """The split before the last of these calls or, where that fails, before the nearest submodule around it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.modules._mean_loss import MeanLoss
 from lightning_rdrop.predict import mc_predict
+from lightning_rdrop.training_length import planned_steps
 
 
 class Task(RDropMixin, pl.LightningModule):
@@ -131,14 +131,14 @@ class Task(RDropMixin, pl.LightningModule):
         )
         if self.warmup is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not 0 < steps < math.inf:
+        steps = planned_steps(self.trainer)
+        if not steps:
             raise ValueError(
                 f"warmup={self.warmup} lets the learning rate fall until the end, and this training has none: give the "
                 "Trainer max_epochs or max_steps, or leave warmup out."
             )
         rise = self.warmup if isinstance(self.warmup, int) else self.warmup * steps
-        factor = partial(warmup_and_decay, rise=rise, steps=int(steps))
+        factor = partial(warmup_and_decay, rise=rise, steps=steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -10,13 +10,19 @@ if TYPE_CHECKING:
 
 
 def planned_steps(trainer: Trainer) -> int | None:
-    """The optimizer steps of the whole training; None where a data loader or the Trainer has no end.
+    """The optimizer steps of the whole training, of batches in manual optimization; None where that is unknown.
+
+    Unknown it is where a data loader or the Trainer has no end, or where ``max_steps`` counts the steps of several
+    optimizers, which manual optimization makes as it likes.
 
     Lightning's estimate knows one ``accumulate_grad_batches`` only, that of the moment. A
     ``GradientAccumulationScheduler`` has one for each epoch, and the last window of an epoch may be short:
 
     .. math:: \\sum_e \\lceil \\text{batches} / \\text{accumulate}(e) \\rceil
     """
+    dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it; a dry run has a max_steps
+    if trainer.max_steps != -1 and len(trainer.optimizers) > 1 and not dry:
+        return None
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # its connector sets it
         accumulate = getattr(callback, "get_accumulate_grad_batches", None)  # of either distribution

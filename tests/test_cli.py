@@ -310,6 +310,16 @@ def test_several_distances_by_name(tmp_path, monkeypatch, distance, arguments, w
     assert loaded.weights == together.weights
 
 
+@pytest.mark.parametrize("distance", ["Categorical", "Focal", "JensenShannon"])
+def test_class_weights_on_the_command_line(folder, run_here, distance):
+    given = ["--model.rdrop_distance", distance, "--model.rdrop_distance.weight", "[1.0,2.0,3.0]"]
+    run_here("fit", "--config=experiment.yaml", "--callbacks.curves=null", "--test_after_fit=false", *given)
+    (checkpoint,) = folder.glob("logs/run/version_0/checkpoints/*.ckpt")
+    described = torch.load(checkpoint, weights_only=True)["rdrop"]["rdrop_distance"]
+    assert described["class"].endswith(distance)
+    assert described["init_args"]["weight"] == [1.0, 2.0, 3.0]
+
+
 @pytest.fixture
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)

@@ -11,15 +11,18 @@ from lightning_rdrop import (
     Bernoulli,
     Categorical,
     Cosine,
+    Focal,
     FromDistribution,
     Gaussian,
     Head,
     JensenShannon,
     RDropLoss,
     jensen_shannon,
+    rdrop_cross_entropy,
     symmetric_bernoulli_kl,
     symmetric_kl,
 )
+from lightning_rdrop.description import describe, rebuild
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -390,7 +393,8 @@ def test_a_weight_of_another_shape_is_refused(weight, shape):
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
-        ([1.0, 2.0], TypeError, "pos_weight must be a tensor, got a list"),
+        ("balanced", TypeError, "pos_weight must be a tensor or a list of numbers, .* got 'balanced'"),
+        ([1.0, -2.0], ValueError, r"pos_weight must not be negative or NaN, got \[1\.0, -2\.0\]"),
         (torch.tensor([1.0, -2.0]), ValueError, r"pos_weight must not be negative or NaN, got \[1\.0, -2\.0\]"),
         (torch.tensor([torch.nan]), ValueError, "pos_weight must not be negative or NaN"),
     ],
@@ -398,6 +402,22 @@ def test_a_weight_of_another_shape_is_refused(weight, shape):
 def test_a_pos_weight_that_is_no_weight(weight, error, message):
     with pytest.raises(error, match=message):
         Bernoulli(pos_weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Categorical, "weight"), (Focal, "weight"), (JensenShannon, "weight"), (Bernoulli, "pos_weight")]
+)
+def test_weights_may_be_a_list(kind, name):
+    made = kind(**{name: [1, 2.0, 0.5]})
+    torch.testing.assert_close(getattr(made, name), torch.tensor([1.0, 2.0, 0.5]))
+    again = rebuild(describe(made), kind)
+    assert torch.equal(getattr(again, name), getattr(made, name))
+    assert repr(again) == repr(made)
+
+
+def test_a_list_as_the_class_weight_of_a_function():
+    with pytest.raises(TypeError, match="The class weight must be a tensor, got a list"):
+        rdrop_cross_entropy(torch.zeros(2, 4, 3), torch.zeros(4).long(), 1.0, weight=[1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize("distance", [Gaussian(), Bernoulli(), Cosine()], ids=["Gaussian", "Bernoulli", "Cosine"])

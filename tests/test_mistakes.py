@@ -53,6 +53,9 @@ MISTAKES = {
     ),
     "LINE --model.num_classes=lots": "model.num_classes: must be int, got 'lots'.",
     "LINE --model.rdrop_distance=Gausian": ("model.rdrop_distance: there is no class Gausian. Did you mean Gaussian?"),
+    "LINE --model.rdrop_distance=Categorical --model.rdrop_distance.weight=[1,two]": (
+        "model.rdrop_distance.weight: must be float, got 'two'."
+    ),
     "LINE --model.rdrop_regularizers+=VTA": "model.rdrop_regularizers: there is no class VTA. Did you mean VAT?",
     "LINE --model.network=mistaken.Netwrok": (
         "model.network: there is no Netwrok in mistaken. Did you mean mistaken.Network?"

@@ -25,7 +25,8 @@ _BASES = re.compile(r"Subtypes: (.*)")
 _VALUE = re.compile(r"Given value: (.*)")
 _NOISE = re.compile(
     r"Does not validate against any|Errors:|Given value type:|Expected a <class '(NoneType|collections.*)'>|"
-    r"Expected a path but .* not accessible|Expected a <class 'dict'>"
+    r"Expected a path but .* not accessible|Expected a <class 'dict'>|"
+    r"Not a valid subclass of \w+\.?|Subclass types expect one of:|a class path \(str\)|a dict with"
 )
 _EXPECTED = re.compile(r"Expected a (.+?)(?:\. Got value: (.*))?")
 

@@ -224,7 +224,11 @@ def test_a_test_that_cannot_be_made_is_found_before_training(model, data, messag
     [
         ([], ValueError, "There is no test table: give test="),
         (["--data.test=tset.json"], FileNotFoundError, "tset.json"),
-        (["--data.test=other.json"], ValueError, r"other\.json, line 1: no column 'label', only 'sentence'"),
+        (
+            ["--data.test=other.json"],
+            ValueError,
+            r"other\.json: no column 'label', only 'sentence'\. Name .* label=\.\.\.",
+        ),
     ],
 )
 def test_a_test_table_that_is_missing_is_found_before_training(tmp_path, monkeypatch, given, error, message):

@@ -438,6 +438,21 @@ def test_a_dimension_that_holds_no_classes_is_refused(class_dim):
         RDropLoss(Categorical(class_dim=class_dim))(torch.zeros(2, 3, 3), torch.zeros(3, dtype=torch.long), 1.0)
 
 
+def test_a_prediction_without_classes_is_perhaps_a_regression():
+    with pytest.raises(ValueError, match=r"\(32,\).* For regression pass rdrop_distance=Gaussian\(\)\.$"):
+        RDropLoss()(torch.zeros(2, 32), torch.zeros(32), 1.0)
+    with pytest.raises(ValueError, match="for regression Gaussian"):
+        RDropLoss()(torch.zeros(2, 32, 1), torch.zeros(32), 1.0)
+
+
+@pytest.mark.parametrize("method", ["to_target", "between"])
+def test_a_distance_that_returns_a_tensor_is_told_to_wrap_it(method):
+    own = type("Own", (Gaussian,), {method: lambda self, first, second, target=None: (first - second).square()})
+    message = rf"Own\.{method} must return an Average, got a Tensor\. Wrap it: Average\.of\(values\)"
+    with pytest.raises(TypeError, match=message):
+        RDropLoss(own())(torch.zeros(2, 4), torch.zeros(4), 1.0)
+
+
 @pytest.mark.parametrize("distance", [Categorical(), JensenShannon(), Bernoulli(), Gaussian(), Cosine()])
 def test_a_list_is_no_target(distance):
     for call in (lambda: RDropLoss(distance)(torch.zeros(2, 1, 3), [0], 1.0), lambda: distance.to_target(LOGITS, [0])):

@@ -180,13 +180,15 @@ class Categorical(Distance):
             raise ValueError(
                 f"class_dim={self.class_dim} is no dimension of classes in a prediction of shape {tuple(shape)}, whose "
                 "first is that of its rows. Say Categorical(class_dim=...), or leave out class_dim for the last one."
+                + (" For regression pass rdrop_distance=Gaussian()." if len(prediction.shape) == 1 else "")
             )
         classes = shape.pop(self.class_dim)
         if classes < 2:
             raise ValueError(
                 f"Categorical needs at least 2 classes, but dimension class_dim={self.class_dim} of the prediction "
                 f"{tuple(prediction.shape)} has {classes}: with one class the loss is always 0. For yes or no from a "
-                "single logit use the Bernoulli distance; if the classes lie elsewhere, say Categorical(class_dim=...)."
+                "single logit use the Bernoulli distance, for regression Gaussian; if the classes lie elsewhere, say "
+                "Categorical(class_dim=...)."
             )
         if target.shape == prediction.shape and target.is_floating_point():
             return target

@@ -185,7 +185,7 @@ def test_a_pretrained_model_from_a_folder_with_nothing_but_the_command_line(tmp_
         "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=logs", "--trainer.logger.name=run", "--trainer.accelerator=cpu",
     )  # fmt: skip
-    assert "bert was handed out in eval mode. Switched on for the training: 8 dropout layers" in printed
+    assert "bert was loaded in eval mode. Switched on for the training: 8 dropout layers" in printed
     assert "network" not in (tmp_path / "logs/run/version_0/hparams.yaml").read_text()
     with (tmp_path / "logs/run/version_0/metrics.csv").open() as file:
         assert all(float(row["train/kl"]) > 0 for row in csv.DictReader(file) if row["train/kl"])

@@ -141,6 +141,14 @@ def test_fractions_are_perhaps_no_classes(table, labels, given, warned):
     assert not warned or re.search(warned, str(said[0].message))
 
 
+def test_a_tokenizer_that_cannot_be_loaded(table):
+    pytest.importorskip("transformers")
+    data = TextDataModule("./nope", table("train.json", [{"sentence": "a", "label": name} for name in "xy"]))
+    data.setup("fit")
+    with pytest.raises(OSError, match=r"tokenizer='\./nope' cannot be loaded: .+"):
+        next(iter(data.train_dataloader()))
+
+
 def test_a_hugging_face_tokenizer_from_a_folder(table, tmp_path):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "好", "吃"]))

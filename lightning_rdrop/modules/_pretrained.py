@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_rdrop.dropout import stochastic_layers, switch_on
-from lightning_rdrop.extras import require
+from lightning_rdrop.extras import from_pretrained, require
 from lightning_rdrop.guard.rows import shares_weights
 from lightning_rdrop.modules._adapter import adapt, fill_in_frozen, leave_out_frozen, save_adapter
 from lightning_rdrop.modules._classes import ClassTask
@@ -58,7 +58,7 @@ class Pretrained(Task):
         on = [layer.name for layer in stochastic_layers(self.network) if layer.active]
         if on:
             rank_zero_info(
-                f"{self.hparams['pretrained']} was handed out in eval mode. Switched on for the training: {len(on)} "
+                f"{self.hparams['pretrained']} was loaded in eval mode. Switched on for the training: {len(on)} "
                 f"dropout layers, {on[0]} to {on[-1]}."
             )
 
@@ -121,6 +121,7 @@ def load(
 
     Raises:
         ModuleNotFoundError: transformers, or peft, is not installed.
+        OSError: there is no such model, or it cannot be loaded.
         ValueError: an argument that LoraConfig has not; ``quantization`` of a model that is to be trained; both
             ``peft``, which freezes all of the model, and ``frozen_below``.
     """
@@ -137,7 +138,7 @@ def load(
             f"frozen_below={frozen_below!r} freezes a part of the model, and peft all of it. Give one of them; "
             "layers_to_transform of peft names the layers that have adapters."
         )
-    network: Any = getattr(transformers, auto).from_pretrained(pretrained, **config)
+    network: Any = from_pretrained(getattr(transformers, auto), "pretrained", pretrained, **config)
     if gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if peft:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import SupportsIndex, TypeVar
 
+import torch
 from torch import Tensor
 
 Word = TypeVar("Word", bound=str)
@@ -103,3 +104,24 @@ def tensor(name: str, value: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}: torch.as_tensor(...) makes one.")
     return value
+
+
+def weights(name: str, value: Tensor | Sequence[float] | None) -> Tensor | None:
+    """Weights of classes or labels as a tensor, where there are any.
+
+    Raises:
+        TypeError: they are no numbers.
+
+    Example:
+        >>> weights("weight", [1.0, 2.0])
+        tensor([1., 2.])
+        >>> weights("weight", "balanced")
+        Traceback (most recent call last):
+        TypeError: weight must be a tensor or a list of numbers, such as [1.0, 2.0], got 'balanced'.
+    """
+    if value is None or isinstance(value, Tensor):
+        return value
+    try:
+        return torch.tensor(value, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a tensor or a list of numbers, such as [1.0, 2.0], got {value!r}.") from None

@@ -29,3 +29,15 @@ def require(module: str, extra: str, purpose: str) -> Any:
             raise  # it is there, and something that it needs is not
         line = f'{purpose} needs {error.name}: pip install "lightning-rdrop[{extra}]"'
         raise ModuleNotFoundError(line, name=error.name) from None
+
+
+def from_pretrained(auto: Any, argument: str, name: str, **config: Any) -> Any:
+    """``auto.from_pretrained(name, **config)``, whose error is one line that names the argument.
+
+    Raises:
+        OSError: there is nothing of this name, or it cannot be loaded.
+    """
+    try:
+        return auto.from_pretrained(name, **config)
+    except OSError as error:
+        raise OSError(f"{argument}={name!r} cannot be loaded: {' '.join(str(error).split())}") from None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rdrop import _compat
+from lightning_rdrop import _compat, arguments
 from lightning_rdrop.divergence import at_least_float32, symmetric_kl
 from lightning_rdrop.terms import Average, Terms
 
@@ -25,6 +25,7 @@ class Labels:
         weight: shape (C,), one weight a class.
 
     Raises:
+        TypeError: a weight that is no tensor.
         ValueError: a label smoothing out of its range, or a weight that requires a gradient.
     """
 
@@ -35,7 +36,7 @@ class Labels:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
-        if self.weight is not None and self.weight.requires_grad:
+        if self.weight is not None and arguments.tensor("The class weight", self.weight).requires_grad:
             raise ValueError("The class weight requires a gradient, and a cross-entropy has none for it: detach() it.")
 
     def check(self, classes: int) -> None:

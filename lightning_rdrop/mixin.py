@@ -120,7 +120,10 @@ class RDropMixin(Hooks):
         if isinstance(rdrop_distance, Mapping):
             rdrop_distance = Together(rdrop_distance)
         if not isinstance(rdrop_distance, (Distance, type(None))):
-            raise TypeError(f"rdrop_distance must be a Distance, several by name, or None, got {rdrop_distance!r}.")
+            raise TypeError(
+                f"rdrop_distance must be a Distance, several by name, or None, got {rdrop_distance!r}. For a weighted "
+                "cross-entropy use Categorical(weight=...); for another loss write a Distance, see docs/distances.md."
+            )
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))
         if rdrop_duplicate_at is not None and rdrop_passes == "separate":
@@ -451,4 +454,4 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
         if name.startswith("rdrop"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-            raise TypeError(f"{name} is no argument of RDropMixin. {hint}")
+            raise TypeError(f"RDropMixin has no argument {name}. {hint}")

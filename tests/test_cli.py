@@ -204,7 +204,7 @@ def test_a_pretrained_model_from_a_folder_with_nothing_but_the_command_line(tmp_
         "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=logs", "--trainer.logger.name=run", "--trainer.accelerator=cpu",
     )  # fmt: skip
-    assert "bert was handed out in eval mode. Switched on for the training: 8 dropout layers" in printed
+    assert "bert was loaded in eval mode. Switched on for the training: 8 dropout layers" in printed
     assert "network" not in (tmp_path / "logs/run/version_0/hparams.yaml").read_text()
     with (tmp_path / "logs/run/version_0/metrics.csv").open() as file:
         assert all(float(row["train/kl"]) > 0 for row in csv.DictReader(file) if row["train/kl"])
@@ -243,7 +243,11 @@ def test_a_test_that_cannot_be_made_is_found_before_training(model, data, messag
     [
         ([], ValueError, "There is no test table: give test="),
         (["--data.test=tset.json"], FileNotFoundError, "tset.json"),
-        (["--data.test=other.json"], ValueError, r"other\.json, line 1: no column 'label', only 'sentence'"),
+        (
+            ["--data.test=other.json"],
+            ValueError,
+            r"other\.json: no column 'label', only 'sentence'\. Name .* label=\.\.\.",
+        ),
     ],
 )
 def test_a_test_table_that_is_missing_is_found_before_training(tmp_path, monkeypatch, given, error, message):
@@ -327,6 +331,16 @@ def test_several_distances_by_name(tmp_path, monkeypatch, distance, arguments, w
     loaded = TwoHeads.load_from_checkpoint(checkpoint).rdrop_distance
     assert loaded.part("kind").label_smoothing == 0.1
     assert loaded.weights == together.weights
+
+
+@pytest.mark.parametrize("distance", ["Categorical", "Focal", "JensenShannon"])
+def test_class_weights_on_the_command_line(folder, run_here, distance):
+    given = ["--model.rdrop_distance", distance, "--model.rdrop_distance.weight", "[1.0,2.0,3.0]"]
+    run_here("fit", "--config=experiment.yaml", "--callbacks.curves=null", "--test_after_fit=false", *given)
+    (checkpoint,) = folder.glob("logs/run/version_0/checkpoints/*.ckpt")
+    described = torch.load(checkpoint, weights_only=True)["rdrop"]["rdrop_distance"]
+    assert described["class"].endswith(distance)
+    assert described["init_args"]["weight"] == [1.0, 2.0, 3.0]
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -107,11 +109,44 @@ def test_what_is_missing_is_named(table):
     rows = [{"sentence": "a", "label": "x"}, {"sentence": "b", "label": "z"}]
     with pytest.raises(ValueError, match=r"no train table: give train="):
         Words().setup("fit")
-    with pytest.raises(ValueError, match=r"t\.json, line 1: no column 'review', only 'sentence', 'label'"):
+    with pytest.raises(
+        ValueError, match=r"t\.json: no column 'review', only 'sentence', 'label'\. Name .* text=\.\.\."
+    ):
         Words(train=table("t.json", rows), text="review").setup("fit")
     data = Words(train=table("t.json", rows), labels=["x", "y"])
     with pytest.raises(ValueError, match=r"t\.json, line 2: the label 'z' is none of the 2 classes \(x, y\)"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "warned"),
+    [
+        (
+            ["0.37", "1.2", "-3", "0.5"],
+            None,
+            "4 different labels, numbers with fractions such as .*SequenceRegressor",
+        ),
+        (["4.5", "5", "5", "4.5"], ["4.5", "5"], None),
+        (["1", "2.0", "3", "1"], None, None),
+        (["1.5", "none", "nan", "1.5"], None, None),
+        (["nan", "0.5", "inf", "nan"], None, None),
+    ],
+)
+def test_fractions_are_perhaps_no_classes(table, labels, given, warned):
+    data = Words(train=table("t.json", [{"sentence": "a", "label": label} for label in labels]), labels=given)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data.setup("fit")
+    assert len(said) == bool(warned)
+    assert not warned or re.search(warned, str(said[0].message))
+
+
+def test_a_tokenizer_that_cannot_be_loaded(table):
+    pytest.importorskip("transformers")
+    data = TextDataModule("./nope", table("train.json", [{"sentence": "a", "label": name} for name in "xy"]))
+    data.setup("fit")
+    with pytest.raises(OSError, match=r"tokenizer='\./nope' cannot be loaded: .+"):
+        next(iter(data.train_dataloader()))
 
 
 def test_a_hugging_face_tokenizer_from_a_folder(table, tmp_path):

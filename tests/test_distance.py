@@ -11,15 +11,18 @@ from lightning_rdrop import (
     Bernoulli,
     Categorical,
     Cosine,
+    Focal,
     FromDistribution,
     Gaussian,
     Head,
     JensenShannon,
     RDropLoss,
     jensen_shannon,
+    rdrop_cross_entropy,
     symmetric_bernoulli_kl,
     symmetric_kl,
 )
+from lightning_rdrop.description import describe, rebuild
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -390,7 +393,8 @@ def test_a_weight_of_another_shape_is_refused(weight, shape):
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
-        ([1.0, 2.0], TypeError, "pos_weight must be a tensor, got a list"),
+        ("balanced", TypeError, "pos_weight must be a tensor or a list of numbers, .* got 'balanced'"),
+        ([1.0, -2.0], ValueError, r"pos_weight must not be negative or NaN, got \[1\.0, -2\.0\]"),
         (torch.tensor([1.0, -2.0]), ValueError, r"pos_weight must not be negative or NaN, got \[1\.0, -2\.0\]"),
         (torch.tensor([torch.nan]), ValueError, "pos_weight must not be negative or NaN"),
     ],
@@ -398,6 +402,22 @@ def test_a_weight_of_another_shape_is_refused(weight, shape):
 def test_a_pos_weight_that_is_no_weight(weight, error, message):
     with pytest.raises(error, match=message):
         Bernoulli(pos_weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Categorical, "weight"), (Focal, "weight"), (JensenShannon, "weight"), (Bernoulli, "pos_weight")]
+)
+def test_weights_may_be_a_list(kind, name):
+    made = kind(**{name: [1, 2.0, 0.5]})
+    torch.testing.assert_close(getattr(made, name), torch.tensor([1.0, 2.0, 0.5]))
+    again = rebuild(describe(made), kind)
+    assert torch.equal(getattr(again, name), getattr(made, name))
+    assert repr(again) == repr(made)
+
+
+def test_a_list_as_the_class_weight_of_a_function():
+    with pytest.raises(TypeError, match="The class weight must be a tensor, got a list"):
+        rdrop_cross_entropy(torch.zeros(2, 4, 3), torch.zeros(4).long(), 1.0, weight=[1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize("distance", [Gaussian(), Bernoulli(), Cosine()], ids=["Gaussian", "Bernoulli", "Cosine"])
@@ -416,6 +436,21 @@ def test_a_dimension_that_holds_no_classes_is_refused(class_dim):
     message = rf"class_dim={class_dim} is no dimension of classes in a prediction of shape \(3, 3\)"
     with pytest.raises(ValueError, match=message):
         RDropLoss(Categorical(class_dim=class_dim))(torch.zeros(2, 3, 3), torch.zeros(3, dtype=torch.long), 1.0)
+
+
+def test_a_prediction_without_classes_is_perhaps_a_regression():
+    with pytest.raises(ValueError, match=r"\(32,\).* For regression pass rdrop_distance=Gaussian\(\)\.$"):
+        RDropLoss()(torch.zeros(2, 32), torch.zeros(32), 1.0)
+    with pytest.raises(ValueError, match="for regression Gaussian"):
+        RDropLoss()(torch.zeros(2, 32, 1), torch.zeros(32), 1.0)
+
+
+@pytest.mark.parametrize("method", ["to_target", "between"])
+def test_a_distance_that_returns_a_tensor_is_told_to_wrap_it(method):
+    own = type("Own", (Gaussian,), {method: lambda self, first, second, target=None: (first - second).square()})
+    message = rf"Own\.{method} must return an Average, got a Tensor\. Wrap it: Average\.of\(values\)"
+    with pytest.raises(TypeError, match=message):
+        RDropLoss(own())(torch.zeros(2, 4), torch.zeros(4), 1.0)
 
 
 @pytest.mark.parametrize("distance", [Categorical(), JensenShannon(), Bernoulli(), Gaussian(), Cosine()])

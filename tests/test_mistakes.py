@@ -37,6 +37,9 @@ MISTAKES = {
     "LINE --trainer.logger=CSVLoger": "trainer.logger: there is no class CSVLoger. Did you mean CSVLogger?",
     "LINE --trainer.accelerator=gpuu": "You selected an invalid accelerator name: `accelerator='gpuu'`.",
     "LINE --callback.alpha=AlphaScheduler": "there is no option --callback.alpha. Did you mean --callbacks.alpha?",
+    "LINE --callbacks=AlphaScheduler": (
+        "callbacks: each has a name: write --callbacks.NAME=CLASS, such as --callbacks.alpha=AlphaScheduler."
+    ),
     "LINE --callbacks.alpha=AlphaSchduler": (
         "callbacks: there is no class AlphaSchduler. Did you mean AlphaScheduler?"
     ),
@@ -53,6 +56,9 @@ MISTAKES = {
     ),
     "LINE --model.num_classes=lots": "model.num_classes: must be int, got 'lots'.",
     "LINE --model.rdrop_distance=Gausian": ("model.rdrop_distance: there is no class Gausian. Did you mean Gaussian?"),
+    "LINE --model.rdrop_distance=Categorical --model.rdrop_distance.weight=[1,two]": (
+        "model.rdrop_distance.weight: must be float, got 'two'."
+    ),
     "LINE --model.rdrop_regularizers+=VTA": "model.rdrop_regularizers: there is no class VTA. Did you mean VAT?",
     "LINE --model.network=mistaken.Netwrok": (
         "model.network: there is no Netwrok in mistaken. Did you mean mistaken.Network?"
@@ -62,6 +68,12 @@ MISTAKES = {
     "LINE --optimizer=Adm": "optimizer: there is no class Adm. Did you mean Adam?",
     "LINE --optimizer=Adam --optimizer.learning_rate=3": "optimizer: Adam has no argument learning_rate.",
     "LINE --predictions=out.csv": "there is no option --predictions.",
+    "fit --model.pretrained=bert --model=SequenceClassifier": (
+        "model: LightningModule has no argument pretrained. Give --model=CLASS before its arguments."
+    ),
+    "fit --model=SequenceClassifier --model.num_classes=2 --model.pretrained=./nope": (
+        "pretrained='./nope' cannot be loaded: "
+    ),
     "fit --model=Clasifier": "model: there is no class Clasifier. Did you mean Classifier?",
     "fit --model=Classifier --data=mistaken.Data": "model: Classifier needs network.",
     "LINE --data=TextDataModule": "data: TextDataModule needs tokenizer.",

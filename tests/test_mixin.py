@@ -309,11 +309,16 @@ def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
         ({"rdrop_passes": "both"}, ValueError, "rdrop_passes must be one of 'joint', 'separate', got 'both'"),
         ({"rdrop_guard": "none"}, ValueError, "rdrop_guard must be one of 'error', 'warn', 'off', got 'none'"),
         ({"rdrop_distance": "kl"}, TypeError, "rdrop_distance must be a Distance, several by name, or None, got 'kl'"),
-        ({"rdrop_alhpa": 4.0}, TypeError, "rdrop_alhpa is no argument of RDropMixin. Did you mean rdrop_alpha?"),
+        (
+            {"rdrop_distance": nn.CrossEntropyLoss()},
+            TypeError,
+            r"got CrossEntropyLoss\(\)\. For a weighted cross-entropy use Categorical\(weight=\.\.\.\); for another",
+        ),
+        ({"rdrop_alhpa": 4.0}, TypeError, "RDropMixin has no argument rdrop_alhpa. Did you mean rdrop_alpha?"),
         (
             {"rdrop_0123456789": 4.0},
             TypeError,
-            "rdrop_0123456789 is no argument of RDropMixin. There are rdrop_alpha, rdrop_views",
+            "RDropMixin has no argument rdrop_0123456789. There are rdrop_alpha, rdrop_views",
         ),
     ],
 )

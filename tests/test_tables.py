@@ -74,12 +74,12 @@ DAMAGED = {
     "another case": (
         "t.csv",
         "Sentence,Label\na,x\n",
-        "t.csv, line 2: no column 'sentence', only 'Sentence', 'Label'. Did you mean 'Sentence'?",
+        "t.csv: no column 'sentence', only 'Sentence', 'Label'. Did you mean 'Sentence'? Name the column with text=...",
     ),
     "space in the header": (
         "t.csv",
         "sentence, label\na,x\n",
-        "t.csv, line 2: no column 'label', only 'sentence', ' label'. Did you mean ' label'?",
+        "t.csv: no column 'label', only 'sentence', ' label'. Did you mean ' label'? Name the column with label=...",
     ),
     "blank text": ("t.csv", "sentence,label\n\n\n  ,x\n", "t.csv, line 4: the column 'sentence' is blank."),
     "blank label": ("t.csv", "sentence,label\na,x\nb,\n", "t.csv, line 3: the column 'label' is blank."),

@@ -22,10 +22,7 @@ def cell(row: Row, column: str) -> Any:
         ValueError: no column 'label', only 'Label'. Did you mean 'Label'?
     """
     if column not in row:
-        near = [name for name in row if name.strip().casefold() == column.casefold()]
-        near = near or difflib.get_close_matches(column, row, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no column {column!r}, only {', '.join(map(repr, row))}.{hint}")
+        raise ValueError(no_column(row, column))
     value = row[column]
     if (
         value is None
@@ -34,6 +31,14 @@ def cell(row: Row, column: str) -> Any:
     ):
         raise ValueError(f"the column {column!r} is blank.")
     return value
+
+
+def no_column(row: Row, column: str) -> str:
+    """What to say of a row that lacks a column, with the one that was probably meant."""
+    near = [name for name in row if name.strip().casefold() == column.casefold()]
+    near = near or difflib.get_close_matches(column, row, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"no column {column!r}, only {', '.join(map(repr, row))}.{hint}"
 
 
 def text(row: Row, column: str) -> str:
@@ -96,6 +101,22 @@ def class_name(value: Any) -> str:
     if not isinstance(value, (str, int)) or not name:
         raise ValueError(f"a class is a text or an integer, got {spell(value)}.")
     return name
+
+
+def fraction(names: Iterable[str]) -> str | None:
+    """A fraction among names that are all numbers; None where one is no number, or all are whole.
+
+    Example:
+        >>> fraction(["1", "4.5"]), fraction(["1.0", "2.0"]), fraction(["1.5", "none"])
+        ('4.5', None, None)
+    """
+    try:
+        numbers = {name: float(name) for name in names}
+    except ValueError:
+        return None
+    if not all(map(math.isfinite, numbers.values())):
+        return None
+    return next((name for name, number in numbers.items() if not number.is_integer()), None)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -145,6 +146,12 @@ class TextDataModule(pl.LightningDataModule):
             if len(labels) < self.fewest_classes:
                 only = repr(labels[0]) if labels else "empty"
                 raise ValueError(f"All labels of the train table are {only}: there is nothing to tell apart.")
+            if example := cells.fraction(labels):
+                rank_zero_warn(
+                    f"The train table has {len(labels)} different labels, numbers with fractions such as {example}; "
+                    "each is taken as a class. For regression use TextRegressionDataModule and SequenceRegressor; if "
+                    "they are classes, name them with labels=[...]."
+                )
             self.labels = labels
         return self.labels
 
@@ -190,10 +197,14 @@ class TextDataModule(pl.LightningDataModule):
             if self.label is not None and not labeled:  # its labels may be blanks, which are no classes
                 kept = ({column: cell for column, cell in row.items() if column != self.label} for row in table)
                 table = Table(kept, table.source, table.lines)
-            table.check(self.check)
-            if labeled:
-                known = self.labels if split == "train" else self.known_labels()
-                check_classes(table, self.classes, known)
+            try:
+                table.check(self.check)
+                if labeled:
+                    known = self.labels if split == "train" else self.known_labels()
+                    check_classes(table, self.classes, known)
+            except ValueError:
+                self._require_columns(table, ("text", "pair", "label") if labeled else ("text", "pair"))
+                raise
             self._checked[split] = table
         return self._checked[split]
 
@@ -211,6 +222,14 @@ class TextDataModule(pl.LightningDataModule):
     def tokens(self) -> CachedTokenizer:
         """The tokenizer."""
         return CachedTokenizer(self.tokenizer, self.max_length)
+
+    def _require_columns(self, table: Table, arguments: Sequence[str]) -> None:
+        """Refuse columns that no row has, by the arguments that name them."""
+        for argument in arguments:
+            column = getattr(self, argument)
+            if column is not None and not any(column in row for row in table):
+                said = cells.no_column(table[0], column)
+                raise ValueError(f"{table.source}: {said} Name the column with {argument}=...") from None
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Row]:
         rows = self.table(split)

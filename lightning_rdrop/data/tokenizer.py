@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_rdrop.extras import require
+from lightning_rdrop.extras import from_pretrained, require
 
 Text = str | Sequence[str]
 """A text, or the words of one."""
@@ -91,7 +91,7 @@ class CachedTokenizer:
     @cached_property
     def _tokenizer(self) -> Any:
         auto = require("transformers", "huggingface", f"tokenizer={self.name!r}").AutoTokenizer
-        tokenizer = auto.from_pretrained(self.name)
+        tokenizer = from_pretrained(auto, "tokenizer", self.name)
         if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the attention mask tells padding from an end
             tokenizer.pad_token = tokenizer.eos_token
         # it advises to tokenize and pad at once, which would tokenize in every epoch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,8 +44,8 @@ class Bernoulli(Distance):
     Both are means over rows and labels, with p the sigmoid of the logits.
 
     Args:
-        pos_weight: shape (L,), the weight of the positive answers to each label, in the cross-entropy only. Kept out
-            of checkpoints.
+        pos_weight: shape (L,), the weight of the positive answers to each label, a tensor or a list, in the
+            cross-entropy only. The buffer is kept out of checkpoints.
         ignore_value: a label with this value, such as -1 or NaN, is not known, and counts in neither term.
 
     Shapes:
@@ -66,14 +68,17 @@ class Bernoulli(Distance):
     term_names = ("bce", "kl")
     pos_weight: Tensor | None
 
-    def __init__(self, *, pos_weight: Tensor | None = None, ignore_value: float | None = None) -> None:
+    def __init__(
+        self, *, pos_weight: Tensor | Sequence[float] | None = None, ignore_value: float | None = None
+    ) -> None:
         super().__init__()
         if ignore_value is not None and 0 <= ignore_value <= 1:
             raise ValueError(f"ignore_value must lie outside [0, 1], where labels are, such as -1, got {ignore_value}.")
         self.ignore_value = ignore_value
-        if pos_weight is not None and not (arguments.tensor("pos_weight", pos_weight) >= 0).all():
-            raise ValueError(f"pos_weight must not be negative or NaN, got {pos_weight.tolist()}.")
-        self.register_buffer("pos_weight", pos_weight, persistent=False)
+        weight = arguments.weights("pos_weight", pos_weight)
+        if weight is not None and not (weight >= 0).all():
+            raise ValueError(f"pos_weight must not be negative or NaN, got {weight.tolist()}.")
+        self.register_buffer("pos_weight", weight, persistent=False)
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
         prediction, target = alike(self, prediction, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -29,8 +29,8 @@ class Categorical(Distance):
             (N, C, H, W). It is never guessed.
         ignore_index: a row with this target counts in neither term; nor do probabilities that are all 0, or all this.
         label_smoothing: in [0, 1), in the cross-entropy only.
-        weight: shape (C,), one weight a class, in the cross-entropy only. Kept out of checkpoints, so that they have
-            the keys of the same model without R-Drop.
+        weight: shape (C,), one weight a class, a tensor or a list, in the cross-entropy only. The buffer is kept out of
+            checkpoints, so that they have the keys of the same model without R-Drop.
 
     Shapes:
         prediction (N, ..., C) logits; target (N, ...) of class indices, or (N, ..., C) of class probabilities.
@@ -57,10 +57,10 @@ class Categorical(Distance):
         class_dim: int = -1,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        weight: Tensor | None = None,
+        weight: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        labels = Labels(ignore_index, label_smoothing, weight)
+        labels = Labels(ignore_index, label_smoothing, arguments.weights("weight", weight))
         self.class_dim = class_dim
         self.ignore_index = labels.ignore_index
         self.label_smoothing = labels.label_smoothing
@@ -180,13 +180,15 @@ class Categorical(Distance):
             raise ValueError(
                 f"class_dim={self.class_dim} is no dimension of classes in a prediction of shape {tuple(shape)}, whose "
                 "first is that of its rows. Say Categorical(class_dim=...), or leave out class_dim for the last one."
+                + (" For regression pass rdrop_distance=Gaussian()." if len(prediction.shape) == 1 else "")
             )
         classes = shape.pop(self.class_dim)
         if classes < 2:
             raise ValueError(
                 f"Categorical needs at least 2 classes, but dimension class_dim={self.class_dim} of the prediction "
                 f"{tuple(prediction.shape)} has {classes}: with one class the loss is always 0. For yes or no from a "
-                "single logit use the Bernoulli distance; if the classes lie elsewhere, say Categorical(class_dim=...)."
+                "single logit use the Bernoulli distance, for regression Gaussian; if the classes lie elsewhere, say "
+                "Categorical(class_dim=...)."
             )
         if target.shape == prediction.shape and target.is_floating_point():
             return target

@@ -149,7 +149,8 @@ class Distance(Described, Predictive):
                 :class:`~lightning_rdrop.Head`; several by name for :class:`~lightning_rdrop.Together`.
 
         Raises:
-            TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes, alone or within another.
+            TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes, alone or within another; or a
+                :meth:`to_target` or :meth:`between` that returns no :class:`~lightning_rdrop.Average`.
         """
         return self.weighted_terms(predictions, target, alpha, head, EVENLY)
 
@@ -165,7 +166,7 @@ class Distance(Described, Predictive):
         if head is not None:
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
         count = views.count(predictions)
-        task = self.to_target(views.merge(predictions), views.repeat(target, count))
+        task = _average(self, "to_target", self.to_target(views.merge(predictions), views.repeat(target, count)))
         if weights.ce is not None:
             task = task.weighted(views.repeat(weights.ce, count))
         between = self.over_pairs(predictions, None if weights.everywhere else target, weights.kl)
@@ -195,9 +196,20 @@ class Distance(Described, Predictive):
         """
         apart = [views.view(predictions, number) for number in range(views.count(predictions))]
         zero = _zero(predictions)
-        pairs = (self.between(first, second, target) for first, second in combinations(apart, 2))
+        pairs = (
+            _average(self, "between", self.between(first, second, target)) for first, second in combinations(apart, 2)
+        )
         weighted = pairs if weight is None else (pair.weighted(weight) for pair in pairs)
         return sum(weighted, start=Average(zero, zero))
+
+
+def _average(distance: Distance, method: str, value: Any) -> Average:
+    if not isinstance(value, Average):
+        raise TypeError(
+            f"{type(distance).__name__}.{method} must return an Average, got a {type(value).__name__}. Wrap it: "
+            "Average.of(values), with one value for each row."
+        )
+    return value
 
 
 def _zero(predictions: Any) -> Tensor:

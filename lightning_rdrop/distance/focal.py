@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ class Focal(Categorical):
         *,
         class_dim: int = -1,
         ignore_index: int = -100,
-        weight: Tensor | None = None,
+        weight: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__(class_dim=class_dim, ignore_index=ignore_index, weight=weight)
         self.gamma = non_negative("gamma", gamma)

@@ -39,7 +39,7 @@ def explain(network: nn.Module, *, shared: bool = False) -> str:
         >>> "no stochastic layer" in explain(nn.Linear(4, 2))
         True
     """
-    agree = "The views are identical, so that R-Drop costs a second pass and changes nothing. "
+    agree = "The views are identical, so R-Drop has no effect. "
     layers = stochastic_layers(network)
     if shared and (at := getattr(network, "rdrop_duplicate_at", None)):
         return (

@@ -25,8 +25,11 @@ _BASES = re.compile(r"Subtypes: (.*)")
 _VALUE = re.compile(r"Given value: (.*)")
 _NOISE = re.compile(
     r"Does not validate against any|Errors:|Given value type:|Expected a <class '(NoneType|collections.*)'>|"
-    r"Expected a path but .* not accessible|Expected a <class 'dict'>"
+    r"Expected a path but .* not accessible|Expected a <class 'dict'>|"
+    r"Not a valid subclass of \w+\.?|Subclass types expect one of:|a class path \(str\)|a dict with"
 )
+_UNSAID = ("pytorch_lightning.LightningModule", "pytorch_lightning.LightningDataModule")
+"""What jsonargparse takes an argument to be of, where no class has been given."""
 _EXPECTED = re.compile(r"Expected a (.+?)(?:\. Got value: (.*))?")
 
 
@@ -68,6 +71,8 @@ def explain(message: str, parser: ArgumentParser | None = None) -> str:
         for cause in found.causes:
             if match := pattern.search(cause):
                 return _placed(found, say(found, *match.groups()))
+    if found.key == "callbacks" and not found.causes:
+        return "callbacks: each has a name: write --callbacks.NAME=CLASS, such as --callbacks.alpha=AlphaScheduler."
     return _placed(found, _expected(found) or " ".join(found.causes) or " ".join(message.split()))
 
 
@@ -107,7 +112,10 @@ def _placed(found: _Message, said: str) -> str:
 def _no_argument(found: _Message, name: str) -> str:
     if found.owner == "pytorch_lightning.Callback":
         return f"nothing says which callback has {name}: give its class before, --callbacks.NAME=CLASS."
-    return f"{found.owner.rpartition('.')[2]} has no argument {name}.{near(name, _arguments(found.owner))}"
+    hint = near(name, _arguments(found.owner))
+    if found.owner in _UNSAID:
+        hint = f" Give --{found.key}=CLASS before its arguments."
+    return f"{found.owner.rpartition('.')[2]} has no argument {name}.{hint}"
 
 
 def _no_option(found: _Message, given: str) -> str:

@@ -43,7 +43,7 @@ def adapt(network: nn.Module, lora: Mapping[str, Any], auto: str, *, quantized: 
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "There are r, lora_alpha, lora_dropout, target_modules, ..."
-            raise ValueError(f"peft: {name!r} is no argument of LoraConfig. {hint}")
+            raise ValueError(f"peft: LoraConfig has no argument {name!r}. {hint}")
     if quantized:
         network = peft.prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
     default = {"task_type": _TASKS[auto]}

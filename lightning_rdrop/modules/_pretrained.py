@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.dropout import stochastic_layers, switch_on
-from lightning_rdrop.extras import require
+from lightning_rdrop.extras import from_pretrained, require
 from lightning_rdrop.guard.rows import shares_weights
 from lightning_rdrop.modules._adapter import adapt, fill_in_frozen, leave_out_frozen, save_adapter
 from lightning_rdrop.modules._classes import ClassTask
@@ -63,7 +63,7 @@ class Pretrained(Task):
         on = [layer.name for layer in stochastic_layers(self.network) if layer.active]
         if on:
             rank_zero_info(
-                f"{self.hparams['pretrained']} was handed out in eval mode. Switched on for the training: {len(on)} "
+                f"{self.hparams['pretrained']} was loaded in eval mode. Switched on for the training: {len(on)} "
                 f"dropout layers, {on[0]} to {on[-1]}."
             )
 
@@ -126,6 +126,7 @@ def load(
 
     Raises:
         ModuleNotFoundError: transformers, or peft, is not installed.
+        OSError: there is no such model, or it cannot be loaded.
         ValueError: an argument that LoraConfig has not; ``quantization`` of a model that is to be trained; both
             ``peft``, which freezes all of the model, and ``frozen_below``.
     """
@@ -142,7 +143,7 @@ def load(
             f"frozen_below={frozen_below!r} freezes a part of the model, and peft all of it. Give one of them; "
             "layers_to_transform of peft names the layers that have adapters."
         )
-    network: Any = getattr(transformers, auto).from_pretrained(pretrained, **config)
+    network: Any = from_pretrained(getattr(transformers, auto), "pretrained", pretrained, **config)
     if gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if peft:

@@ -111,10 +111,10 @@ def start(folder, *arguments, deaf=False, **environment):
     )  # fmt: skip
 
 
-def run(folder, *arguments, **environment):
+def run(folder, *arguments, status=0, **environment):
     process = start(folder, *arguments, **environment)
     printed, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, printed
+    assert process.returncode == status, printed
     return printed
 
 
@@ -240,7 +240,8 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, whole):
 
     command = [*TWO, *(argument for how in ("crash", "greed", "killed", "exit") for argument in fails(how))]
     before = metrics(whole)
-    printed = run(folder, *command, "--seeds", "1", "--out", "whole", "--workers", "2")
+    printed = run(folder, *command, "--seeds", "1", "--out", "whole", "--workers", "2", status=1)
+    assert "4 of 6 runs failed, such as exit, seed 1: ended without a result" in printed
     rows = table(whole)
     assert {key: row for key, row in metrics(whole).items() if key[0] in ("plain", "rdrop")} == before
     assert rows["crash", 1]["status"] == "failed: KeyError: 'nothing there'"

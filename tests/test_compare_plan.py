@@ -117,38 +117,41 @@ def test_a_mistake_is_found_before_anything_runs(folder, capsys, arguments, mess
 def test_another_config_under_the_same_name_is_refused(folder):
     planned("plain=plain.yaml", "rdrop=").write(folder)
     earlier = Plan.read(folder)
-    assert planned("plain=plain.yaml", "rdrop=").continues(earlier) == earlier
+    assert planned("plain=plain.yaml", "rdrop=").continues(earlier, earlier.variants) == earlier
     with pytest.raises(ValueError, match=r"variant rdrop has another config .*\.rdrop_alpha: 2\.0 -> 3"):
-        planned("rdrop=--model.rdrop_alpha=3").continues(earlier)
+        planned("rdrop=--model.rdrop_alpha=3").continues(earlier, earlier.variants)
+    changed = planned("rdrop=--model.rdrop_alpha=3")
+    assert changed.continues(earlier, ["plain"]).variants["rdrop"] == changed.variants["rdrop"]  # all its runs failed
     with pytest.raises(ValueError, match="--seed-to was"):
-        planned("rdrop=", seed_to=["model.num_classes"]).continues(earlier)
+        planned("rdrop=", seed_to=["model.num_classes"]).continues(earlier, earlier.variants)
 
 
 def test_an_argument_that_a_newer_version_has_added_is_no_change(folder):
     earlier = planned("rdrop=")
     del earlier.variants["rdrop"]["callbacks"]["alpha"]["init_args"]["delay"]
-    assert planned("rdrop=").continues(earlier).variants == planned("rdrop=").variants
+    assert planned("rdrop=").continues(earlier, earlier.variants).variants == planned("rdrop=").variants
 
 
 def test_variants_are_added_to_those_of_an_earlier_command(folder):
     earlier = planned("plain=plain.yaml", grids=["model.rdrop_alpha=1,4"])
-    later = planned("more=many.yaml", grids=["model.rdrop_alpha=4,8"]).continues(earlier)
+    later = planned("more=many.yaml", grids=["model.rdrop_alpha=4,8"]).continues(earlier, earlier.variants)
     assert {*later.variants} == {"plain", "more", "rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
     assert {*later.families["grid"]} == {"rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
-    assert next(iter(planned("plain=plain.yaml", "more=many.yaml").continues(earlier).families)) == "plain"
+    again = planned("plain=plain.yaml", "more=many.yaml").continues(earlier, earlier.variants)
+    assert next(iter(again.families)) == "plain"
 
 
 def test_an_earlier_command_chose_by_another_metric(folder):
     earlier = planned("plain=plain.yaml")
     with pytest.raises(ValueError, match=r"choose their checkpoints by different metrics: .*val/ce.*val/accuracy"):
-        planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier)
+        planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier, earlier.variants)
 
 
 def test_a_part_of_a_grid_goes_on(folder):
     earlier = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=1,4"])
     later = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=4"])
     assert [*later.variants] == ["plain", "rdrop:rdrop_alpha=4"]
-    assert sorted(later.continues(earlier).families["rdrop"]) == sorted(earlier.families["rdrop"])
+    assert sorted(later.continues(earlier, earlier.variants).families["rdrop"]) == sorted(earlier.families["rdrop"])
 
 
 def test_a_report_needs_a_comparison(folder, capsys):

@@ -18,7 +18,7 @@ from lightning_rdrop.compare.equal_cost import add_equal_cost
 from lightning_rdrop.compare.plan import Plan
 from lightning_rdrop.compare.progress import Progress
 from lightning_rdrop.compare.report import Report
-from lightning_rdrop.compare.results import Results, Row
+from lightning_rdrop.compare.results import Results, Row, finished
 from lightning_rdrop.compare.run import Run
 from lightning_rdrop.compare.summary import Summary
 
@@ -91,13 +91,25 @@ def compare_all(given: Namespace) -> None:
     folder = Path(given.out)
     with _alone(folder), _interruptible():
         earlier = Plan.read(folder)
-        whole = plan.continues(earlier) if earlier else plan
+        whole = plan.continues(earlier, _begun(folder)) if earlier else plan
         engine = Engine(given.executor, given.workers, given.slurm)
-        rows = work(whole, [*plan.variants], seeds, folder, engine, given.keep_checkpoints)
+        names = [*plan.variants]
+        rows = work(whole, names, seeds, folder, engine, given.keep_checkpoints)
         if dear is not None:
             whole = add_equal_cost(whole, rows, dear)
-            work(whole, [*whole.equal_cost[dear]], seeds, folder, engine, given.keep_checkpoints)
+            names += whole.equal_cost[dear]
+            rows = work(whole, names, seeds, folder, engine, given.keep_checkpoints)
         report_on(folder)
+    rows = [row for row in rows if row["variant"] in names and row["seed"] in seeds]
+    if failed := [row for row in rows if row["status"] != "done"]:
+        last = failed[-1]
+        print(
+            f"{len(failed)} of {len(rows)} runs failed, such as {last['variant']}, seed {last['seed']}: "
+            f"{last['status'].removeprefix('failed: ')} All are in {folder / 'report.md'}; the same command runs them "
+            "again.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def work(
@@ -149,6 +161,13 @@ def _dear(plan: Plan, name: str) -> str:
     if name not in others:
         raise ValueError(f"--equal-cost {name}: give a variant besides the reference: {', '.join(others) or 'none'}.")
     return name
+
+
+def _begun(folder: Path) -> set[str]:
+    """The variants with a run that has not failed: it is done, or may still be going on."""
+    runs = [lock.parent for lock in folder.glob("runs/*/*/lock")]
+    going = {run.parent.name for run in runs if not (run / "result.json").exists()}
+    return going | {row["variant"] for row in finished(Results(folder / "results.csv").rows)}
 
 
 @contextmanager

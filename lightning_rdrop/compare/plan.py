@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,18 +95,23 @@ class Plan:
         part.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
         part.replace(folder / "comparison.yaml")
 
-    def continues(self, earlier: Plan) -> Plan:
+    def continues(self, earlier: Plan, begun: Collection[str]) -> Plan:
         """This plan with the variants of an earlier command that it does not name again.
+
+        Args:
+            earlier: the plan of that command.
+            begun: its variants with runs that have not failed, whose configs stay.
 
         Raises:
             ValueError: a config is another one under the same name, or checkpoints are chosen by another metric.
         """
-        for name in self.variants.keys() & earlier.variants.keys():
+        for name in self.variants.keys() & earlier.variants.keys() & {*begun}:
             different = changes(earlier.variants[name], self.variants[name])
             if different and (different := changes(_of_today(earlier.variants[name]), self.variants[name])):
+                more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
                 raise ValueError(
-                    f"variant {name} has another config than the runs that are there already: {'; '.join(different)}. "
-                    "Give it another name, or the comparison another --out."
+                    f"variant {name} has another config than the runs that are there already: "
+                    f"{'; '.join(different[:5])}{more}. Give it another name, or the comparison another --out."
                 )
         if self.seed_to != earlier.seed_to:
             raise ValueError(

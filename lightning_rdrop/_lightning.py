@@ -51,6 +51,11 @@ def on_all_ranks(module: Any, decision: bool) -> bool:
     return decision if trainer is None else bool(trainer.strategy.reduce_boolean_decision(decision))
 
 
+def searches_learning_rate(trainer: Any) -> bool:
+    """Whether the Trainer makes the passes of its learning rate finder, which may diverge, and are undone."""
+    return any(type(callback).__name__ == "_LRCallback" for callback in getattr(trainer, "callbacks", ()))
+
+
 def extend_hook(cls: type, name: str, first: Callable[..., None]) -> None:
     """Let a class do something before one of its hooks, also where an override of the hook forgets ``super()``."""
     hook = getattr(cls, name, None)

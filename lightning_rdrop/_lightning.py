@@ -59,6 +59,11 @@ def monitored_checkpoint(trainer: Trainer) -> Any:
     return next((one for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)), None)
 
 
+def searches_learning_rate(trainer: Any) -> bool:
+    """Whether the Trainer makes the passes of its learning rate finder, which may diverge, and are undone."""
+    return any(type(callback).__name__ == "_LRCallback" for callback in getattr(trainer, "callbacks", ()))
+
+
 def extend_hook(cls: type, name: str, first: Callable[..., None]) -> None:
     """Let a class do something before one of its hooks, also where an override of the hook forgets ``super()``."""
     hook = getattr(cls, name, None)

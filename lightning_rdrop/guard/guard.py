@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, cast
 from torch import Tensor, nn
 
 from lightning_rdrop._compat import is_readable
-from lightning_rdrop._lightning import on_all_ranks, trainer_of
+from lightning_rdrop._lightning import on_all_ranks, searches_learning_rate, trainer_of
 from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.guard.agreement import diagnose
 from lightning_rdrop.guard.equal_watch import EqualWatch
@@ -178,7 +178,7 @@ class Guard:
         Raises:
             ValueError: what was found, where ``rdrop_guard="error"``.
         """
-        if module.rdrop_guard != "off":
+        if module.rdrop_guard != "off" and not searches_learning_rate(trainer_of(module)):
             self._read(module)
 
     def complain(self, module: Guarded, reason: str | None) -> None:

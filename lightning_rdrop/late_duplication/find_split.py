@@ -103,6 +103,8 @@ class LateDuplication:
         put_back = random_states(_device(inputs))
         try:
             return split.predict(network, predict, inputs, views)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a network may raise anything where B rows meet K * B
             if shares_weights(network):
                 if not isinstance(error, UnforeseenError):

@@ -88,6 +88,7 @@ def test_names_with_an_underscore():
         config["callbacks"]["best"]["init_args"] |= {"monitor": "val_loss", "mode": "min"}
     rows = [{"variant": "plain", "seed": 1, "test_acc": 0.5, "test_loss": 0.1, "val_loss": 0.2, "status": "done"}]
     assert Summary(report, rows).metrics == ["test_loss", "test_acc"]
+    assert "| best val_loss |" in report_of(report, rows).markdown()
 
 
 def test_what_is_not_shown_says_so():

@@ -125,9 +125,8 @@ class Report:
         return f"\n![{metric} over the grid {family}{framed}]({family}.png)\n"
 
     def _header(self) -> list[str]:
-        monitored = (
-            [] if self.summary.plan.monitor is None else ["best " + self.summary.plan.monitor[0].rpartition("/")[0]]
-        )
+        monitor, _ = self.summary.plan.monitor or (None, None)
+        monitored = [] if monitor is None else ["best " + (monitor.rpartition("/")[0] or monitor)]
         return ["variant", "n", *monitored, "mean", "sd", "difference", "shown", "needs", "time", "memory"]
 
     def _cells(self, metric: str) -> list[list[str]]:

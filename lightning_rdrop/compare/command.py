@@ -97,16 +97,16 @@ def compare_all(given: Namespace) -> None:
         rows = work(whole, names, seeds, folder, engine, given.keep_checkpoints)
         if dear is not None:
             whole = add_equal_cost(whole, rows, dear)
-            names += whole.equal_cost[dear]
-            rows = work(whole, names, seeds, folder, engine, given.keep_checkpoints)
+            added = [*whole.equal_cost[dear]]
+            rows, names = work(whole, added, seeds, folder, engine, given.keep_checkpoints), names + added
         report_on(folder)
     rows = [row for row in rows if row["variant"] in names and row["seed"] in seeds]
     if failed := [row for row in rows if row["status"] != "done"]:
         last = failed[-1]
         print(
             f"{len(failed)} of {len(rows)} runs failed, such as {last['variant']}, seed {last['seed']}: "
-            f"{last['status'].removeprefix('failed: ')} All are in {folder / 'report.md'}; the same command runs them "
-            "again.",
+            f"{last['status'].removeprefix('failed: ')}. The same command runs them again; {folder / 'report.md'} "
+            "names all.",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -180,7 +180,7 @@ class Categorical(Distance):
             raise ValueError(
                 f"class_dim={self.class_dim} is no dimension of classes in a prediction of shape {tuple(shape)}, whose "
                 "first is that of its rows. Say Categorical(class_dim=...), or leave out class_dim for the last one."
-                + (" For regression pass rdrop_distance=Gaussian()." if len(prediction.shape) == 1 else "")
+                + (" For regression pass rdrop_distance=Gaussian()." if prediction.dim() == 1 else "")
             )
         classes = shape.pop(self.class_dim)
         if classes < 2:

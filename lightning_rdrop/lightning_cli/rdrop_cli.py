@@ -79,8 +79,8 @@ class RDropCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.given = self.config.clone()  # a checkpoint's own arguments are going to replace the model's
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
-        named = (word.removeprefix("--model.").removeprefix("init_args.") for word in words if word[:8] == "--model.")
-        self.on_command_line = {re.split(r"[.=+]", word)[0] for word in named}
+        named = (re.match(r"--model\.(?:init_args\.)?(\w+)", word) for word in words)
+        self.on_command_line = {match[1] for match in named if match}
 
     def before_instantiate_classes(self) -> None:
         """Find what is wrong with a checkpoint before anything is loaded."""

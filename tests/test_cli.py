@@ -74,7 +74,18 @@ def run(folder, *arguments, command=None, fails=False):
 
 
 @pytest.fixture
-def run_here(folder, monkeypatch, capsys):
+def here(folder, monkeypatch):
+    """That folder as the current one, and as that of the module ``mine``, which other tests have too."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("sys.argv", ["lightning-rdrop"])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield folder
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def run_here(here, capsys):
     """Like ``run``, in this process, which has all imported already."""
 
     def run(*arguments):
@@ -82,11 +93,7 @@ def run_here(folder, monkeypatch, capsys):
         said = capsys.readouterr()
         return said.out + said.err
 
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    yield run
-    sys.modules.pop("mine", None)
+    return run
 
 
 def alphas(folder, version=0):
@@ -341,14 +348,6 @@ def test_class_weights_on_the_command_line(folder, run_here, distance):
     described = torch.load(checkpoint, weights_only=True)["rdrop"]["rdrop_distance"]
     assert described["class"].endswith(distance)
     assert described["init_args"]["weight"] == [1.0, 2.0, 3.0]
-
-
-@pytest.fixture
-def here(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr("sys.argv", ["lightning-rdrop"])
-    return folder
 
 
 def test_a_second_run_in_the_same_folder(here):

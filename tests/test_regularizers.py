@@ -2,6 +2,7 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -191,6 +192,13 @@ def test_all_passes_have_the_same_dropout_masks_and_the_next_step_has_others():
     FGM(epsilon=0.0)(module, x, y)
     assert torch.equal(outputs[3], outputs[4])
     assert not torch.equal(clean, outputs[3])
+
+
+def test_all_passes_have_the_same_masks_of_numpy_as_specaugment_draws_them():
+    module, x, _ = images()
+    scaled = module.network.register_forward_pre_hook(lambda network, inputs: (inputs[0] * np.random.uniform(),))
+    assert VAT(epsilon=0.0)(module, x).total == 0
+    scaled.remove()
 
 
 WORDS = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_rdrop import submodules, views
 from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.hooks import Hooks
-from lightning_rdrop.probe import buffers_aside
+from lightning_rdrop.probe import buffers_aside, random_states
 
 
 class Passes:
@@ -41,7 +41,7 @@ class Passes:
             self._examples = views.batch_size(inputs)
         except TypeError as error:
             raise TypeError(f"A perturbation has a norm for each example, which cannot be told here: {error}") from None
-        self._random: tuple[Tensor, Tensor | None] | None = None
+        self._put_back: Callable[[], None] | None = None
         self.counted: Tensor | float = 1.0
         """1, or (B, T, 1) with 0 at padding, which is not perturbed; known after the first pass."""
 
@@ -80,18 +80,16 @@ class Passes:
 
     @contextmanager
     def _same_masks(self) -> Iterator[None]:
-        device = self._module.device
-        cuda = device.type == "cuda"
-        if self._random is None:
-            self._random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+        if self._put_back is None:
+            self._put_back = random_states(self._module.device)
             yield
             return
-        here, there = self._random
-        with torch.random.fork_rng([device] if cuda else []):
-            torch.set_rng_state(here)
-            if there is not None:
-                torch.cuda.set_rng_state(there, device)
+        go_on = random_states(self._module.device)
+        self._put_back()
+        try:
             yield
+        finally:
+            go_on()
 
     def _not_padding(self, point: Tensor) -> Tensor | float:
         # it may be the mask of other positions than those of a place that was named

@@ -50,6 +50,7 @@ def test_numbers_by_hand():
     assert adaptive.after(4.9, kl=math.inf, steps=10) == 5.0
     assert adaptive.after(0.51, kl=0.0, steps=10) == 0.5
     assert adaptive.after(4.0, kl=math.nan, steps=10) == 4.0
+    assert adaptive.after(4.0, kl=0.0, steps=50) == pytest.approx(3.2, rel=1e-12)  # as far as in a whole horizon
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -124,6 +125,24 @@ def test_a_second_training_begins_anew(fit, small, rows):
         watch = Watch()
         fit(module, rows, [adaptive, watch])
         assert watch.alphas[0] == 4.0
+
+
+def test_a_training_that_is_resumed_without_it_counts_from_there(fit, small, rows, tmp_path):
+    fit(small(), rows, max_epochs=2).save_checkpoint(tmp_path / "plain.ckpt")
+    watch, callback = Watch(), AdaptiveAlpha(1e3, horizon=4, every=4)
+    fit(small(), rows, [callback, watch], max_epochs=3, resume=tmp_path / "plain.ckpt")
+    assert watch.alphas == pytest.approx([4] * 4 + [3.2] * 4)
+
+
+@pytest.mark.parametrize("module", [Small, Two])
+def test_a_second_fit_of_the_same_trainer_continues(fit, rows, module):
+    whole, continued, module, another = Watch(), Watch(), module(), module()
+    fit(another, rows, [AdaptiveAlpha(1e3, horizon=9, every=3), whole], max_epochs=2)
+    trainer = fit(module, rows, [AdaptiveAlpha(1e3, horizon=9, every=3), continued])
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, rows)
+    assert continued.alphas == pytest.approx(whole.alphas, rel=1e-12)
+    assert len(set(whole.alphas)) == 6
 
 
 def test_alpha_is_put_back_when_training_fails(fit, small, rows):

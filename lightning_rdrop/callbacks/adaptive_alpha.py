@@ -20,17 +20,18 @@ class AdaptiveAlpha(ModuleValue):
     r"""Raises the module's ``rdrop_alpha`` while kl is above a target, and lowers it while kl is below.
 
     .. math:: \alpha \leftarrow \alpha \left(1 + \operatorname{clip}\left(\frac{\text{kl}}{\text{target}} - 1,
-        -0.2, 0.2\right) \frac{\text{steps}}{\text{horizon}}\right)
+        -0.2, 0.2\right) \min\left(1, \frac{\text{steps}}{\text{horizon}}\right)\right)
 
     every few steps, with kl the mean over the rows of these steps on all ranks. Alpha begins at the module's own value,
     which is restored after training, and stays between the bounds. On all ranks it is the same, and an interrupted run
-    resumes with the same alphas to the bit (with as many ranks). The training step never waits for the device: kl is
-    read when alpha changes, which takes one all-reduce of two numbers.
+    resumes with the same alphas to the bit (with as many ranks), as a second ``fit`` of the same Trainer does. The
+    training step never waits for the device: kl is read when alpha changes, which takes one all-reduce of two numbers.
 
     Args:
         target_kl: the kl that is wanted, > 0, in nats a row, as ``train/kl`` logs it. Of a run with an alpha that is
             about right, it is the kl in the middle of training.
-        horizon: the steps in which alpha changes by a fifth at most.
+        horizon: the steps in which alpha changes by a fifth at most; a single change is no larger, however many steps
+            it follows.
         every: the steps between two changes; ``None`` takes the Trainer's ``log_every_n_steps``.
         minimum, maximum: the bounds, 0 < minimum <= maximum.
 
@@ -67,22 +68,22 @@ class AdaptiveAlpha(ModuleValue):
         if not 0 < self.minimum <= self.maximum:
             raise ValueError(f"minimum={minimum} and maximum={maximum} must be 0 < minimum <= maximum.")
         self._alpha: float | None = None
-        self._changed_at = 0
+        self._changed_at: int | None = None
         self._sums: Tensor | None = None
         self._saved_sums: list[list[float]] = []
 
     def after(self, alpha: float, kl: float, steps: int) -> float:
         """What alpha becomes after some steps with this mean kl; NaN changes nothing."""
         error = 0.0 if math.isnan(kl) else max(-0.2, min(0.2, kl / self.target_kl - 1))
-        return max(self.minimum, min(self.maximum, alpha * (1 + error * steps / self.horizon)))
+        return max(self.minimum, min(self.maximum, alpha * (1 + error * min(1.0, steps / self.horizon))))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier training, before a checkpoint is loaded."""
-        if stage == "fit":
-            self._alpha, self._changed_at, self._sums, self._saved_sums = None, 0, None, []
+        """Forget the training of another Trainer, before a checkpoint is loaded."""
+        if stage == "fit" and not trainer.global_step:
+            self._alpha, self._changed_at, self._sums, self._saved_sums = None, None, None, []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the module's own alpha, where no checkpoint gave another."""
+        """Begin at the module's own alpha, where no checkpoint or earlier ``fit`` gave another."""
         super().on_fit_start(trainer, pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]  # its connector sets it
             if other is not self and isinstance(other, ModuleValue) and other.attribute == self.attribute:
@@ -96,24 +97,28 @@ class AdaptiveAlpha(ModuleValue):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the sums of a training that is resumed."""
+        """Count from here, or take up the sums of a training that is resumed."""
+        if self._changed_at is None:
+            self._changed_at = steps_made(trainer, pl_module)
         if self._saved_sums:
             if len(self._saved_sums) != trainer.world_size:  # all of them on one rank
                 total = [sum(column) for column in zip(*self._saved_sums, strict=True)]
                 self._saved_sums = [total, *[[0.0, 0.0]] * (trainer.world_size - 1)]
             sums, device = self._saved_sums[trainer.global_rank], pl_module.device
             self._sums = torch.tensor(sums, dtype=_precise(device), device=device)
+            self._saved_sums = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change alpha if that is due, and set it."""
         module = require_rdrop(self, pl_module)
-        steps = steps_made(trainer, pl_module) - self._changed_at
+        made = steps_made(trainer, pl_module)
+        steps = made - (self._changed_at or 0)
         every = self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # its connector sets it
         if self._alpha is not None and self._sums is not None and steps >= every:
             sums: Any = trainer.strategy.reduce(self._sums, reduce_op="sum")
             total, rows = sums.tolist()
             self._alpha = self.after(self._alpha, total / rows if rows else math.nan, steps)
-            self._changed_at, self._sums = self._changed_at + steps, None
+            self._changed_at, self._sums = made, None
         setattr(module, self.attribute, self._alpha)
         module.rdrop_kl = None  # that of an earlier step is not that of this one
 

@@ -188,6 +188,40 @@ def test_a_skipped_batch_counts_nothing(fit, small, rows):
     assert watch.alphas == pytest.approx([4] * 4 + [3.2] * 4)
 
 
+class Now(Two):
+    """Manual optimization of some batches only."""
+
+    trained = ()
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.fit_loop.epoch_loop.batch_progress.total.completed in self.trained:
+            super().training_step(batch, batch_idx)
+
+
+class Alphas(pl.Callback):
+    """Alpha at every batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.seen.append(pl_module.rdrop_alpha)
+
+
+def test_manual_optimization_may_skip_batches(fit, rows):
+    module, alphas = Now(), Alphas()
+    module.trained = {1, 3, *range(80, 88)}
+    fit(module, rows, [AdaptiveAlpha(1e3, horizon=8, every=4), alphas], max_epochs=11)
+    assert alphas.seen == pytest.approx([4] * 4 + [3.6] * 80 + [3.24] * 4)  # a tenth, of four steps each
+
+
+def test_manual_optimization_without_any_kl_is_named(fit, rows):
+    module, alphas = Now(), Alphas()
+    with pytest.raises(ValueError, match=r"training_step of Now has to call self\.rdrop_log\(terms\)"):
+        fit(module, rows, [alphas, AdaptiveAlpha(1e3, horizon=8, every=4)], max_epochs=8)
+    assert len(alphas.seen) == 50
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

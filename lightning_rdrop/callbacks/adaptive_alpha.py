@@ -26,6 +26,7 @@ class AdaptiveAlpha(ModuleValue):
     which is restored after training, and stays between the bounds. On all ranks it is the same, and an interrupted run
     resumes with the same alphas to the bit (with as many ranks), as a second ``fit`` of the same Trainer does. The
     training step never waits for the device: kl is read when alpha changes, which takes one all-reduce of two numbers.
+    A batch that the step skips is left out.
 
     Args:
         target_kl: the kl that is wanted, > 0, in nats a row, as ``train/kl`` logs it. Of a run with an alpha that is
@@ -36,8 +37,9 @@ class AdaptiveAlpha(ModuleValue):
         minimum, maximum: the bounds, 0 < minimum <= maximum.
 
     Raises:
-        ValueError: an argument out of its range, an alpha of the module that is not between the bounds, or another
-            callback that sets it, such as :class:`AlphaScheduler`.
+        ValueError: an argument out of its range, an alpha of the module that is not between the bounds, another
+            callback that sets it, such as :class:`AlphaScheduler`, or a training_step that logs no kl: in manual
+            optimization, where it may have skipped the batch, none of the first 50.
         TypeError: a module without ``RDropMixin``.
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
@@ -71,6 +73,7 @@ class AdaptiveAlpha(ModuleValue):
         self._changed_at: int | None = None
         self._sums: Tensor | None = None
         self._saved_sums: list[list[float]] = []
+        self._patience = math.inf
 
     def after(self, alpha: float, kl: float, steps: int) -> float:
         """What alpha becomes after some steps with this mean kl; NaN changes nothing."""
@@ -81,6 +84,7 @@ class AdaptiveAlpha(ModuleValue):
         """Forget the training of another Trainer, before a checkpoint is loaded."""
         if stage == "fit" and not trainer.global_step:
             self._alpha, self._changed_at, self._sums, self._saved_sums = None, None, None, []
+            self._patience = 50  # batches of manual optimization, before the first kl
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin at the module's own alpha, where no checkpoint or earlier ``fit`` gave another."""
@@ -114,10 +118,11 @@ class AdaptiveAlpha(ModuleValue):
         made = steps_made(trainer, pl_module)
         steps = made - (self._changed_at or 0)
         every = self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # its connector sets it
-        if self._alpha is not None and self._sums is not None and steps >= every:
-            sums: Any = trainer.strategy.reduce(self._sums, reduce_op="sum")
-            total, rows = sums.tolist()
-            self._alpha = self.after(self._alpha, total / rows if rows else math.nan, steps)
+        if steps >= every:
+            if self._alpha is not None and self._sums is not None:
+                sums: Any = trainer.strategy.reduce(self._sums, reduce_op="sum")
+                total, rows = sums.tolist()
+                self._alpha = self.after(self._alpha, total / rows if rows else math.nan, steps)
             self._changed_at, self._sums = made, None
         setattr(module, self.attribute, self._alpha)
         module.rdrop_kl = None  # that of an earlier step is not that of this one
@@ -130,10 +135,14 @@ class AdaptiveAlpha(ModuleValue):
         if module.automatic_optimization and not outputs:
             return  # training_step skipped the batch
         if module.rdrop_kl is None:
-            raise ValueError(
-                f"AdaptiveAlpha found no kl: the training_step of {type(pl_module).__name__} has to call "
-                "self.rdrop_log(terms)."
-            )
+            self._patience -= 1
+            if module.automatic_optimization or self._patience == 0:
+                raise ValueError(
+                    f"AdaptiveAlpha found no kl: the training_step of {type(pl_module).__name__} has to call "
+                    "self.rdrop_log(terms)."
+                )
+            return
+        self._patience = math.inf
         kl = module.rdrop_kl.to(_precise(module.rdrop_kl.device))
         counted = module.rdrop_denominators.get("kl")
         rows = torch.ones_like(kl) if counted is None else counted.to(kl)
@@ -152,6 +161,7 @@ class AdaptiveAlpha(ModuleValue):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a training where it was."""
+        self._patience = math.inf
         self._alpha, self._changed_at = state_dict["alpha"], state_dict["changed_at"]
         self._saved_sums = state_dict["sums"]
 

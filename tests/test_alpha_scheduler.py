@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Two
+from conftest import Small, Two
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -140,6 +140,15 @@ def test_a_peak_out_of_reach_is_not_said_again_when_resumed(fit, small, rows, tm
     fit(small(), rows, [AlphaScheduler(ramp=100), save], enable_checkpointing=True)
     fit(small(), rows, [AlphaScheduler(ramp=100)], resume=tmp_path / "step=5.ckpt")
     assert len([warning for warning in recwarn if "never reaches its peak" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("module", [Small, Two])
+def test_a_second_fit_of_the_same_trainer_keeps_the_planned_length(fit, rows, module):
+    watch, module = Watch(), module()
+    trainer = fit(module, rows, [AlphaScheduler("linear", ramp=0.5, peak=4.0), watch])
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, rows)
+    assert watch.alphas == [0, 1, 2, 3] + [4] * 28
 
 
 def test_alpha_is_put_back_when_training_fails(fit, small, rows):
@@ -284,6 +293,64 @@ def test_a_peak_out_of_reach_is_said_once(fit, small, rows, arguments, until, la
     (text,) = (str(warning.message) for warning in warned if "its peak" in str(warning.message))
     assert f"rdrop_alpha rises until step {until}, and the training has 8 steps" in text
     assert f"in the last of which it is {last:.3g} instead of 4. Write delay and ramp as shares of training" in text
+
+
+class Stop(pl.Callback):
+    """Ends a training early, as EarlyStopping and Timer do."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs", "text"),
+    [
+        ({"shape": "linear", "ramp": 0.5}, 1000, "4000, and the training, planned to have 8000 steps, ended after 20 "),
+        ({"shape": "linear", "ramp": 40}, 1000, "40, and the training, planned to have 8000 steps, ended after 20 "),
+        ({"shape": "linear", "ramp": 40}, -1, "40, and the training ended after 20 "),
+        ({"shape": "cyclical", "ramp": 99}, 1000, "99, and the training, planned to have 8000 steps, ended after 20 "),
+    ],
+)
+def test_a_training_that_ended_within_the_rise_is_said_once(fit, small, rows, arguments, epochs, text, recwarn):
+    watch = Watch()
+    fit(small(), rows, [AlphaScheduler(**arguments), watch, Stop(20)], max_epochs=epochs)
+    (said,) = (str(warning.message) for warning in recwarn if "its peak" in str(warning.message))
+    assert f"did not reach its peak: rdrop_alpha rises until step {text}steps, in the last of which it is " in said
+    assert f"it is {watch.alphas[-1]:.3g} instead of 4. Write delay and ramp as numbers of optimizer steps" in said
+    assert "such as ramp=2." in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trainer"),
+    [
+        ({"ramp": 0.01}, {}),  # 8 steps
+        ({"ramp": 20}, {"max_epochs": -1}),
+        ({"ramp": 9000}, {}),  # which was said before
+        ({"ramp": 0.5}, {"fast_dev_run": 7}),
+    ],
+)
+def test_a_training_that_ended_after_the_rise_is_no_warning(fit, small, rows, arguments, trainer, recwarn):
+    fit(small(), rows, [AlphaScheduler(**arguments), Stop(20)], **{"max_epochs": 100} | trainer)
+    assert not [warning for warning in recwarn if "did not reach its peak" in str(warning.message)]
+
+
+def test_a_training_that_failed_within_the_rise_is_no_warning(fit, small, rows, recwarn):
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fit(small(), rows, [AlphaScheduler(ramp=1.0), Failing()])
+    assert not [warning for warning in recwarn if "its peak" in str(warning.message)]
+
+
+def test_a_peak_out_of_reach_is_said_where_the_callback_is_new(fit, small, rows, tmp_path):
+    fit(small(), rows).save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.warns(UserWarning, match="never reaches its peak"):
+        fit(small(), rows, [AlphaScheduler(ramp=100)], max_epochs=2, resume=tmp_path / "plain.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class AlphaScheduler(ModuleValue):
 
     Alpha depends on s alone, so an interrupted run resumes with the same alphas to the bit, on any number of processes.
     A share is taken of the training as planned when it began, and checkpoints keep that length: alpha does not jump
-    when a run resumes with more processes or more epochs.
+    when a run resumes with more processes or more epochs, or in a second ``fit`` of the same Trainer.
 
     Args:
         shape: ``"constant"``, ``"linear"``, ``"sigmoid"``, ``"cosine"``, ``"cyclical"`` (see
@@ -36,7 +36,8 @@ class AlphaScheduler(ModuleValue):
         delay: how long alpha stays 0 before the rise, in the same units.
         peak: alpha at the end of the rise; ``None`` takes the module's ``rdrop_alpha``.
 
-    A peak that the training is too short for is a warning.
+    A peak that the training is too short for is a warning before it, where that is known, or after it, as where early
+    stopping or a time limit ended it within the rise.
 
     Raises:
         ValueError: an argument out of its range, a shape that leaves [0, 1], or a share of a training whose length is
@@ -93,22 +94,41 @@ class AlphaScheduler(ModuleValue):
         return peak * factor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the length of an earlier training, before a checkpoint's is loaded."""
-        if stage == "fit":
+        """Forget the length of another Trainer's training, before a checkpoint's is loaded."""
+        if stage == "fit" and not trainer.global_step:
             self._training_steps = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the training, of which shares are taken, where no checkpoint gave its length."""
-        steps = planned_steps(trainer)
-        if self._training_steps is None:
-            self._training_steps = steps
-        begins = trainer.global_step == 0 and trainer.is_global_zero
-        if begins and steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # its connector sets it
-            self._warn_of_a_peak_out_of_reach(steps)
+        if self._training_steps is not None:
+            return  # a warning of it was given when it began
+        self._training_steps = planned_steps(trainer)
+        if _speaks(trainer) and self._training_steps and self._misses_its_peak(self._training_steps):
+            self._warn(
+                f"never reaches its peak: {self.attribute} rises until step {self._end_of_rise():g}, and the training "
+                f"has {self._training_steps} steps",
+                self._training_steps,
+                "Write delay and ramp as shares of training, which together are at most 1, such as ramp=0.1; or as "
+                "fewer steps.",
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the value of the step that begins."""
         setattr(pl_module, self.attribute, self.value_at(steps_made(trainer, pl_module)))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a training that ended within the rise, where its planned length did not tell."""
+        steps, planned = steps_made(trainer, pl_module), self._training_steps
+        foretold = planned and self._misses_its_peak(planned)
+        if _speaks(trainer) and steps and not foretold and self._misses_its_peak(steps):
+            plan = f", planned to have {planned} steps," if planned else ""
+            self._warn(
+                f"did not reach its peak: {self.attribute} rises until step {self._end_of_rise():g}, and the training"
+                f"{plan} ended after {steps} steps",
+                steps,
+                "Write delay and ramp as numbers of optimizer steps (int), which together are fewer than the training "
+                f"makes, such as ramp={max(1, steps // 10)}.",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The length of the training, so that a resumed one takes the same shares."""
@@ -118,17 +138,20 @@ class AlphaScheduler(ModuleValue):
         """Take the length of the training that is resumed."""
         self._training_steps = state_dict["training_steps"]
 
-    def _warn_of_a_peak_out_of_reach(self, steps: int) -> None:
-        delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
+    def _end_of_rise(self) -> float:
+        return self._in_steps("delay", self.delay) + self._in_steps("ramp", self.ramp)
+
+    def _misses_its_peak(self, steps: int) -> bool:
+        """Whether a training of so many steps ends within the rise."""
         peak = self.own_value if self.peak is None else self.peak
         # a ramp over the whole training would be at its peak one step after the last
-        if peak is None or delay + ramp <= steps + 1e-6 or self.value_at(steps) >= peak * (1 - 1e-6):
-            return
+        return peak is not None and self._end_of_rise() > steps + 1e-6 and self.value_at(steps) < peak * (1 - 1e-6)
+
+    def _warn(self, what: str, steps: int, remedy: str) -> None:
+        peak = self.own_value if self.peak is None else self.peak
         warnings.warn(
-            f"{self!r} never reaches its peak: {self.attribute} rises until step {delay + ramp:g}, and the training "
-            f"has {steps} steps, in the last of which it is {self.value_at(steps - 1):.3g} instead of {peak:g}. Write "
-            "delay and ramp as shares of training, which together are at most 1, such as ramp=0.1; or as fewer steps.",
-            stacklevel=2,
+            f"{self!r} {what}, in the last of which it is {self.value_at(steps - 1):.3g} instead of {peak:g}. {remedy}",
+            stacklevel=3,
         )
 
     def _in_steps(self, name: str, duration: int | float) -> float:
@@ -146,3 +169,8 @@ class AlphaScheduler(ModuleValue):
     def __repr__(self) -> str:
         arguments = f"shape={self.shape!r}, ramp={self.ramp}, delay={self.delay}, peak={self.peak}"
         return f"{type(self).__name__}({arguments})"
+
+
+def _speaks(trainer: Trainer) -> bool:
+    """Whether this rank warns, of a training that is no dry run."""
+    return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_rdrop import SimCSEMixin, Views
-from lightning_rdrop.callbacks import ExactAccumulation
+from lightning_rdrop.callbacks import AdaptiveAlpha, AlphaScheduler, ExactAccumulation, UnlabeledWeightScheduler
 from lightning_rdrop.simcse import alignment, info_nce, pool, uniformity
 from tests.networks import training_outputs
 
@@ -308,3 +308,9 @@ def test_a_positive_is_not_taken_for_a_label():
     with pytest.raises(ValueError, match=r"an anchor and its positive.*Return Views\(anchor, positive\)"):
         Encoder().rdrop_step((x, torch.randn(6, 8)))
     Encoder().rdrop_step((x, torch.arange(6)))
+
+
+@pytest.mark.parametrize("callback", [AlphaScheduler(), AdaptiveAlpha(0.1, 100), UnlabeledWeightScheduler()])
+def test_callbacks_that_set_what_the_loss_has_not_are_refused(fit, callback):
+    with pytest.raises(TypeError, match=f"^{type(callback).__name__} sets {callback.attribute}.*loss of SimCSE"):
+        fit(Encoder(), DataLoader(torch.randn(8, 8), 4), [callback])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.simcse import SimCSEMixin
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer
@@ -21,8 +22,18 @@ class ModuleValue(Callback):
     """The module's own value, during training."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the module's own value."""
-        self.own_value = getattr(require_rdrop(self, pl_module), self.attribute)
+        """Keep the module's own value, where its loss has one.
+
+        Raises:
+            TypeError: a module without ``RDropMixin``, or with ``SimCSEMixin``.
+        """
+        module = require_rdrop(self, pl_module)
+        if isinstance(module, SimCSEMixin):
+            raise TypeError(
+                f"{type(self).__name__} sets {self.attribute}, which has no place in the loss of SimCSE that "
+                f"{type(pl_module).__name__} learns by. Train without this callback."
+            )
+        self.own_value = getattr(module, self.attribute)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module's own value: Lightning calls no teardown after an error."""

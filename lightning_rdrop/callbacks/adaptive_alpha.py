@@ -40,7 +40,7 @@ class AdaptiveAlpha(ModuleValue):
         ValueError: an argument out of its range, an alpha of the module that is not between the bounds, another
             callback that sets it, such as :class:`AlphaScheduler`, or a training_step that logs no kl: in manual
             optimization, where it may have skipped the batch, none of the first 50.
-        TypeError: a module without ``RDropMixin``.
+        TypeError: a module without ``RDropMixin`` or with ``SimCSEMixin``.
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
 

@@ -42,7 +42,7 @@ class AlphaScheduler(ModuleValue):
     Raises:
         ValueError: an argument out of its range, a shape that leaves [0, 1], or a share of a training whose length is
             unknown.
-        TypeError: a duration that is not a number, or a module without ``RDropMixin``.
+        TypeError: a duration that is not a number, or a module without ``RDropMixin`` or with ``SimCSEMixin``.
 
     Example:
         >>> scheduler = AlphaScheduler("linear", ramp=100, delay=50, peak=4.0)

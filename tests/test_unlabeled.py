@@ -129,6 +129,24 @@ def test_two_loaders_in_a_trainer(fit, small, rows, kind, tmp_path):
     assert {"loss", "ce", "kl", "alpha"} <= set(table[0])
 
 
+def test_a_schedule_of_what_no_batch_has_is_a_warning(fit, small, rows):
+    with pytest.warns(UserWarning, match="no unlabelled part") as warned:
+        fit(small(), rows, [UnlabeledWeightScheduler()])
+    assert len([warning for warning in warned if "UnlabeledWeightScheduler has no effect" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("made_by", ["loader", "step"])
+def test_a_schedule_of_unlabelled_examples_is_no_warning(fit, small, rows, made_by, recwarn):
+    class Making(small):
+        def training_step(self, batch, batch_idx):
+            return super().training_step({"labeled": batch, "unlabeled": batch[0]}, batch_idx)
+
+    both = {"labeled": rows, "unlabeled": DataLoader(torch.randn(30, 8), 4)}
+    module, loader = (small(), both) if made_by == "loader" else (Making(), rows)
+    fit(module, loader, [UnlabeledWeightScheduler(ramp=0.5)])
+    assert not [warning for warning in recwarn if "unlabelled" in str(warning.message)]
+
+
 def test_the_weight_is_put_back_and_resumed(fit, small, tmp_path):
     def train(module, callbacks, **trainer):
         loaders = {"labeled": DataLoader(TensorDataset(*batch_of()["labeled"]), 1)}

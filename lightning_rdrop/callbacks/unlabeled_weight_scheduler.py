@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_rdrop.callbacks.alpha_scheduler import AlphaScheduler
+from lightning_rdrop.unlabeled import parts
+
+if TYPE_CHECKING:
+    from lightning_rdrop._lightning import LightningModule, Trainer
 
 
 class UnlabeledWeightScheduler(AlphaScheduler):
     """Raises the module's ``rdrop_unlabeled_weight`` from 0 to its peak, as ``AlphaScheduler`` does with alpha.
 
     Early predictions are poor, and agreement on them is worth little. While the weight is exactly 0, during ``delay``
-    and in the first step of a linear ramp, unlabelled examples are not run through the network.
+    and in the first step of a linear ramp, unlabelled examples are not run through the network. A first batch without
+    an unlabelled part is a warning.
 
     Args:
         shape, ramp, delay, peak: as for :class:`~lightning_rdrop.AlphaScheduler`; ``peak=None`` is the module's own
@@ -23,3 +29,25 @@ class UnlabeledWeightScheduler(AlphaScheduler):
     """
 
     attribute: ClassVar[str] = "rdrop_unlabeled_weight"
+
+    _looked = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the first batch of each training."""
+        super().setup(trainer, pl_module, stage)
+        self._looked = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Warn of a first batch without an unlabelled part, neither in the data nor made by the training_step."""
+        if self._looked:
+            return
+        self._looked = True
+        logged = "train/unlabeled_weight" in trainer.callback_metrics
+        if trainer.is_global_zero and parts(batch)[1] is None and not logged:
+            warnings.warn(
+                f"{type(self).__name__} has no effect: the first batch has no unlabelled part. Give the Trainer two "
+                'loaders, {"labeled": ..., "unlabeled": ...}, or train without this callback.',
+                stacklevel=2,
+            )

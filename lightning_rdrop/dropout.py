@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from operator import attrgetter
 from typing import Literal
 
@@ -14,7 +14,14 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_rdrop.submodules import few
 
-_DROPS = re.compile(r"(?!_?rdrop).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)  # rdrop_alpha is none of them
+_DROPS = re.compile(r"(?!.*(?-i:RDrop)).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)
+"""The classes that drop something, which keep how likely in ``p`` or ``prob``; a LitRDrop is none of them."""
+_NAMES_PROBABILITY = re.compile(
+    r"(?!_?rdrop|.*lr_?drop).*(drop(out|_?path|_?connect|_?block)?|stochastic_?depth)(_?(p|prob|probability|rate|ratio))?"
+    r"(_?\d+)?",
+    re.IGNORECASE,
+)
+"""The attributes of other classes that keep such a probability; drop_rate_decay, drop_token_id and lr_drop are none."""
 _DROPS_EXAMPLES = re.compile(r"drop_?path|drop_?connect|stochastic_?depth", re.IGNORECASE)
 _DROPS_BATCHES = re.compile(r"layer_?drop(?!out)", re.IGNORECASE)
 _READ_FROM_CONFIG = {
@@ -71,8 +78,10 @@ def stochastic_layers(network: nn.Module) -> list[StochasticLayer]:
 
     These are torch's dropout modules, timm's DropPath and torchvision's StochasticDepth, and the numbers that modules
     keep for a functional dropout: ``dropout`` of MultiheadAttention and of LSTM and GRU (with more than one layer),
-    the probabilities that Hugging Face's layers copied from their config, or read there in ``forward``. A number
-    written inside a user's ``forward`` cannot be seen: :func:`lightning_rdrop.guard.diagnose` has the last word.
+    the probabilities that Hugging Face's layers copied from their config, or read there in ``forward``. Of other
+    modules, a LightningModule among them, these are the numbers in [0, 1] whose names end like ``dropout``,
+    ``attn_drop``, ``layerdrop``, ``drop_path``, ``drop_prob``, ``dropout_p`` or ``drop_rate``. A number written inside
+    a user's ``forward`` cannot be seen: :func:`lightning_rdrop.guard.diagnose` has the last word.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.LSTM(4, 4, num_layers=2, dropout=0.2))
@@ -212,7 +221,7 @@ def _probabilities(module: nn.Module) -> list[str]:
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
         return []  # its dropout is between layers
     own = ("p", "prob") if isinstance(module, _DropoutNd) or _DROPS.match(type(module).__name__) else ()
-    kept = [name for name in vars(module) if name in own or _DROPS.match(name)]
+    kept = [name for name, value in vars(module).items() if name in own or _keeps_probability(name, value)]
     if hasattr(module, "config"):
         kept += [f"config.{name}" for name in _read_from_config(module)]
     return [name for name in kept if _is_probability(attrgetter(name)(module))]
@@ -222,6 +231,13 @@ def _read_from_config(module: nn.Module) -> list[str]:
     bases = [base.__name__ for base in type(module).__mro__]
     found = [read for names, read in _READ_FROM_CONFIG.items() if any(re.fullmatch(names, base) for base in bases)]
     return [name for read in found for name in read if hasattr(module.config, name)]
+
+
+def _keeps_probability(name: str, value: object) -> bool:
+    """Whether an attribute of any class does so. An integer counts something, or is 0 where dropout is switched off."""
+    if isinstance(value, Integral) and (value or name.endswith("_drop")):
+        return False  # num_drop = 0
+    return _NAMES_PROBABILITY.fullmatch(name) is not None
 
 
 def _is_probability(value: object) -> bool:

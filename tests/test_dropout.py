@@ -230,7 +230,44 @@ def test_what_is_no_dropout_is_not_found():
     network.dropped_batches = 0
     network.dropout = None
     network.p = 0.3
+    network.drop_rate_decay = network.dropout_scale = network.lr_drop = network.dropout_warmup = 0.95
+    network.drop_token_id = network.dropout_samples = network.num_drop = network.drop_last = 0
+    network.dropout_count = network.dropout = 1
     assert stochastic_layers(network) == []
+    network = type("LitRDrop", (nn.Linear,), {})(4, 4)
+    network.p = 0.3
+    assert stochastic_layers(network) == []
+
+
+FUNCTIONAL = """
+    dropout attention_dropout hidden_dropout_prob attn_pdrop attn_dropout_p p_dropout drop attn_drop drop_rate
+    dropout_ratio drop_prob dropProb dropout1 dropout_2
+"""
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL.split())
+@pytest.mark.parametrize("p", [0.1, 0.0])
+def test_names_of_probabilities_for_a_functional_dropout(name, p):
+    network = nn.Linear(4, 4)
+    setattr(network, name, p)
+    assert set_probability(network, 0.3) == ({"": p} if name == "drop_prob" else {name: p})
+    assert getattr(network, name) == 0.3
+
+
+@pytest.mark.parametrize("name", ["layerdrop", "drop_path", "drop_path_rate", "drop_connect_rate", "stochastic_depth"])
+def test_names_of_probabilities_for_a_branch(name):
+    network = nn.Linear(4, 4)
+    setattr(network, name, 0.1)
+    assert [(layer.name, layer.p) for layer in stochastic_layers(network)] == [(name, 0.1)]
+    assert set_probability(network, 0.3) == {}
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "layerdrop", "attn_pdrop", "dropout_rate"])
+def test_an_integer_0_switches_dropout_off(name):
+    """As a config has it that somebody wrote by hand."""
+    network = nn.Linear(4, 4)
+    setattr(network, name, 0)
+    assert [(layer.name, layer.p) for layer in stochastic_layers(network)] == [(name, 0.0)]
 
 
 def test_set_probability_leaves_depth_alone():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_rdrop._lightning import Callback
+from lightning_rdrop.callbacks._module_value import steps_made
 from lightning_rdrop.plots import History, curves, read_csv
 from lightning_rdrop.training_length import planned_steps
 
@@ -71,9 +72,8 @@ class Curves(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what was logged, at the steps at which loggers do."""
-        # in manual optimization global_step counts the steps of every optimizer, and loggers count batches
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1
-        steps = trainer.global_step if pl_module.automatic_optimization else batches
+        # manual optimization counts batches, and this one is completed after the hook
+        steps = steps_made(trainer, pl_module) + (not pl_module.automatic_optimization)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its connector sets it
         has_stepped, self._steps = steps != self._steps, steps
         if not self._of_steps:

@@ -26,8 +26,8 @@ class Curves(Callback):
     was logged, at the same steps, and the picture lies in the Trainer's folder. A ``TensorBoardLogger`` gets it as a
     figure as well.
 
-    What would leave nothing to plot is found before training. After it, a picture that cannot be made is a warning: a
-    finished training never fails for it.
+    Configurations that produce no plot are rejected, or warned of, before training. After it, a picture that cannot be
+    made is a warning: a finished training never fails for it.
 
     Args:
         filename: of the PNG, relative to that folder or absolute.

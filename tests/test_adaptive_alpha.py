@@ -70,6 +70,15 @@ def test_it_changes_when_the_trainer_logs(fit, small, rows):
     assert watch.alphas == pytest.approx([4, 4, 3.2, 3.2, 2.56, 2.56, 2.048, 2.048])
 
 
+@pytest.mark.parametrize(("every", "said"), [(None, 1), (8, 1), (7, 0)])  # of 8 steps
+def test_a_training_too_short_for_a_change_is_a_warning(fit, small, rows, every, said, recwarn):
+    watch = Watch()
+    fit(small(), rows, [AdaptiveAlpha(1e3, horizon=9, every=every), watch])
+    texts = [str(warning.message) for warning in recwarn if "AdaptiveAlpha never changes alpha" in str(warning.message)]
+    assert len(texts) == said == (len(set(watch.alphas)) == 1)
+    assert all(f"every {every or 50} steps, and the training has 8. Write AdaptiveAlpha(" in text for text in texts)
+
+
 def test_manual_optimization(fit, rows):
     watch = Watch()
     trainer = fit(Two(), rows, [AdaptiveAlpha(1e3, horizon=4, every=4), watch])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_rdrop.arguments import non_negative, whole
 from lightning_rdrop.callbacks._module import require_rdrop
 from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
+from lightning_rdrop.training_length import planned_steps
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer
@@ -26,7 +28,7 @@ class AdaptiveAlpha(ModuleValue):
     which is restored after training, and stays between the bounds. On all ranks it is the same, and an interrupted run
     resumes with the same alphas to the bit (with as many ranks), as a second ``fit`` of the same Trainer does. The
     training step never waits for the device: kl is read when alpha changes, which takes one all-reduce of two numbers.
-    A batch that the step skips is left out.
+    A batch that the step skips is left out. A training that is too short for a single change is a warning.
 
     Args:
         target_kl: the kl that is wanted, > 0, in nats a row, as ``train/kl`` logs it. Of a run with an alpha that is
@@ -104,6 +106,7 @@ class AdaptiveAlpha(ModuleValue):
         """Count from here, or take up the sums of a training that is resumed."""
         if self._changed_at is None:
             self._changed_at = steps_made(trainer, pl_module)
+            self._warn_of_no_change(trainer, self._changed_at)
         if self._saved_sums:
             if len(self._saved_sums) != trainer.world_size:  # all of them on one rank
                 total = [sum(column) for column in zip(*self._saved_sums, strict=True)]
@@ -117,8 +120,7 @@ class AdaptiveAlpha(ModuleValue):
         module = require_rdrop(self, pl_module)
         made = steps_made(trainer, pl_module)
         steps = made - (self._changed_at or 0)
-        every = self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # its connector sets it
-        if steps >= every:
+        if steps >= self._steps_between_changes(trainer):
             if self._alpha is not None and self._sums is not None:
                 sums: Any = trainer.strategy.reduce(self._sums, reduce_op="sum")
                 total, rows = sums.tolist()
@@ -126,6 +128,20 @@ class AdaptiveAlpha(ModuleValue):
             self._changed_at, self._sums = made, None
         setattr(module, self.attribute, self._alpha)
         module.rdrop_kl = None  # that of an earlier step is not that of this one
+
+    def _steps_between_changes(self, trainer: Trainer) -> int:
+        return self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # its connector sets it
+
+    def _warn_of_no_change(self, trainer: Trainer, begin: int) -> None:
+        planned, every = planned_steps(trainer), self._steps_between_changes(trainer)
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it
+        if trainer.is_global_zero and not dry and planned is not None and planned - begin <= every:
+            warnings.warn(
+                f"AdaptiveAlpha never changes alpha: it does so every {every} steps, and the training has "
+                f"{planned - begin}. Write AdaptiveAlpha(..., every=N) with a smaller N; without it, N is "
+                "Trainer(log_every_n_steps=...).",
+                stacklevel=3,
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

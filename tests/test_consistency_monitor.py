@@ -220,6 +220,18 @@ def test_a_share_of_the_batches_is_spread_evenly(fit, batches, looked_at):
     assert [number for _, number in module.unpacked] == looked_at
 
 
+@pytest.mark.parametrize(
+    ("module", "epochs", "said"),
+    [(Small(), 1, 1), (Validated(), 1, 1), (Validated(), 2, 0)],
+    ids=["no validation", "too few epochs", "measured"],
+)
+def test_a_training_in_which_nothing_was_measured_is_a_warning(fit, module, epochs, said, recwarn):
+    watched(fit, module, ConsistencyMonitor(2, every_n_epochs=2), max_epochs=epochs)
+    texts = [str(warning.message) for warning in recwarn if "ConsistencyMonitor" in str(warning.message)]
+    assert len(texts) == said
+    assert all("measured nothing" in text and "(every_n_epochs=2)" in text for text in texts)
+
+
 def test_validation_alone(fit):
     module = Validated()
     module.val_dataloader = table

@@ -53,7 +53,7 @@ class ConsistencyMonitor(Callback):
 
     Training with the monitor is the same to the bit as without: modes, buffers and random states are put back. It costs
     K + 1 forward passes of the batches that it looks at. (Dropout is not free: on a CPU its pass may take twice the
-    time of one without.)
+    time of one without.) A training without a validation that it looks at is a warning.
 
     Args:
         passes: K >= 2.
@@ -82,6 +82,7 @@ class ConsistencyMonitor(Callback):
         self._modules: list[nn.Module] = []
         self._training: list[bool] = []
         self._warned = False
+        self._looked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module whose predictions cannot be measured, and a strategy that would not let it predict."""
@@ -91,7 +92,7 @@ class ConsistencyMonitor(Callback):
                 "ConsistencyMonitor predicts outside of validation_step, where the weights of FSDPStrategy are not "
                 "gathered: train with DDP or ModelParallelStrategy (FSDP2), or without the monitor."
             )
-        self._modules, self._training, self._warned = [], [], False
+        self._modules, self._training, self._warned, self._looked = [], [], False, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the modes of training: validation begins with all modules in eval mode."""
@@ -113,10 +114,22 @@ class ConsistencyMonitor(Callback):
             prediction = module.rdrop_predict(inputs)
             predictions = dropout_passes(module, inputs, self.passes, training=training)
         if not trainer.sanity_checking:  # before training, whose modes are not known yet
+            self._looked = True
             self._warn_of_equal_passes(module, predictions)
         for name, average in _averages(module.rdrop_distance, predictions, prediction, target).items():
             rows: Any = average.weight  # a tensor, which is not waited for
             module.log(f"val/{name}", average.mean, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a training in which nothing was measured."""
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it
+        if trainer.is_global_zero and not self._looked and not dry:
+            warnings.warn(
+                "ConsistencyMonitor measured nothing: the training had no validation, or none in an epoch that it "
+                f"looks at (every_n_epochs={self.every_n_epochs}). Give {type(pl_module).__name__} a validation_step, "
+                "and fit a loader of validation data; or train without this callback.",
+                stacklevel=2,
+            )
 
     def _looks_at(self, trainer: Trainer, batch_idx: int) -> bool:
         if trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs:

@@ -41,6 +41,13 @@ class Average:
     def of(cls, values: Tensor, counted: Tensor | None = None) -> Average:
         """The plain mean of some values, or of those that count.
 
+        Args:
+            values: one for each row, any shape.
+            counted: same shape, a bool mask of the rows that count; None if all do.
+
+        Raises:
+            ValueError: a mask of another shape; nothing broadcasts here.
+
         Example:
             >>> Average.of(torch.tensor([1.0, 2.0, 6.0]))
             Average(total=tensor(9.), weight=tensor(3.))
@@ -51,16 +58,25 @@ class Average:
             return cls(
                 values.sum(), values.new_full((), values.numel()), (values, values.new_ones(()).expand_as(values))
             )
+        _check_shape("counted", counted, "values", values)
         return cls.over(values.where(counted, 0), counted.to(values))
 
     @classmethod
     def over(cls, totals: Tensor, weights: Tensor) -> Average:
         """The mean over rows which are weighted already, as a cross-entropy is that has class weights.
 
+        Args:
+            totals: the value of each row times its weight, any shape.
+            weights: same shape.
+
+        Raises:
+            ValueError: weights of another shape; nothing broadcasts here.
+
         Example:
             >>> Average.over(torch.tensor([1.0, 8.0]), torch.tensor([1.0, 2.0])).mean  # of 1 and 4, which counts twice
             tensor(3.)
         """
+        _check_shape("weights", weights, "totals", totals)
         return cls(totals.sum(), weights.sum(), (totals, weights))
 
     def weighted(self, weight: Tensor) -> Average:
@@ -198,6 +214,14 @@ def combined(ce: Tensor, kl: Tensor, alpha: float | Tensor) -> Tensor:
         tensor(1.)
     """
     return ce.clone() if is_off(alpha) else ce + alpha * kl
+
+
+def _check_shape(name: str, part: Tensor, of: str, rows: Tensor) -> None:
+    if part.shape != rows.shape:
+        raise ValueError(
+            f"{name} must have the shape of {of}, {tuple(rows.shape)}, got {tuple(part.shape)}; nothing broadcasts "
+            f"here. Bring it to that shape first, such as by {name}.unsqueeze(-1).expand_as({of})."
+        )
 
 
 def is_off(alpha: float | Tensor) -> bool:

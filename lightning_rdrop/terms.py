@@ -39,7 +39,7 @@ class Average:
 
     @classmethod
     def of(cls, values: Tensor, counted: Tensor | None = None) -> Average:
-        """The plain mean of some values, or of those that count.
+        """The plain mean of some values, or of those that count, in float32 or better.
 
         Args:
             values: one for each row, any shape.
@@ -54,6 +54,7 @@ class Average:
             >>> Average.of(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, True]))
             Average(total=tensor(7.), weight=tensor(2.))
         """
+        values = _float32_or_better(values)
         if counted is None:
             return cls(
                 values.sum(), values.new_full((), values.numel()), (values, values.new_ones(()).expand_as(values))
@@ -77,6 +78,7 @@ class Average:
             tensor(3.)
         """
         _check_shape("weights", weights, "totals", totals)
+        totals, weights = _float32_or_better(totals), _float32_or_better(weights)
         return cls(totals.sum(), weights.sum(), (totals, weights))
 
     def weighted(self, weight: Tensor) -> Average:
@@ -222,6 +224,11 @@ def _check_shape(name: str, part: Tensor, of: str, rows: Tensor) -> None:
             f"{name} must have the shape of {of}, {tuple(rows.shape)}, got {tuple(part.shape)}; nothing broadcasts "
             f"here. Bring it to that shape first, such as by {name}.unsqueeze(-1).expand_as({of})."
         )
+
+
+def _float32_or_better(rows: Tensor) -> Tensor:
+    """Half precision and integers as float32: in bfloat16, 257 rows would count as 256."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def is_off(alpha: float | Tensor) -> bool:

@@ -26,3 +26,12 @@ def test_a_mask_or_a_weight_of_another_shape_is_refused(shape):
         Average.of(values, torch.ones(shape, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"weights must have the shape of totals, \(4, 3\), got .*nothing broadcasts"):
         Average.over(values, torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8])
+def test_rows_are_counted_in_float32_or_better(dtype):
+    values, all_of_them = torch.ones(80001, dtype=dtype), torch.ones(80001, dtype=torch.bool)
+    found = [Average.of(values), Average.of(values, all_of_them), Average.over(values, values)]
+    for average in (*found, found[0].weighted(torch.ones(80001))):
+        assert average.total == average.weight == 80001
+        assert average.weight.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

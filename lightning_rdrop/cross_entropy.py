@@ -198,7 +198,13 @@ def checked_terms(
         bias = None if head.bias is None else head.bias.to(dtype)
         states, head = states.to(dtype), Head(head.weight.to(dtype), bias)
     with without_autocast(device):
-        fuses = states.shape[0] == 2 and target.dim() == 1 and _is_plain(states) and not _compat.is_transformed()
+        fuses = (
+            states.shape[0] == 2
+            and target.dim() == 1
+            and not weights.learned  # the sweep makes no gradient for them
+            and _is_plain(states)
+            and not _compat.is_transformed()
+        )
         if fuses and not torch.compiler.is_compiling():
             inputs = (states,) if head is None else (states, *head)
             return fused(inputs, target, alpha, labels, weights, chunk, compile)

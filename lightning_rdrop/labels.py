@@ -113,6 +113,11 @@ class RowWeights(NamedTuple):
         """Whether a row may count otherwise than once, or in one term alone."""
         return self.everywhere or self.ce is not None or self.kl is not None
 
+    @property
+    def learned(self) -> bool:
+        """Whether a gradient is asked for a weight."""
+        return any(weight is not None and weight.requires_grad for weight in (self.ce, self.kl))
+
 
 EVENLY = RowWeights()
 """Every row that counts counts once, in both terms."""
@@ -157,5 +162,5 @@ def composite(
         between += pair if weights.kl is None else pair.weighted(weights.kl)
     kl_rows = None
     if labels.weight is not None or weights.given:
-        kl_rows = (in_kl if weights.kl is None else weights.kl.where(in_kl, 0)).sum().to(zero)
-    return Terms.of(ce, between, alpha, rows=ce.weight / views, kl_rows=kl_rows)
+        kl_rows = (in_kl if weights.kl is None else weights.kl.detach().where(in_kl, 0)).sum().to(zero)
+    return Terms.of(ce, between, alpha, rows=ce.weight.detach() / views, kl_rows=kl_rows)

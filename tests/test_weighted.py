@@ -21,6 +21,7 @@ from lightning_rdrop import (
     FromDistribution,
     Gaussian,
     Head,
+    JensenShannon,
     MaskedConsistency,
     RDropLoss,
     RDropMixin,
@@ -75,6 +76,34 @@ def test_the_weighted_mean_written_out():
     kl = (w * symmetric_kl(*views)[target >= 0]).sum() / w.sum() / 2
     torch.testing.assert_close((terms.ce, terms.kl, terms.loss), (ce, kl, ce + 2.0 * kl))
     assert torch.autograd.gradcheck(lambda x: RDropLoss(Weighted(Categorical()))(x, (target, weight), 2.0).loss, views)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_weights_may_be_learned(views, head):
+    """As a network learns to weigh its examples: the gradient of the weighted mean, whatever the way to the loss."""
+    hidden, target = torch.randn(views, 6, 4, dtype=torch.float64), torch.tensor([0, 1, -100, 2, 4, 3])
+    layer = torch.nn.Linear(4, 5).double()
+    weight = torch.rand(6, dtype=torch.float64, requires_grad=True)
+
+    def loss(weight):
+        predictions, given = (hidden, Head(layer.weight, layer.bias)) if head else (layer(hidden), None)
+        return RDropLoss(Weighted(Categorical()))(predictions, (target, weight), 2.0, given).loss
+
+    assert torch.autograd.gradcheck(loss, weight)
+    torch.testing.assert_close(loss(weight), loss(weight.detach()))
+    (gradient,) = torch.autograd.grad(loss(weight), weight)
+    assert (gradient.ne(0) == (target >= 0)).all()
+
+
+@pytest.mark.parametrize("distance", [Categorical(), JensenShannon()])
+def test_the_rows_of_learned_weights_are_a_number_for_the_log(distance):
+    """With a gradient, the mean of an epoch would keep the graphs of all of its steps."""
+    weight = torch.rand(4, requires_grad=True)
+    terms = RDropLoss(Weighted(distance))(torch.randn(2, 4, 3), (torch.tensor([0, 1, 2, 0]), weight), 2.0)
+    for rows in (terms.rows, terms.kl_rows):
+        torch.testing.assert_close(rows, weight.sum())
+        assert not rows.requires_grad
 
 
 @pytest.mark.parametrize("distance", [Categorical(), Categorical(class_dim=1), Bernoulli(), Gaussian()])

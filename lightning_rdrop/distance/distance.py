@@ -170,8 +170,8 @@ class Distance(Described, Predictive):
         if weights.ce is not None:
             task = task.weighted(views.repeat(weights.ce, count))
         between = self.over_pairs(predictions, None if weights.everywhere else target, weights.kl)
-        rows = task.weight / count
-        kl_rows = between.weight / math.comb(count, 2) if count > 1 else None
+        rows = task.weight.detach() / count
+        kl_rows = between.weight.detach() / math.comb(count, 2) if count > 1 else None
         return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=rows, kl_rows=kl_rows)
 
     def consistency(self, predictions: Any, alpha: float | Tensor, target: Any = None) -> Terms:

@@ -23,6 +23,7 @@ class Weighted(Wrapped):
     A row of weight 2 is a row that is there twice, and one of weight 0 is not there. So the scale of the loss does not
     depend on that of the weights, which is also that of a batch of light rows: what matters is their ratio within a
     batch, and with :class:`~lightning_rdrop.callbacks.ExactAccumulation` within all those of an optimizer step.
+    Weights may be learned: a gradient flows to them, for which the logits of a ``head`` are held as a whole.
 
     Args:
         distance: what is weighted. Class weights of its own are multiplied with these, in ce, as it has them.

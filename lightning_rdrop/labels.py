@@ -71,7 +71,7 @@ class Labels:
         probabilities = target.is_floating_point()
         values = F.cross_entropy(
             logits,
-            target.to(logits) if probabilities else target,
+            target.to(logits) if probabilities else target.where(counted, self.ignore_index),
             weight=weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,

@@ -1,3 +1,4 @@
+import copy
 import re
 
 import mpmath
@@ -17,6 +18,7 @@ from lightning_rdrop import (
     Head,
     JensenShannon,
     RDropLoss,
+    Weighted,
     jensen_shannon,
     rdrop_cross_entropy,
     symmetric_bernoulli_kl,
@@ -308,6 +310,31 @@ def target_of(distance, prediction):
         made = distance.make(torch.zeros_like(prediction))
         return torch.zeros(made.batch_shape + made.event_shape)
     return torch.rand(prediction.shape[:1] if prediction.shape[-1] == 2 else prediction.shape)
+
+
+class WithoutSevens:
+    def counted(self, prediction, target):
+        known, counted = super().counted(prediction, target), target != 7
+        counted = counted.all(-1) if isinstance(self, Cosine) else counted
+        return counted if known is None else known & counted
+
+
+@pytest.mark.parametrize(("distance", "shape"), [*EVERY.values(), (Focal(), (5,))], ids=[*EVERY, "Focal"])
+def test_a_subclass_says_which_rows_count_in_both_terms(distance, shape):
+    """A row that does not may hold any target."""
+    predictions, known = numbers(4, *shape), torch.tensor([0, 1, 3])
+    target = target_of(distance, predictions[0])
+    expected = RDropLoss(distance)(predictions[:, known], target[known], 3.0)
+    target[2] = 7
+    own = copy.copy(distance)
+    own.__class__ = type("Own", (WithoutSevens, type(distance)), {})
+    own.check(predictions[0], target)
+    assert not own.invalid(predictions[0], target)
+    for one, given in ((own, target), (Weighted(own), (target, torch.ones(4)))):
+        terms = RDropLoss(one)(predictions, given, 3.0)
+        torch.testing.assert_close((terms.ce, terms.kl, terms.rows), (expected.ce, expected.kl, expected.rows))
+    for measure in (own.between, own.directed):
+        assert measure(*predictions, target).weight == expected.rows
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])

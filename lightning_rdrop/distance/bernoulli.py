@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike, blank
+from lightning_rdrop.distance.shapes import alike, blank, counted_between
 from lightning_rdrop.divergence import at_least_float32, kl, symmetric_bernoulli_kl
 from lightning_rdrop.terms import Average
 
@@ -89,11 +89,11 @@ class Bernoulli(Distance):
         return Average.of(elements, counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        counted = self._counted_in_both(first, target)
+        counted = counted_between(self, first, target)
         return Average.of(symmetric_bernoulli_kl(*blank(counted, first, second)), counted)
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        counted = self._counted_in_both(first, target)
+        counted = counted_between(self, first, target)
         p, q = map(self.log_probabilities, blank(counted, first, second))
         return Average.of(kl(p, q), counted)
 
@@ -138,9 +138,6 @@ class Bernoulli(Distance):
             "The prediction comes out of a sigmoid, and Bernoulli takes logits, to which it applies one itself. Return "
             "what goes into it from forward, or override rdrop_predict."
         )
-
-    def _counted_in_both(self, prediction: Tensor, target: Tensor | None) -> Tensor | None:
-        return None if target is None or self.ignore_value is None else self.counted(*alike(self, prediction, target))
 
     def _weight(self, prediction: Tensor) -> Tensor | None:
         weight = self.pos_weight

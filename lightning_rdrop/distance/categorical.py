@@ -72,8 +72,8 @@ class Categorical(Distance):
         return Labels(self.ignore_index, self.label_smoothing, self.weight)
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
+        counted = self.counted(prediction, target)
         target = self._classes_first(self.checked(prediction, target))
-        counted = self.labels.counted(target)
         logits = blank(prediction.movedim(self.class_dim, 1), counted)
         return self.labels.average(logits, target, counted)
 
@@ -102,13 +102,14 @@ class Categorical(Distance):
         return log_probabilities(prediction, self.class_dim).exp()
 
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+        counted = self.counted(prediction, target)
         target = self._classes_first(self.checked(prediction, target))
         if target.is_floating_point():
             sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
             wrong = (target < 0).any(1) | ~((sums - 1).abs() <= ROUNDING)
         else:
             wrong = (target < 0) | (target >= prediction.shape[self.class_dim])
-        return wrong & self.labels.counted(target)
+        return wrong & counted
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
         wrong = self.impossible(prediction, target)

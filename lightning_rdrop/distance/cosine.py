@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike, blank
+from lightning_rdrop.distance.shapes import alike, blank, counted_between
 from lightning_rdrop.terms import Average
 
 
@@ -40,10 +40,7 @@ class Cosine(Distance):
         return self._far(*alike(self, prediction, target), self.counted(prediction, target))
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        counted = None
-        if target is not None and self.ignore_value is not None:
-            counted = self.counted(*alike(self, first, target))
-        return self._far(*alike(self, first, second), counted)
+        return self._far(*alike(self, first, second), counted_between(self, first, target))
 
     def counted(self, prediction: Tensor, target: Tensor) -> Tensor | None:
         known = super().counted(prediction, target)

@@ -33,8 +33,8 @@ class Distance(Described, Predictive):
     ignore_value: float | None = None
     """A target with this value (NaN matches NaN) counts in neither term; with None every target counts."""
 
-    measures: ClassVar[tuple[str, ...]] = ("to_target", "between")
-    """The methods that say what D is. A class that overrides one of them goes back to the general ``terms``."""
+    measures: ClassVar[tuple[str, ...]] = ("to_target", "between", "counted")
+    """The methods that say what D is and of which rows; who overrides one goes back to the general ``terms``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -88,6 +88,9 @@ class Distance(Described, Predictive):
 
     def counted(self, prediction: Any, target: Any) -> Tensor | None:
         """A mask of the rows that count, in both terms; None if all do.
+
+        A subclass that overrides it goes back to the general :meth:`terms`, and counts these rows. Not so one of
+        :class:`~lightning_rdrop.CTC`, whose lengths say what counts.
 
         Args:
             prediction, target: as for :meth:`to_target`.

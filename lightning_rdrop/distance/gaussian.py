@@ -121,9 +121,8 @@ class Gaussian(Distance):
         """Both views, with 0 where nothing counts, and what does."""
         first, second = alike(self, first, second)
         mean = self._mean(first)
-        if target is None or self.ignore_value is None:
-            return first, second, None
-        counted = self.counted(*alike(self, mean, target))
-        assert counted is not None
-        first, second = blank(counted.unsqueeze(-1) if self.log_variance else counted, first, second)
+        counted = None if target is None else self.counted(first, target)
+        if target is not None and counted is not None:
+            alike(self, mean, target)
+            first, second = blank(counted.unsqueeze(-1) if self.log_variance else counted, first, second)
         return first, second, counted

@@ -33,6 +33,19 @@ def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tenso
     return prediction, target.to(prediction.dtype)
 
 
+def counted_between(distance: Distance, prediction: Tensor, target: Tensor | None) -> Tensor | None:
+    """The rows that count between two predictions: those whose target counts; None if all do, whatever it is.
+
+    Raises:
+        ValueError: a target of another shape, where it tells which rows count.
+        TypeError: likewise, one that is no tensor.
+    """
+    counted = None if target is None else distance.counted(prediction, target)
+    if target is not None and counted is not None:
+        alike(distance, prediction, target)
+    return counted
+
+
 def blank(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with 0 where nothing counts: no infinity and no NaN from there reaches a gradient."""
     return tensors if counted is None else tuple(tensor.where(counted, 0) for tensor in tensors)

@@ -62,7 +62,8 @@ class Hooks(MixinBase):
         A tensor, :class:`~lightning_rdrop.Views`, a mapping without ``labels``, ``label`` or ``target``, or the one
         element of a tuple or list, is the inputs. All else goes to :meth:`rdrop_unpack`. Labels that are found there
         are not learned from; where they are -100 (the distance's ``ignore_index``), a row does not count. Without
-        labels, nor does a token whose ``attention_mask`` is 0.
+        labels, nor does a token whose ``attention_mask`` (B, T) is 0, if the prediction is one tensor (B, T, ...) with
+        a further dimension, as of classes.
         """
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch[0], None

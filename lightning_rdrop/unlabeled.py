@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop.data_views import Views
-from lightning_rdrop.distance import Distance
+from lightning_rdrop.distance import Distance, RowMask
 from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.terms import Terms
 
@@ -55,27 +55,32 @@ def counted(inputs: Any, target: Any, labeled: Terms, distance: Distance) -> Any
         target: what the batch carries as labels, which goes before the mask: their ``ignore_index`` does not count.
         labeled: the terms of the labelled part, whose prediction has a row for each token, or has not; several
             predictions by name have a target each.
-        distance: that has an ``ignore_index``.
+        distance: what measures; one without an ``ignore_index`` gets the mask itself.
 
     Example:
-        >>> from lightning_rdrop.distance import Categorical
+        >>> from lightning_rdrop.distance import Bernoulli, Categorical
         >>> zero = torch.zeros(())
         >>> tokens = Terms(zero, zero, zero, prediction=torch.zeros(5, 7, 3))
         >>> counted({"attention_mask": torch.tensor([[1, 1, 0]])}, None, tokens, Categorical())
         tensor([[   0,    0, -100]])
+        >>> counted({"attention_mask": torch.tensor([[1, 1, 0]])}, None, tokens, Bernoulli())
+        RowMask(mask=tensor([[ True,  True, False]]))
     """
     if labeled.parts:
         given = target if isinstance(target, Mapping) else {}
         parts = labeled.parts.items()
         return {name: counted(inputs, given.get(name), part, distance.part(name)) for name, part in parts}
     ignore_index, prediction = getattr(distance, "ignore_index", None), labeled.prediction
-    if isinstance(target, Tensor) or ignore_index is None or not isinstance(prediction, Tensor):
+    told = target is not None if ignore_index is None else isinstance(target, Tensor)
+    if told or not isinstance(prediction, Tensor):
         return target
     each = inputs.inputs if isinstance(inputs, Views) else (inputs,)
     masks = [mask for one in each if isinstance(one, Mapping) and isinstance(mask := one.get("attention_mask"), Tensor)]
     if len(masks) < len(each) or any(mask.dim() < 2 or mask.dim() != prediction.dim() - 1 for mask in masks):
         return None
     absent = torch.stack([mask == 0 for mask in masks]).any(0)
+    if ignore_index is None:
+        return RowMask(~absent)
     return torch.zeros_like(masks[0], dtype=torch.long).masked_fill(absent, ignore_index)
 
 

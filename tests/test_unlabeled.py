@@ -10,7 +10,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Head, JensenShannon, RDropMixin, symmetric_kl
+from lightning_rdrop import (
+    VAT,
+    AlphaScheduler,
+    Average,
+    Bernoulli,
+    Cosine,
+    FromDistribution,
+    Gaussian,
+    Head,
+    JensenShannon,
+    MaskedConsistency,
+    RDropMixin,
+    symmetric_kl,
+)
 from lightning_rdrop.callbacks import ExactAccumulation, UnlabeledWeightScheduler
 from tests.networks import training_outputs
 
@@ -220,6 +233,63 @@ def test_tokens_that_do_not_count_do_not(marked):
     clean, _, moved = seen[5:]
     rows = (clean.softmax(-1) * (clean.log_softmax(-1) - moved.log_softmax(-1))).sum(-1)
     torch.testing.assert_close(terms.extra["vat_unlabeled"], rows[counted].mean().detach())
+
+
+class Sums(Gaussian):
+    """It keeps no rows that a mask could choose from."""
+
+    def between(self, first, second, target=None):
+        average = super().between(first, second, target)
+        return Average(average.total, average.weight)
+
+
+class Texts(Gaussian):
+    """A row is a text."""
+
+    def between(self, first, second, target=None):
+        return Average.of((first - second).square().mean((1, 2)))
+
+
+BY_TOKEN = [
+    Bernoulli(),
+    Bernoulli(ignore_value=-1),
+    Gaussian(ignore_value=math.nan),
+    Cosine(),
+    FromDistribution(lambda x: torch.distributions.Categorical(logits=x)),
+    MaskedConsistency(Bernoulli()),
+]
+
+
+@pytest.mark.parametrize(
+    ("distance", "by_token"), [*((distance, True) for distance in BY_TOKEN), (Sums(), False), (Texts(), False)]
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_padding_does_not_count_without_an_ignore_index(distance, by_token, named):
+    class Named(Tagger):
+        def rdrop_predict(self, inputs):
+            prediction = super().rdrop_predict(inputs)
+            return {"tags": prediction} if named else prediction
+
+        def rdrop_unpack(self, batch):
+            inputs, target = super().rdrop_unpack(batch)
+            return inputs, ({"tags": target} if named else target)
+
+    module = Named(rdrop_distance={"tags": distance} if named else distance, rdrop_regularizers=[VAT(at="network.0")])
+    ids, mask = torch.arange(12).view(3, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    target = ids % 3 if isinstance(distance, FromDistribution) else torch.rand(3, 4, 3)
+    target = (target, mask) if isinstance(distance, MaskedConsistency) else target
+    seen = training_outputs(module)
+    terms = module.rdrop_step(
+        {
+            "labeled": {"input_ids": ids, "labels": target},
+            "unlabeled": {"input_ids": ids, "attention_mask": mask},
+        }
+    )
+    outputs = [*seen[-4].unflatten(0, (2, 3)), seen[-3], seen[-1]]  # two views, VAT's clean and last prediction
+    rows = [output[mask == 1] if by_token else output for output in outputs]
+    kl = terms.extra[f"{module.rdrop_distance.term_names[1]}_unlabeled"]
+    torch.testing.assert_close(kl, distance.between(*rows[:2]).mean.detach() / 2)
+    torch.testing.assert_close(terms.extra["vat_unlabeled"], distance.directed(*rows[2:]).mean.detach())
 
 
 def test_regularizers_that_need_targets_pass_the_labelled_examples_alone(small):

@@ -4,7 +4,7 @@ from lightning_rdrop.distance.bernoulli import Bernoulli
 from lightning_rdrop.distance.categorical import Categorical
 from lightning_rdrop.distance.cosine import Cosine
 from lightning_rdrop.distance.ctc import CTC
-from lightning_rdrop.distance.distance import Distance
+from lightning_rdrop.distance.distance import Distance, RowMask, measured
 from lightning_rdrop.distance.focal import Focal
 from lightning_rdrop.distance.from_distribution import FromDistribution
 from lightning_rdrop.distance.gaussian import Gaussian
@@ -24,6 +24,8 @@ __all__ = [
     "Gaussian",
     "JensenShannon",
     "MaskedConsistency",
+    "RowMask",
     "Together",
     "Weighted",
+    "measured",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,34 @@ from lightning_rdrop.distance.predictive import Predictive
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.labels import EVENLY, RowWeights
 from lightning_rdrop.terms import Average, Terms
+
+
+class RowMask(NamedTuple):
+    """In the place of a target: which rows count between two predictions, for a distance with no value that says so."""
+
+    mask: Tensor
+    """(N,), or further dimensions of the rows, as (N, T) of tokens; where a row is a whole text, all count."""
+
+
+def measured(measure: Callable[[Any, Any, Any], Average], first: Any, second: Any, target: Any) -> Average:
+    """What ``between`` or ``directed`` of a distance says of two predictions.
+
+    Args:
+        measure: that method.
+        first, second: shape (N, ...).
+        target: as for it, or a :class:`RowMask`.
+
+    Example:
+        >>> from torch import ones, tensor, zeros
+        >>> from lightning_rdrop import Gaussian
+        >>> measured(Gaussian().between, zeros(1, 3, 2), ones(1, 3, 2), RowMask(tensor([[1, 1, 0]]))).weight
+        tensor(4.)
+    """
+    if not isinstance(target, RowMask):
+        return measure(first, second, target)
+    average, mask = measure(first, second, None), target.mask
+    fits = average.rows is not None and average.rows[0].shape[: mask.dim()] == mask.shape
+    return average.weighted(mask) if fits else average
 
 
 class Distance(Described, Predictive):
@@ -183,7 +212,7 @@ class Distance(Described, Predictive):
         Args:
             predictions: shape (K, N, ...), views first.
             alpha: the weight of kl.
-            target: shape (N, ...), tells which rows count, and nothing else; without it all do.
+            target: shape (N, ...), or a :class:`RowMask`; tells which rows count, and nothing else; without it all do.
         """
         zero = _zero(predictions)
         between = self.over_pairs(predictions, target)
@@ -194,14 +223,16 @@ class Distance(Described, Predictive):
 
         Args:
             predictions: shape (K, N, ...), views first.
-            target: as for :meth:`between`.
+            target: as for :meth:`between`, or a :class:`RowMask`.
             weight: how often each row counts, (N,) or further dimensions of the rows; None is once.
         """
         apart = [views.view(predictions, number) for number in range(views.count(predictions))]
         zero = _zero(predictions)
-        pairs = (
-            _average(self, "between", self.between(first, second, target)) for first, second in combinations(apart, 2)
-        )
+
+        def between(first: Any, second: Any, target: Any) -> Average:
+            return _average(self, "between", self.between(first, second, target))
+
+        pairs = (measured(between, first, second, target) for first, second in combinations(apart, 2))
         weighted = pairs if weight is None else (pair.weighted(weight) for pair in pairs)
         return sum(weighted, start=Average(zero, zero))
 

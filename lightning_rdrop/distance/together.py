@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_rdrop import views
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.cross_entropy import Head
-from lightning_rdrop.distance.distance import Distance
+from lightning_rdrop.distance.distance import Distance, measured
 from lightning_rdrop.terms import Average, Terms
 
 
@@ -73,12 +73,16 @@ class Together(Distance):
 
     def between(self, first: Any, second: Any, target: Any = None) -> Average:
         return self._sum(
-            self._both(), lambda name, part: part.between(first[name], second[name], _of(target, name)), first
+            self._both(),
+            lambda name, part: measured(part.between, first[name], second[name], _of(target, name)),
+            first,
         )
 
     def directed(self, first: Any, second: Any, target: Any = None) -> Average:
         return self._sum(
-            self._both(), lambda name, part: part.directed(first[name], second[name], _of(target, name)), first
+            self._both(),
+            lambda name, part: measured(part.directed, first[name], second[name], _of(target, name)),
+            first,
         )
 
     def part(self, name: str) -> Distance:

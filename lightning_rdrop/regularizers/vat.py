@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_rdrop.arguments import non_negative, whole
+from lightning_rdrop.distance import measured
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.regularizers.perturbation import Passes, unit
 from lightning_rdrop.regularizers.regularizer import Regularizer
@@ -73,7 +74,7 @@ class VAT(Regularizer):
         direction = unit(torch.randn_like(zero) * passes.counted)
         for _ in range(self.iterations):
             prediction, small = passes.predict((xi * direction).requires_grad_())
-            (gradient,) = torch.autograd.grad(distance.directed(clean, prediction, target).total, small)
+            (gradient,) = torch.autograd.grad(measured(distance.directed, clean, prediction, target).total, small)
             direction = unit(gradient)
         prediction, _ = passes.predict(self.epsilon * direction)
-        return distance.directed(clean, prediction, target)
+        return measured(distance.directed, clean, prediction, target)

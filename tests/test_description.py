@@ -1,6 +1,7 @@
 """A checkpoint says what it was trained with; loading makes it again, or says that it cannot."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +80,27 @@ def test_the_same_is_no_news(fit, small, rows, tmp_path):
         small.load_from_checkpoint(path, rdrop_distance=Categorical())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Bernoulli(ignore_value=float("nan")),
+        lambda: FromDistribution(lambda logits: torch.distributions.Bernoulli(logits=logits)),
+    ],
+)
+def test_what_a_class_makes_each_time_is_no_news(fit, small, rows, tmp_path, make):
+    class Made(small):
+        def __init__(self, **kwargs):
+            super().__init__(rdrop_distance=make(), **kwargs)
+
+        def rdrop_unpack(self, batch):
+            return batch[0], torch.nn.functional.one_hot(batch[1], 3).float()
+
+    path = saved(fit, Made(), rows, tmp_path / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Made.load_from_checkpoint(path)
+
+
 def test_a_checkpoint_that_describes_nothing_is_said_once(fit, small, rows, tmp_path, caplog):
     path = saved(fit, small(), rows, tmp_path / "last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
@@ -117,6 +139,11 @@ def test_a_class_that_was_not_imported_is_not_looked_for():
         ([1], [1, 2], False),
         (1, True, False),
         (torch.ones(2), torch.ones(3), False),
+        (float("nan"), float("nan"), True),
+        (float("nan"), 1.0, False),
+        (*map(describe, [lambda x: x, lambda x: x]), True),
+        (describe({"make": partial(pow, 2)}), describe({"make": partial(pow, 3)}), False),
+        (describe(object()), describe(dict), False),
     ],
 )
 def test_when_two_say_the_same(first, second, same):

@@ -1,5 +1,6 @@
 """The ready modules but the language models: each in a real Trainer, and each loss against a formula."""
 
+import json
 import math
 import sys
 
@@ -26,6 +27,7 @@ from lightning_rdrop.modules import (
     TokenClassifier,
 )
 from lightning_rdrop.modules._frozen import freeze_below
+from lightning_rdrop.predictions import PredictionTable
 
 
 def network():
@@ -335,6 +337,21 @@ def test_what_a_distance_does_not_count_is_in_no_metric_of_classes(distance, pre
     assert module.val_metrics["accuracy"].compute() == 1
     expected = prediction.softmax(distance.reader.class_dim)
     torch.testing.assert_close(module.eval().predict_step(prediction, 0), expected)
+
+
+@pytest.mark.parametrize("mc_passes", [0, 2])
+@pytest.mark.parametrize("distance", [Categorical(class_dim=1), Weighted(Categorical(class_dim=1))])
+def test_a_table_has_the_classes_where_the_distance_has_them(fit, tmp_path, distance, mc_passes):
+    """Three classes for each of three positions, so that the wrong dimension would be no error."""
+    module = Classifier(nn.Dropout(0.0), 3, rdrop_distance=distance, mc_passes=mc_passes)
+    table = PredictionTable(tmp_path / "found.jsonl", all_probabilities=True)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[table])
+    trainer.predict(module, DataLoader(SURE[:3].T[None], 1))
+    row = json.loads(table.path.read_text())
+    probabilities = SURE[:3].softmax(-1)
+    assert row["prediction"] == ["1", "0", "2"]
+    assert row["probability"] == pytest.approx(probabilities.amax(-1).tolist())
+    assert [list(one.values()) for one in row["probabilities"]] == pytest.approx(probabilities, abs=1e-6)
 
 
 @pytest.mark.parametrize(

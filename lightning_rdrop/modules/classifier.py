@@ -64,6 +64,7 @@ class Classifier(ClassTask):
         return reader.expectation(prediction) if reader.reads("expectation") else log_probabilities(prediction).exp()
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+        prediction = prediction.movedim(getattr(self.rdrop_distance.reader, "class_dim", -1), -1)
         names = self.classes or [str(index) for index in range(prediction.shape[-1])]
         best = prediction.max(-1)
         indices, values = best.indices.tolist(), best.values.tolist()

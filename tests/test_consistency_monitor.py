@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lightning_rdrop import Bernoulli, Cosine, Gaussian, RDropMixin, SimCSEMixin, Views
+from lightning_rdrop import Bernoulli, Cosine, Gaussian, MaskedConsistency, RDropMixin, SimCSEMixin, Views, Weighted
 from lightning_rdrop.callbacks import ConsistencyMonitor
+from lightning_rdrop.distance.wrapped import Wrapped
 from lightning_rdrop.metrics import average_gap, dropout_disagreement, dropout_kl
 
 NAMES = {
@@ -294,7 +295,8 @@ class Regression(Validated):
         self.network = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, outputs))
 
     def rdrop_unpack(self, batch):
-        return batch[0], (batch[0][:, :3] > 0).float()
+        target = (batch[0][:, :3] > 0).float()
+        return batch[0], (target, torch.ones(len(target))) if isinstance(self.rdrop_distance, Wrapped) else target
 
     def validation_step(self, batch, batch_idx):
         pass
@@ -306,8 +308,11 @@ class Regression(Validated):
         (Bernoulli(), NAMES),
         (Gaussian(), {"val/dropout_kl", "val/average_gap"}),
         (Cosine(), {"val/dropout_kl"}),
+        (Weighted(Bernoulli()), NAMES),
+        (MaskedConsistency(Bernoulli()), NAMES),
+        (Weighted(Gaussian()), {"val/dropout_kl", "val/average_gap"}),
     ],
-    ids=["Bernoulli", "Gaussian", "Cosine"],
+    ids=["Bernoulli", "Gaussian", "Cosine", "Weighted", "MaskedConsistency", "Weighted Gaussian"],
 )
 def test_what_has_a_meaning_is_logged(fit, distance, names):
     (found,) = watched(fit, Regression(distance, 3), ConsistencyMonitor())

@@ -18,8 +18,10 @@ from lightning_rdrop import (
     FromDistribution,
     Gaussian,
     JensenShannon,
+    MaskedConsistency,
     RDropLoss,
     Together,
+    Weighted,
     symmetric_kl,
 )
 from lightning_rdrop.divergence import dispersion
@@ -132,6 +134,55 @@ def test_every_distance_counts_its_kl_as_in_training():
         found = dropout_kl(predictions, target, distance)
         assert float(found["dropout_kl"]) == pytest.approx(float(kl), rel=1e-12)
         assert len(found) == (3 if isinstance(distance, Bernoulli) else 1)
+
+
+MEASURED = [
+    (Categorical(), logits(3, 6, 4), tensor([0, 1, -100, 2, 3, 1])),
+    (JensenShannon(class_dim=1), logits(3, 6, 4), classes(6)),
+    (Bernoulli(ignore_value=nan), logits(3, 6, 2), tensor([[0, 1], [1, nan], [1, 1], [nan, nan], [0, 0], [1, 0]])),
+    (Gaussian(), logits(3, 6), logits(6, seed=2)),
+    (Cosine(), logits(3, 6, 4), logits(6, 4, seed=2)),
+]
+
+
+def measured_by(distance, predictions, target):
+    """What each metric says of some passes, of which the first stands for that with dropout off."""
+    found = dropout_kl(predictions, target, distance)
+    if distance.reader.reads("log_probabilities"):
+        found["dropout_disagreement"] = dropout_disagreement(predictions, target, distance)
+    if distance.reader.reads("model_average"):
+        found |= average_gap(predictions, predictions[0], target, distance)
+        assert target is None or set(AverageGap(distance).names) <= found.keys()
+    return numbers(found)
+
+
+@pytest.mark.parametrize(("distance", "predictions", "target"), MEASURED)
+def test_a_row_counts_as_often_as_its_weight_says(distance, predictions, target):
+    weight = tensor([2, 0, 1, 3, 1, 1])
+    found = measured_by(Weighted(distance), predictions, (target, weight))
+    expected = measured_by(distance, predictions.repeat_interleave(weight, 1), target.repeat_interleave(weight, 0))
+    assert found == pytest.approx(expected)
+    if not isinstance(distance, JensenShannon):  # which is measured by kl
+        kl = RDropLoss(Weighted(distance))(predictions, (target, weight), alpha=1.0).kl
+        assert found["dropout_kl"] == pytest.approx(float(kl))
+
+
+@pytest.mark.parametrize(("distance", "predictions", "target"), MEASURED)
+def test_a_mask_of_the_consistency_chooses_the_rows(distance, predictions, target):
+    """What needs no class is of all rows in the mask, as training has it, and the rest of those that have one."""
+    mask = tensor([1, 0, 1, 0, 1, 1]).bool()
+    found = measured_by(MaskedConsistency(distance), predictions, (target, mask))
+    expected = measured_by(distance, predictions[:, mask], target[mask])
+    everywhere = {"dropout_kl", "dropout_disagreement", "average_gap"} & found.keys()
+    expected |= {name: measured_by(distance, predictions[:, mask], None)[name] for name in everywhere}
+    whole = (
+        {name for name in found if name.endswith(distance.term_names[0])} if isinstance(distance, Gaussian) else set()
+    )
+    expected |= {name: measured_by(distance, predictions, target)[name] for name in whole}  # the task loss
+    assert found == pytest.approx(expected)
+    if not isinstance(distance, JensenShannon):
+        kl = RDropLoss(MaskedConsistency(distance))(predictions, (target, mask), alpha=1.0).kl
+        assert found["dropout_kl"] == pytest.approx(float(kl))
 
 
 def test_jensen_shannon_is_measured_by_kl():

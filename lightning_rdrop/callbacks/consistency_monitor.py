@@ -48,8 +48,9 @@ class ConsistencyMonitor(Callback):
     - ``val/average_gap``, the KL of the model average to the weight average, and ``val/average_gain``, the accuracy of
       the model average minus that of the weight average (see :func:`~lightning_rdrop.metrics.average_gap`).
 
-    Where the distance knows no classes, what needs them is left out. Several predictions by name are measured one by
-    one, as ``val/intent_dropout_kl``. With ``rdrop_views=1`` it shows the gap that plain training leaves.
+    A row counts as in ``train/kl``: with its weight, or where its mask is 1, if the target has such. Where the distance
+    knows no classes, what needs them is left out. Several predictions by name are measured one by one, as
+    ``val/intent_dropout_kl``. With ``rdrop_views=1`` it shows the gap that plain training leaves.
 
     Training with the monitor is the same to the bit as without: modes, buffers and random states are put back. It costs
     K + 1 forward passes of the batches that it looks at. (Dropout is not free: on a CPU its pass may take twice the
@@ -161,9 +162,9 @@ def _averages(distance: Distance, predictions: Any, weight_average: Any, target:
                 distance.part(part), predictions[part], weight_average[part], target[part]
             ).items()
         }
-    found = kl_averages(predictions, target, distance)
-    if distance.reads("log_probabilities", "target_class"):
+    found, reader = kl_averages(predictions, target, distance), distance.reader
+    if reader.reads("log_probabilities", "target_class"):
         found["dropout_disagreement"] = disagreement_average(predictions, target, distance)
-    if distance.reads("model_average"):
+    if reader.reads("model_average"):
         found |= gap_averages(predictions, weight_average, target, distance)
     return {name: average for name, average in found.items() if name in LOGGED}

@@ -115,6 +115,15 @@ class Distance(Described, Predictive):
         """The part of a target that a metric compares with predictions: all of it, unless a weight comes with it."""
         return target
 
+    def as_counted(self, measure: Callable[[Any], Average], target: Any) -> Average:
+        """What is measured of rows, each as often as it counts in the consistency.
+
+        Args:
+            measure: its argument, a target of :attr:`reader`, tells which rows count; None if all do.
+            target: as for :meth:`to_target`.
+        """
+        return measure(target)
+
     def counted(self, prediction: Any, target: Any) -> Tensor | None:
         """A mask of the rows that count, in both terms; None if all do.
 

@@ -53,6 +53,9 @@ class Wrapped(Distance):
     def directed(self, first: Any, second: Any, target: Any = None) -> Average:
         return self._consistency(partial(self.distance.directed, first, second), target)
 
+    def as_counted(self, measure: Callable[[Any], Average], target: Any) -> Average:
+        return self._consistency(partial(self.distance.as_counted, measure), target)
+
     def over_rows(self, measure: Callable[[Any], Average], target: Any, numbers: Tensor) -> Average:
         """The consistency of the rows that count, and as they do.
 

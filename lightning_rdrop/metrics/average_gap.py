@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from lightning_rdrop.terms import Average
 
 
 def average_gap(
-    predictions: Tensor, weight_average: Tensor, target: Tensor | None = None, distance: Distance | None = None
+    predictions: Tensor, weight_average: Tensor, target: Any = None, distance: Distance | None = None
 ) -> dict[str, Tensor]:
     r"""How far the model average is from the weight average, and how well each of them does.
 
@@ -28,7 +27,7 @@ def average_gap(
     Args:
         predictions: of K >= 2 dropout passes, (K, N, ...).
         weight_average: the prediction of the same rows with dropout off, (N, ...).
-        target: (N, ...); without it all rows count, and the gap is all there is.
+        target: (N, ...), or what the distance takes; without it all rows count, and the gap is all there is.
         distance: how to read them; ``None`` is :class:`~lightning_rdrop.Categorical`. For
             :class:`~lightning_rdrop.Bernoulli` a row is a label. One that knows an average but no classes, such as
             :class:`~lightning_rdrop.Gaussian`, measures the gap and the task loss by its D.
@@ -57,7 +56,7 @@ def average_gap(
 
 
 def gap_averages(
-    predictions: Tensor, weight_average: Tensor, target: Tensor | None = None, distance: Distance | None = None
+    predictions: Tensor, weight_average: Tensor, target: Any = None, distance: Distance | None = None
 ) -> dict[str, Average]:
     """What :func:`average_gap` is the means of."""
     distance = one_distance(distance)
@@ -66,8 +65,9 @@ def gap_averages(
             f"weight_average must have the shape of one pass, {tuple(predictions.shape[1:])}, got "
             f"{tuple(weight_average.shape)}."
         )
-    if not distance.reads("log_probabilities", "target_class"):
-        average = distance.model_average(predictions)
+    reader = distance.reader
+    average = reader.model_average(predictions)
+    if not reader.reads("log_probabilities", "target_class"):
         found = {"average_gap": distance.directed(average, weight_average, target)}
         if target is not None:
             task = distance.term_names[0]
@@ -76,17 +76,17 @@ def gap_averages(
         return found
     rows = Rows.read(distance, predictions, target)
     both = {
-        "model_average": rows.log_p.logsumexp(0) - math.log(len(rows.log_p)),
-        "weight_average": distance.log_probabilities(weight_average),
+        "model_average": reader.log_probabilities(average),
+        "weight_average": reader.log_probabilities(weight_average),
     }
     found = {"average_gap": rows.mean(kl(both["model_average"], both["weight_average"]))}
     if rows.target is None:
         return found
     right = {name: (log_p.argmax(-1) == rows.target).to(log_p.dtype) for name, log_p in both.items()}
-    found["average_gain"] = rows.mean(right["model_average"] - right["weight_average"])
+    found["average_gain"] = rows.mean_of_known(right["model_average"] - right["weight_average"])
     for name, log_p in both.items():
-        found[f"{name}_accuracy"] = rows.mean(right[name])
-        found[f"{name}_nll"] = rows.mean(-log_p.gather(-1, rows.target.unsqueeze(-1)).squeeze(-1))
+        found[f"{name}_accuracy"] = rows.mean_of_known(right[name])
+        found[f"{name}_nll"] = rows.mean_of_known(-log_p.gather(-1, rows.target.unsqueeze(-1)).squeeze(-1))
     return found
 
 
@@ -117,15 +117,15 @@ class AverageGap(RowMeans):
 
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
         distance = one_distance(distance)
-        if not distance.reads("model_average"):
+        if not distance.reader.reads("model_average"):
             raise TypeError(f"AverageGap averages predictions, and {distance!r} knows no average of them.")
         both, names = ("model_average", "weight_average"), ["average_gap"]
-        if distance.reads("log_probabilities", "target_class"):
+        if distance.reader.reads("log_probabilities", "target_class"):
             names += ["average_gain", *(f"{one}_{what}" for one in both for what in ("accuracy", "nll"))]
         else:
             names += [f"{one}_{distance.term_names[0]}" for one in both]
         super().__init__(names, distance, **kwargs)
 
-    def update(self, predictions: Tensor, weight_average: Tensor, target: Tensor | None = None) -> None:
+    def update(self, predictions: Tensor, weight_average: Tensor, target: Any = None) -> None:
         """Add K predictions of the rows of a batch, and that with dropout off."""
         self.add(gap_averages(predictions, weight_average, target, self.distance))

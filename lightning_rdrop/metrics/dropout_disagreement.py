@@ -11,7 +11,7 @@ from lightning_rdrop.metrics.row_means import RowMeans, Rows, one_distance, seve
 from lightning_rdrop.terms import Average
 
 
-def dropout_disagreement(predictions: Tensor, target: Tensor | None = None, distance: Distance | None = None) -> Tensor:
+def dropout_disagreement(predictions: Tensor, target: Any = None, distance: Distance | None = None) -> Tensor:
     r"""How often two dropout passes predict different classes.
 
     .. math::
@@ -20,7 +20,7 @@ def dropout_disagreement(predictions: Tensor, target: Tensor | None = None, dist
 
     Args:
         predictions: of K >= 2 passes, (K, N, ...).
-        target: (N, ...), which tells only what rows count; without it all do.
+        target: (N, ...), or what the distance takes, which tells only what rows count; without it all do.
         distance: how to read them; ``None`` is :class:`~lightning_rdrop.Categorical`. For
             :class:`~lightning_rdrop.Bernoulli` a row is a label, and the classes are no and yes.
 
@@ -40,9 +40,7 @@ def dropout_disagreement(predictions: Tensor, target: Tensor | None = None, dist
     return disagreement_average(predictions, target, distance).mean
 
 
-def disagreement_average(
-    predictions: Tensor, target: Tensor | None = None, distance: Distance | None = None
-) -> Average:
+def disagreement_average(predictions: Tensor, target: Any = None, distance: Distance | None = None) -> Average:
     """What :func:`dropout_disagreement` is the mean of."""
     rows = Rows.read(one_distance(distance), several(predictions), target)
     classes = rows.log_p.argmax(-1)
@@ -80,10 +78,10 @@ class DropoutDisagreement(RowMeans):
 
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
         super().__init__(["dropout_disagreement"], distance, **kwargs)
-        if not self.distance.reads("log_probabilities"):
+        if not self.distance.reader.reads("log_probabilities"):
             raise TypeError(f"DropoutDisagreement compares predicted classes, and {self.distance!r} knows none.")
 
-    def update(self, predictions: Tensor, target: Tensor | None = None) -> None:
+    def update(self, predictions: Tensor, target: Any = None) -> None:
         """Add K predictions of the rows of a batch."""
         self.add({"dropout_disagreement": disagreement_average(predictions, target, self.distance)})
 

@@ -14,9 +14,7 @@ from lightning_rdrop.terms import Average
 NAMES = ("dropout_kl", "dropout_kl_target", "dropout_kl_others")
 
 
-def dropout_kl(
-    predictions: Tensor, target: Tensor | None = None, distance: Distance | None = None
-) -> dict[str, Tensor]:
+def dropout_kl(predictions: Tensor, target: Any = None, distance: Distance | None = None) -> dict[str, Tensor]:
     r"""The consistency of K dropout passes, as ``train/kl`` counts it, and its parts of the target and other classes.
 
     .. math::
@@ -29,10 +27,12 @@ def dropout_kl(
 
     Args:
         predictions: of K >= 2 passes, (K, N, ...).
-        target: (N, ...), which class is the target, and which rows count; without it all do, and there are no parts.
+        target: (N, ...), or what the distance takes: which class is the target, and which rows count; without it all
+            do, and there are no parts.
         distance: how to read them; ``None`` is :class:`~lightning_rdrop.Categorical`. For
             :class:`~lightning_rdrop.Bernoulli` a row is a label, with the classes no and yes. One that knows no classes
-            is asked for its own D, and there are no parts.
+            is asked for its own D, and there are no parts. With :class:`~lightning_rdrop.Weighted` or
+            :class:`~lightning_rdrop.MaskedConsistency` a row counts as in training, in all of these metrics.
 
     Returns:
         ``dropout_kl``, ``dropout_kl_target`` and ``dropout_kl_others``, nats per row (in the units of D).
@@ -52,10 +52,10 @@ def dropout_kl(
     return {name: average.mean for name, average in kl_averages(predictions, target, distance).items()}
 
 
-def kl_averages(predictions: Tensor, target: Tensor | None, distance: Distance | None = None) -> dict[str, Average]:
+def kl_averages(predictions: Tensor, target: Any, distance: Distance | None = None) -> dict[str, Average]:
     """What :func:`dropout_kl` is the means of."""
     distance = one_distance(distance)
-    if not distance.reads("log_probabilities", "target_class"):
+    if not distance.reader.reads("log_probabilities", "target_class"):
         between = distance.over_pairs(several(predictions), target)
         return {"dropout_kl": Average(between.total / 2, between.weight)}
     rows = Rows.read(distance, several(predictions), target)
@@ -65,8 +65,8 @@ def kl_averages(predictions: Tensor, target: Tensor | None, distance: Distance |
         return found
     index = rows.target.unsqueeze(-1)
     return found | {
-        "dropout_kl_target": rows.mean(terms.gather(-1, index).squeeze(-1)),
-        "dropout_kl_others": rows.mean(terms.scatter(-1, index, 0).sum(-1)),
+        "dropout_kl_target": rows.mean_of_known(terms.gather(-1, index).squeeze(-1)),
+        "dropout_kl_others": rows.mean_of_known(terms.scatter(-1, index, 0).sum(-1)),
     }
 
 
@@ -96,9 +96,9 @@ class DropoutKL(RowMeans):
     plot_lower_bound = 0.0
 
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
-        classes = one_distance(distance).reads("log_probabilities", "target_class")
+        classes = one_distance(distance).reader.reads("log_probabilities", "target_class")
         super().__init__(NAMES if classes else NAMES[:1], distance, **kwargs)
 
-    def update(self, predictions: Tensor, target: Tensor | None = None) -> None:
+    def update(self, predictions: Tensor, target: Any = None) -> None:
         """Add K predictions of the rows of a batch."""
         self.add(kl_averages(predictions, target, self.distance))

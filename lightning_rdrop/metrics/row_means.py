@@ -59,27 +59,37 @@ class Rows:
     Args:
         log_p: log-probabilities, shape (K, N, ..., C).
         target: indices of classes, shape (N, ...), 0 in the rows that do not count; None where there is none.
-        counted: shape (N, ...), which rows count; None if all do.
+        counted: shape (N, ...), which rows have a class that counts; None if all do.
+        distance: whose consistency says how often each row counts.
+        given: the target that the distance takes.
     """
 
     log_p: Tensor
     target: Tensor | None
     counted: Tensor | None
+    distance: Distance
+    given: Any
 
     @classmethod
-    def read(cls, distance: Distance, predictions: Tensor, target: Tensor | None) -> Rows:
-        """The rows of predictions (K, N, ...) and of a target (N, ...)."""
-        count = views.count(predictions)
-        log_p: Tensor = views.split(distance.log_probabilities(views.merge(predictions)), count, len(predictions[0]))
+    def read(cls, distance: Distance, predictions: Tensor, target: Any) -> Rows:
+        """The rows of predictions (K, N, ...) and of a target that the distance takes."""
+        reader, count = distance.reader, views.count(predictions)
+        log_p: Tensor = views.split(reader.log_probabilities(views.merge(predictions)), count, len(predictions[0]))
         if target is None:
-            return cls(log_p, None, None)
-        counted = distance.counted(predictions[0], target)
-        classes = distance.target_class(predictions[0], target)
-        return cls(log_p, classes if counted is None else classes.where(counted, 0), counted)
+            return cls(log_p, None, None, distance, None)
+        truth = distance.truth(target)
+        counted, classes = reader.counted(predictions[0], truth), reader.target_class(predictions[0], truth)
+        return cls(log_p, classes if counted is None else classes.where(counted, 0), counted, distance, target)
 
     def mean(self, values: Tensor) -> Average:
-        """The mean of one value a row, (N, ...), over those that count."""
-        return Average.of(values, self.counted)
+        """The mean of one value a row, (N, ...), over the rows of the consistency."""
+        return self.distance.as_counted(
+            lambda target: Average.of(values, None if target is None else self.counted), self.given
+        )
+
+    def mean_of_known(self, values: Tensor) -> Average:
+        """The same over those of them that have a class."""
+        return self.distance.as_counted(lambda _: Average.of(values, self.counted), self.given)
 
 
 def one_distance(distance: Distance | None) -> Distance:

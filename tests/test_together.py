@@ -1,5 +1,7 @@
 """Several predictions for each example: each part is measured by its own distance, and all are one loss."""
 
+import re
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -286,6 +288,10 @@ def test_other_names_are_refused(prediction, target, message):
     ("arguments", "error", "message"),
     [
         ({"distances": {}}, ValueError, "must map names to distances, one at least"),
+        *(
+            ({"distances": {name: Gaussian()}}, ValueError, re.escape(f"distances has the name {name!r}, which no"))
+            for name in ("type", "training", "_modules", "a.b", "", 1)
+        ),
         ({"distances": {"a": 1}}, TypeError, r"distances\['a'\] must be a Distance, got 1"),
         ({"weights": {"b": 1.0}}, ValueError, "weights has 'b'; there are distances for a"),
         ({"alphas": {"a": -1.0}}, ValueError, r"alphas\['a'\] must be a finite number >= 0"),

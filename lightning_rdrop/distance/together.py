@@ -35,7 +35,8 @@ class Together(Distance):
         mapping as well, of those parts whose predictions are hidden states.
 
     Raises:
-        ValueError: no distance, a name that is not there, or a weight out of its range.
+        ValueError: no distance, a name that no submodule can have, such as ``"type"``, a name that is not there, or a
+            weight out of its range.
         TypeError: a part that is no distance.
 
     Example:
@@ -61,6 +62,12 @@ class Together(Distance):
         if not distances or not isinstance(distances, Mapping):
             raise ValueError(f"distances must map names to distances, one at least, got {distances!r}.")
         for name, distance in distances.items():
+            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+                raise ValueError(
+                    f"distances has the name {name!r}, which no submodule can have: names are strings, not empty, "
+                    "without a dot, and no attribute of torch.nn.ModuleDict. Rename it here, and in what rdrop_predict "
+                    "and rdrop_unpack return."
+                )
             if not isinstance(distance, Distance):
                 raise TypeError(f"distances[{name!r}] must be a Distance, got {distance!r}.")
         self.distances = nn.ModuleDict(distances)

@@ -20,6 +20,15 @@ from lightning_rdrop.own_losses import add_losses, parted
 from lightning_rdrop.terms import Terms
 
 Pooling = Literal["cls", "mean", "first-last-average"]
+_FIXED = (
+    "rdrop_alpha",
+    "rdrop_views",
+    "rdrop_distance",
+    "rdrop_unlabeled_weight",
+    "rdrop_labeled_weight",
+    "rdrop_regularizers",
+)
+"""The arguments of the mixin that set what this loss has not."""
 
 
 class SimCSEMixin(RDropMixin):
@@ -49,6 +58,7 @@ class SimCSEMixin(RDropMixin):
 
     Raises:
         ValueError: an argument out of its range, embeddings of another shape, or no second example to be told from.
+        TypeError: an argument of R-Drop that SimCSE has no use for, such as ``rdrop_alpha``.
 
     Source: Gao et al. 2021, arXiv 2104.08821, equations 4 and 5. Without their additional layer, which only training
     has.
@@ -67,6 +77,12 @@ class SimCSEMixin(RDropMixin):
     """
 
     def __init__(self, *args: Any, simcse_temperature: float = 0.05, **kwargs: Any) -> None:
+        if fixed := [name for name in _FIXED if name in kwargs]:
+            raise TypeError(
+                f"{fixed[0]}={kwargs[fixed[0]]!r} has no place in {type(self).__name__}: SimCSE has two views, and no "
+                "alpha, distance, labelled part or regularizer. Leave it out; simcse_temperature, rdrop_passes, "
+                "rdrop_duplicate_at and rdrop_guard are there."
+            )
         # given here, they are no arguments of the subclass: what they set has no place in this loss
         super().__init__(
             *args,

@@ -63,7 +63,7 @@ class Labels:
         Example:
             >>> labels, target = Labels(), torch.tensor([0, -100])
             >>> counted = labels.counted(target)
-            >>> labels.average(blank(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), counted), target, counted)  # ln 2
+            >>> labels.average(blank_rows(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), counted), target, counted)  # ln 2
             Average(total=tensor(0.6931), weight=tensor(1.))
         """
         logits = at_least_float32(logits)
@@ -82,7 +82,7 @@ class Labels:
         return Average.over(values, weight[target.where(counted, 0)].where(counted, 0))
 
 
-def blank(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
+def blank_rows(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
     """The logits, with 0 in the rows that do not count, so that no infinity or NaN of theirs reaches a gradient.
 
     Args:
@@ -151,12 +151,12 @@ def composite(
         counted if weight is None else counted & (weight != 0)
         for counted, weight in ((in_ce, weights.ce), (in_kl, weights.kl))
     )
-    flat, target = blank(logits, in_ce, -1).flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1))
+    flat, target = blank_rows(logits, in_ce, -1).flatten(0, 1), target.repeat(views, *[1] * (target.dim() - 1))
     ce = labels.average(flat, target, in_ce.repeat(views))
     ce = ce if weights.ce is None else ce.weighted(weights.ce.repeat(views))
     zero = torch.zeros_like(ce.total)
     between = Average(zero, zero)
-    logits = blank(logits, in_kl, -1)
+    logits = blank_rows(logits, in_kl, -1)
     for j, k in combinations(range(views), 2):
         pair = Average.of(symmetric_kl(logits[j], logits[k]), in_kl)
         between += pair if weights.kl is None else pair.weighted(weights.kl)

@@ -14,7 +14,7 @@ from lightning_rdrop.cross_entropy import Head, checked_terms
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import ROUNDING, one_tensor, softmaxed
 from lightning_rdrop.divergence import kl, log_probabilities, symmetric_kl
-from lightning_rdrop.labels import Labels, RowWeights, blank
+from lightning_rdrop.labels import Labels, RowWeights, blank_rows
 from lightning_rdrop.terms import Average, Terms, fitted
 
 
@@ -74,7 +74,7 @@ class Categorical(Distance):
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
         counted = self.counted(prediction, target)
         target = self._classes_first(self.checked(prediction, target))
-        logits = blank(prediction.movedim(self.class_dim, 1), counted)
+        logits = blank_rows(prediction.movedim(self.class_dim, 1), counted)
         return self.labels.average(logits, target, counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
@@ -212,7 +212,7 @@ class Categorical(Distance):
         if target is None:
             return Average.of(measure(first, second))
         counted = self.counted(first, target)
-        first, second = (blank(view, counted, self.class_dim) for view in (first, second))
+        first, second = (blank_rows(view, counted, self.class_dim) for view in (first, second))
         return Average.of(measure(first, second), counted)
 
 

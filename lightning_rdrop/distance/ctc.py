@@ -13,7 +13,7 @@ from lightning_rdrop.arguments import whole
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import softmaxed
 from lightning_rdrop.divergence import kl, log_probabilities, symmetric_kl
-from lightning_rdrop.labels import blank as without
+from lightning_rdrop.labels import blank_rows
 from lightning_rdrop.terms import Average
 
 
@@ -72,7 +72,7 @@ class CTC(Distance):
     def to_target(self, prediction: Any, target: Any) -> Average:
         logits, frames = self._logits(prediction)
         tokens, lengths = self._tokens(target, len(logits))
-        log_probs = log_probabilities(without(logits, _within(frames, logits.shape[1]), -1))
+        log_probs = log_probabilities(blank_rows(logits, _within(frames, logits.shape[1]), -1))
         losses = F.ctc_loss(
             log_probs.transpose(0, 1),
             tokens.where(_within(lengths, tokens.shape[1]), 0),
@@ -135,7 +135,7 @@ class CTC(Distance):
     def _over_frames(self, measure: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Average:
         (logits, frames), (others, other_frames) = self._logits(first), self._logits(second)
         counted = _within(torch.minimum(frames, other_frames), logits.shape[1])
-        return Average.of(measure(without(logits, counted, -1), without(others, counted, -1)), counted)
+        return Average.of(measure(blank_rows(logits, counted, -1), blank_rows(others, counted, -1)), counted)
 
     def _logits(self, prediction: Any) -> tuple[Tensor, Tensor]:
         """Logits (N, T, C), and the number of frames that count, (N,)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.distance.categorical import Categorical
 from lightning_rdrop.divergence import log_probabilities
-from lightning_rdrop.labels import blank
+from lightning_rdrop.labels import blank_rows
 from lightning_rdrop.terms import Average
 
 
@@ -56,7 +56,7 @@ class Focal(Categorical):
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
         counted = self.counted(prediction, target)
-        log_probs = log_probabilities(blank(prediction.movedim(self.class_dim, 1), counted), 1)
+        log_probs = log_probabilities(blank_rows(prediction.movedim(self.class_dim, 1), counted), 1)
         label = target.where(counted, 0).long()
         log_p = log_probs.gather(1, label.unsqueeze(1)).squeeze(1)
         missing = -torch.expm1(log_p)  # 1 - p, with all its digits

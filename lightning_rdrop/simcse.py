@@ -1,4 +1,4 @@
-"""SimCSE: a sentence is told from all others of the batch by its second view, or by a positive that the data gives."""
+"""SimCSE: a sentence is distinguished from the others of the batch by its second view, or by a positive of the data."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SimCSEMixin(RDropMixin):
         batch.
 
     Raises:
-        ValueError: an argument out of its range, embeddings of another shape, or no second example to be told from.
+        ValueError: an argument out of its range, embeddings of another shape, or no second example to compare with.
         TypeError: an argument of R-Drop that SimCSE has no use for, such as ``rdrop_alpha``.
 
     Source: Gao et al. 2021, arXiv 2104.08821, equations 4 and 5. Without their additional layer, which only training
@@ -122,9 +122,9 @@ class SimCSEMixin(RDropMixin):
         return terms
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
-        """A first batch of one example has no other to be told from (a last one may be so), and a pair no label."""
+        """A first batch of one example has no other to compare with (a last one may be so), and a pair no label."""
         if len(predictions) == 2 and predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
-            return "SimCSE tells an example from the others of its batch, which has but one: batch_size=1."
+            return "SimCSE distinguishes an example from the others of its batch, which has only one: batch_size=1."
         if _alike(inputs, target):
             return (
                 "The batch is a pair whose second part is like the first, an anchor and its positive, and "
@@ -158,7 +158,7 @@ def _alike(inputs: Any, others: Any) -> bool:
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset: int = 0) -> Tensor:
-    r"""How well each embedding is told by its counterpart from all others, hard negatives among them.
+    r"""How well its counterpart distinguishes each embedding from all others, hard negatives included.
 
     .. math:: \operatorname*{mean}_i -\log \frac{e^{\cos(f_i, f'_i) / \tau}}{\sum_j e^{\cos(f_i, f'_j) / \tau}}
 

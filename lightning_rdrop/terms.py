@@ -21,7 +21,7 @@ class Average:
     Args:
         total: the weighted sum, a scalar tensor; it carries the gradient.
         weight: the sum of the weights, a scalar tensor.
-        rows: the summands of both, (N, ...) each, which :meth:`weighted` weighs; None where they are not kept.
+        rows: the summands of both, (N, ...) each, which :meth:`weighted` weighs; None if they are not kept.
 
     Example:
         >>> from torch import tensor
@@ -128,8 +128,8 @@ class Terms:
         ce: the task loss, a mean over the rows of all views; a scalar tensor.
         kl: the consistency of the views, a mean over the same rows; a scalar tensor.
         prediction: the first view's prediction, so that a training metric needs no further forward.
-        rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor. None where
-            the loss is no mean over rows.
+        rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor. None if
+            the loss is not a per-row mean.
         kl_rows: that of kl, where it may be another one than that of ce, which ``rows`` is then.
         examples: B, the number of examples of the batch (not of its views): the batch size to log with.
         extra: what else is logged, by name: the terms of regularizers, without their weights, and the parts of a
@@ -167,7 +167,7 @@ class Terms:
         return cls(combined(ce, kl, alpha), ce, kl, **others)
 
     def denominators(self) -> dict[str, Tensor]:
-        """The number of rows over which each term is a mean, by its name; none where one is no mean over rows.
+        """The number of rows over which each term is a mean, by its name; none if one is not a per-row mean.
 
         Example:
             >>> from torch import tensor

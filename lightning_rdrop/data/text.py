@@ -48,7 +48,7 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: worker processes of each data loader.
 
     Raises:
-        ValueError: a table that lacks a column or has a cell that cannot be, with the file and the line; a stage
+        ValueError: a table that lacks a column or has an invalid cell, with the file and the line; a stage
             without a table; classes that nothing tells.
 
     Override :meth:`rows` to read texts from elsewhere, :meth:`encode` to tokenize them differently, and
@@ -109,7 +109,7 @@ class TextDataModule(pl.LightningDataModule):
         return self.tokens(texts, pairs)
 
     def classes(self, row: Row) -> Sequence[Any]:
-        """Hook: the classes of a row; a ValueError for a label that cannot be."""
+        """Hook: the classes of a row; a ValueError for an invalid label."""
         return [cells.cell(row, self.label)]
 
     def targets(self, rows: list[Row], encoded: Any) -> Tensor:
@@ -209,7 +209,7 @@ class TextDataModule(pl.LightningDataModule):
         return self._checked[split]
 
     def check(self, row: Row) -> None:
-        """Hook: refuse a row whose text cannot be, by a ValueError."""
+        """Hook: refuse a row with an invalid text, by a ValueError."""
         for column in (self.text, self.pair):
             if column is not None:
                 cells.text(row, column)

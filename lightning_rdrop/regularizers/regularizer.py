@@ -45,7 +45,8 @@ class Regularizer(Described):
         Args:
             module: predicts by ``module.rdrop_predict(inputs)`` and measures by ``module.rdrop_distance``.
             inputs: those of B examples, not doubled.
-            target: theirs; ``None`` where there is none and ``uses_target`` is False.
+            target: theirs. Where ``uses_target`` is False it may be what tells which unlabelled rows count: ``None`` if
+                all do, or a ``RowMask``, which ``lightning_rdrop.distance.measured`` takes.
 
         Returns:
             the sum over the rows that count and their weight, as a distance gives them. With one denominator for all

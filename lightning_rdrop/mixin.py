@@ -54,7 +54,7 @@ class RDropMixin(Hooks):
             its own where :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
         rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. Several by name are
             :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these names. A
-            checkpoint has its description: where none is given, loading makes it again, or says that it cannot.
+            checkpoint describes it: where none is given, it is rebuilt on load, or a warning says why it cannot be.
         rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
             randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
         rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
@@ -154,7 +154,6 @@ class RDropMixin(Hooks):
         super().__init_subclass__(**kwargs)
         require_first(cls, RDropMixin)
         notice_replaced_step(cls, RDropMixin)
-        extend_hook(cls, "setup", RDropMixin._rdrop_step_back)
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
         extend_hook(cls, "on_train_epoch_end", RDropMixin._rdrop_epoch_ends)
@@ -248,14 +247,6 @@ class RDropMixin(Hooks):
                 *args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger
             )
         forget_hyperparameters(self, self.rdrop_unsaved)
-
-    def _rdrop_step_back(self, *_: Any, **__: Any) -> None:
-        """Stand behind the user's own submodules, with which a summary of the model is to begin."""
-        for name in ("rdrop_distance", "rdrop_regularizers"):
-            part = getattr(self, name)
-            if not any(True for _ in part.parameters()):  # else the optimizer's order of parameters would change
-                delattr(self, name)
-                setattr(self, name, part)
 
     def _rdrop_begin(self) -> None:
         """A fit begins: what was found out in an earlier one may not hold any more."""

@@ -1,4 +1,4 @@
-"""A checkpoint says what it was trained with; loading makes it again, or says that it cannot."""
+"""A checkpoint says what it was trained with; it is rebuilt on load, or a warning says why it cannot be."""
 
 import warnings
 from functools import partial

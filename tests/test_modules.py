@@ -208,14 +208,6 @@ def test_wrong_warmups(fit, rows):
         fit(Classifier(network(), 3, warmup=0.1), rows, max_epochs=-1)
 
 
-def test_a_summary_begins_with_the_network(fit, rows):
-    module = Classifier(network(), 3)
-    fit(module, rows, max_steps=1)
-    summary = [layer for layer, _ in pl.utilities.model_summary.ModelSummary(module).named_modules]
-    assert summary[0] == "network"
-    assert summary[-2:] == ["rdrop_distance", "rdrop_regularizers"]
-
-
 def test_token_classifier(fit, bert):
     batch = texts(labels=False)
     batch["labels"] = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)

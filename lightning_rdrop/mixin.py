@@ -126,11 +126,6 @@ class RDropMixin(Hooks):
             )
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))
-        if rdrop_duplicate_at is not None and rdrop_passes == "separate":
-            raise ValueError(
-                f"rdrop_duplicate_at={rdrop_duplicate_at!r} doubles the batch of one pass, and rdrop_passes='separate' "
-                "doubles none. Give one of them."
-            )
         self.rdrop_duplicate_at = rdrop_duplicate_at
         self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
         self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
@@ -146,7 +141,6 @@ class RDropMixin(Hooks):
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value is not None]
         self._rdrop_own_alpha = self.rdrop_alpha
-        self._rdrop_late = None if rdrop_duplicate_at is None else LateDuplication(rdrop_duplicate_at, self.rdrop_views)
         self._rdrop_guard = Guard()
         self._rdrop_modules: list[nn.Module] = []
 
@@ -159,6 +153,20 @@ class RDropMixin(Hooks):
         extend_hook(cls, "on_train_epoch_end", RDropMixin._rdrop_epoch_ends)
         extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
         extend_hook(cls, "on_load_checkpoint", RDropMixin._rdrop_load)
+
+    @property
+    def rdrop_duplicate_at(self) -> str | Sequence[str] | None:
+        """Where the batch is doubled; None is at the entrance. It may be set between two steps."""
+        return None if self._rdrop_late is None else self._rdrop_late.at
+
+    @rdrop_duplicate_at.setter
+    def rdrop_duplicate_at(self, at: str | Sequence[str] | None) -> None:
+        if at is not None and self.rdrop_passes == "separate":
+            raise ValueError(
+                f"rdrop_duplicate_at={at!r} doubles the batch of one pass, and rdrop_passes='separate' doubles none. "
+                "Give one of them."
+            )
+        self._rdrop_late = None if at is None else LateDuplication(at, self.rdrop_views)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One R-Drop step, logged."""
@@ -250,6 +258,7 @@ class RDropMixin(Hooks):
 
     def _rdrop_begin(self) -> None:
         """A fit begins: what was found out in an earlier one may not hold any more."""
+        self._rdrop_own_alpha = self.rdrop_alpha  # which a callback has not set yet
         self._rdrop_guard.begin()
         self._rdrop_modules = []
         if self._rdrop_late is not None:

@@ -56,6 +56,20 @@ def test_another_mode_is_looked_at_anew():
     assert next(iter(module._rdrop_late._splits.values())).at == ("network.2",)
 
 
+def test_it_may_be_set_between_two_steps():
+    module, rows = Net(sequential(0.0, 0.3)), []
+    module.network[0].register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    for at in (None, "network.5", None):
+        module.rdrop_duplicate_at = at
+        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+        assert (module.rdrop_duplicate_at, rows[-1]) == (at, 8 if at is None else 4)
+    with pytest.raises(ValueError, match="must be the name of a submodule, several, 'auto' or None, got ''"):
+        module.rdrop_duplicate_at = ""
+    separate = Net(sequential(0.3), rdrop_passes="separate")
+    with pytest.raises(ValueError, match=r"rdrop_duplicate_at='auto' .*rdrop_passes='separate' doubles none"):
+        separate.rdrop_duplicate_at = "auto"
+
+
 def test_a_forgotten_split_is_looked_for_again():
     network, late, x = sequential(0.0, 0.3), LateDuplication("auto", 2), torch.randn(4, 8)
 

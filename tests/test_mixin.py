@@ -279,6 +279,9 @@ def test_the_guard_looks_again_when_the_mode_changes(fit, small, rows):
 def test_the_guard_leaves_alpha_0_and_one_view_in_peace(fit, small, rows):
     fit(small(p=0.0, rdrop_alpha=0.0), rows)
     fit(small(p=0.0, rdrop_views=1), rows)
+    module = small(p=0.0)
+    module.rdrop_alpha = 0.0  # set later, it is on purpose as well
+    fit(module, rows)
 
 
 def test_the_guard_draws_nothing_where_the_views_differ(small):

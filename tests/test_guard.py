@@ -644,6 +644,33 @@ def test_after_the_first_batch_the_device_is_waited_for_only_where_a_log_is_due(
     assert len(compared) == 1
 
 
+@pytest.mark.parametrize("barebones", [False, True])
+def test_without_logs_the_device_is_waited_for_at_the_beginning_and_at_the_end(small, rows, monkeypatch, barebones):
+    read = []
+    monkeypatch.setattr(NanWatch, "reason", lambda watch: read.append(watch.batches))
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"barebones": True} if barebones else {"log_every_n_steps": 0} | off
+    pl.Trainer(accelerator="cpu", max_epochs=2, **options).fit(small(), rows)
+    assert read == [1, 8, 16]
+
+
+def test_what_is_noted_is_read_before_it_is_forgotten(fit, small, rows, monkeypatch):
+    read = []
+    monkeypatch.setattr(NanWatch, "reason", lambda watch: read.append(watch.batches))
+    monkeypatch.setattr("lightning_rdrop.guard.guard.KEPT", 4)
+    for every in (0, 50):
+        fit(small(), rows, log_every_n_steps=every)
+    assert read == [1, 5, 8] * 2
+
+
+def test_without_a_trainer_the_device_is_waited_for_every_50_steps(monkeypatch):
+    module, batch, read = mlp(), rows(), []
+    monkeypatch.setattr(NanWatch, "reason", lambda watch: read.append(watch.batches))
+    for _ in range(120):
+        module.rdrop_step(batch)
+    assert read == [1, 51, 101]
+
+
 def test_a_network_that_only_looks_like_an_encoder_decoder_is_left_in_peace():
     network = nn.Linear(8, 3)
     network.config, network.get_output_embeddings = object(), lambda: network

@@ -15,6 +15,8 @@ _EQUAL = 1e-9
 """A kl, in nats, as only rounding makes it; dropout makes 1e-7 and more."""
 _STEPS = 16
 """So many steps in a row are no chance, as they are for a batch of one row with a small p."""
+KEPT = 1024
+"""So many steps are kept until they are read."""
 _SAMPLE = 1024
 """So many numbers of a row are compared: a kl of 0 may also be that of views which are both sure of a class."""
 
@@ -33,7 +35,7 @@ class EqualWatch:
     """
 
     def __init__(self) -> None:
-        self._noted: deque[Tensor] = deque(maxlen=1024)
+        self._noted: deque[Tensor] = deque(maxlen=KEPT)
         self._alive, self._equal = False, 0
         self._sample: list[Tensor] = []
 

@@ -13,7 +13,7 @@ from lightning_rdrop._compat import is_readable
 from lightning_rdrop._lightning import on_all_ranks, searches_learning_rate, trainer_of
 from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.guard.agreement import diagnose
-from lightning_rdrop.guard.equal_watch import EqualWatch
+from lightning_rdrop.guard.equal_watch import KEPT, EqualWatch
 from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead, explain_negligible
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
@@ -25,6 +25,8 @@ from lightning_rdrop.nesting import tensors_of
 Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
 
+_EVERY = 50
+"""So many steps lie between two looks where there is no Trainer; it is the Trainer's default."""
 _PARTS = {"labeled": "", "unlabeled": " of the unlabelled part"}
 
 
@@ -42,7 +44,8 @@ class Guard:
 
     It lives as long as a fit: :meth:`begin` forgets all that was found before. Values are looked at on the first batch,
     and again when a submodule has changed its mode or alpha has risen from 0, which waits for the device. Every other
-    batch is only noted there, and read where a log is due and at the end of an epoch.
+    batch is only noted there, and read where a log is due (every 50 steps without a Trainer), at the end of an epoch,
+    and before so much is noted that some of it would be forgotten.
     """
 
     def __init__(self) -> None:
@@ -121,8 +124,8 @@ class Guard:
         if module.rdrop_guard == "off":
             return
         nan = self._nan.setdefault(part, NanWatch(_PARTS.get(part, f" of the part {part!r}")))
-        every = getattr(trainer_of(module), "log_every_n_steps", 1)
-        read = not every or nan.batches % every == 0
+        every = getattr(trainer_of(module), "log_every_n_steps", _EVERY)
+        read = nan.batches % min(every or KEPT, KEPT) == 0
         nan.look(predictions)
         self._equal.look(predictions)
         self._must_differ = must_differ

@@ -7,6 +7,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from lightning_rdrop.guard.equal_watch import KEPT
+
 
 class TargetWatch:
     """Which batch's target held a value that its distance cannot take.
@@ -21,7 +23,7 @@ class TargetWatch:
 
     def __init__(self) -> None:
         self._batches = 0
-        self._noted: deque[tuple[int, Tensor]] = deque(maxlen=1024)
+        self._noted: deque[tuple[int, Tensor]] = deque(maxlen=KEPT)
 
     def note(self, invalid: Tensor | None) -> None:
         """Keep what was found in a batch, without waiting for the device; None is nothing to be found."""

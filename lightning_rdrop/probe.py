@@ -1,4 +1,4 @@
-"""Forward passes that leave no trace in a network."""
+"""Forward passes that leave a network as it was."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +16,10 @@ from lightning_rdrop._compat import eagerly
 
 @contextmanager
 def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context without gradients, after which modes, buffers and random states are what they were.
+    """A context without gradients and logs, after which modes, buffers and random states are what they were.
 
-    The random states are torch's, Python's and numpy's.
+    The random states are torch's, Python's and numpy's. What ``forward`` itself keeps elsewhere stays changed: a
+    counter, a list, a torchmetrics metric that it updates.
 
     Args:
         network: whose modes and buffers are restored.
@@ -38,6 +40,7 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.callback(random_states(device))
         stack.enter_context(buffers_aside(network))
+        stack.enter_context(unlogged(network))
         try:
             yield
         finally:
@@ -89,3 +92,28 @@ def buffers_aside(network: nn.Module) -> Iterator[None]:
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)
+
+
+@contextmanager
+def unlogged(network: nn.Module) -> Iterator[None]:
+    """A context in which nothing is logged of what a LightningModule logs in its ``forward``.
+
+    Args:
+        network: the module; those inside of it are silent, too.
+    """
+    attributes = [vars(module) for module in network.modules() if hasattr(module, "log_dict")]
+    names = {"log", "log_dict"}
+    kept = [{name: own[name] for name in names & own.keys()} for own in attributes]
+    try:
+        for own in attributes:
+            own.update(dict.fromkeys(names, _no_log))
+        yield
+    finally:
+        for own, earlier in zip(attributes, kept, strict=True):
+            for name in names:
+                del own[name]
+            own.update(earlier)
+
+
+def _no_log(*_: Any, **__: Any) -> None:
+    """In the place of ``log`` and ``log_dict``."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_rdrop import AlphaScheduler, Bernoulli, Gaussian, RDropMixin
+from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Gaussian, RDropMixin
 from lightning_rdrop.guard import NanWatch
 from lightning_rdrop.guard.first_batch import fed_its_source, unshifted
 
@@ -357,6 +357,20 @@ def test_rows_are_looked_at_once(fit):
     module.network.register_forward_hook(lambda network, inputs, output: seen.append(network.training))
     fit(module, DataLoader([rows(1), *[rows(4)] * 3], batch_size=None))
     assert seen == [True, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"rdrop_duplicate_at": "auto"}, {"rdrop_regularizers": [VAT()]}], ids=str)
+def test_what_forward_logs_is_logged_for_the_passes_of_training_alone(fit, small, rows, arguments):
+    def forward(self, x):
+        self.log("rows", float(len(x)), on_step=False, on_epoch=True, batch_size=1)
+        self.log_dict({"ones": 1.0}, on_step=False, on_epoch=True, reduce_fx="sum")
+        return self.network(x)
+
+    module = type("Logs", (small,), {"forward": forward})(**arguments)
+    nn.init.zeros_(module.network[3].weight)  # views are equal at first, and drawn again
+    metrics = fit(module, rows, limit_train_batches=3).callback_metrics
+    assert (metrics["rows"], metrics["ones"]) == (8.0 if "rdrop_duplicate_at" not in arguments else 4.0, 3)
+    assert not {"log", "log_dict"} & vars(module).keys()
 
 
 def test_rows_that_meet_are_a_warning_where_that_is_asked_for():

@@ -52,8 +52,9 @@ def diagnose(
 
     Equal views can be chance (one row, a small p, LayerDrop), and a weight that starts at zero (LoRA, a zero head)
     hides the dropout before it on the first batch, as does a LayerScale of 1e-6. So they are drawn again, up to 16
-    times, with noise in the place of trained parameters that are zero or tiny throughout. Nothing remains of this:
-    parameters, buffers such as the statistics of BatchNorm, and torch's random state are as before.
+    times, with noise in the place of trained parameters that are zero or tiny throughout. Parameters, buffers such as
+    the statistics of BatchNorm, and random states are as before, and what ``forward`` logs is not logged. What it
+    keeps elsewhere, in a list or a metric, is not put back.
 
     Args:
         network: the module whose parts the reason names.

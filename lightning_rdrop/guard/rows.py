@@ -30,8 +30,8 @@ def rows_meet(
 
     In eval mode, the prediction for [x'; x] is compared with that for x, where x' is the last row B times, and x stands
     in reverse: [x; x] would hide attention between the examples. That is two passes over 3B rows together, without
-    gradients, and leaves no trace in the network. A difference is an error of a row, its root mean square, beyond
-    the rounding of the precision.
+    gradients, of which as little remains as of :func:`~lightning_rdrop.guard.diagnose`. A difference is an error of a
+    row, its root mean square, beyond the rounding of the precision.
 
     Silent are networks in which rows meet by design (a BatchNorm without running statistics, experts with a
     capacity), and those whose eval mode tells nothing: it fails, predicts something else in every pass, or returns

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_rdrop import submodules, views
 from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.hooks import Hooks
-from lightning_rdrop.probe import buffers_aside, random_states
+from lightning_rdrop.probe import buffers_aside, random_states, unlogged
 
 
 class Passes:
@@ -20,8 +20,8 @@ class Passes:
 
     What differs between them is what was added, and nothing else: all have the dropout masks of the first one, as in
     the code of Miyato et al. (github.com/takerum/vat_tf seeds them alike), for between different masks the direction
-    that moves the prediction most would be noise. And nothing remains of them: running statistics, and all other
-    buffers, are put aside meanwhile.
+    that moves the prediction most would be noise. Running statistics, and all other buffers, are put aside meanwhile,
+    and what ``forward`` logs is not logged.
 
     Args:
         module: with the mixin.
@@ -58,7 +58,7 @@ class Passes:
             added.append(torch.zeros_like(point, requires_grad=True) if perturbation is None else perturbation)
             return point + self.counted * added[0]  # type: ignore[no-any-return]
 
-        with buffers_aside(self._module), self._same_masks():
+        with buffers_aside(self._module), unlogged(self._module), self._same_masks():
             if self._place is None:
                 inputs = self._inputs
                 changed = {key: add(inputs[key]) for key in inputs} if isinstance(inputs, Mapping) else add(inputs)

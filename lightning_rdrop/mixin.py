@@ -22,7 +22,7 @@ from lightning_rdrop.data_views import first_view
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
-from lightning_rdrop.guard import Guard, Redraw
+from lightning_rdrop.guard import Guard, Redraw, Switches
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.inheritance import notice_replaced_step, require_first
 from lightning_rdrop.late_duplication import LateDuplication
@@ -71,7 +71,8 @@ class RDropMixin(Hooks):
             step begins; see :func:`~lightning_rdrop.rdrop_cross_entropy`.
         rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
             dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a mode
-            changes; NaN is looked for whenever the Trainer logs, and at the end of each epoch.
+            changes, a p becomes 0 or is 0 no longer, or a part is unfrozen; NaN is looked for whenever the Trainer
+            logs, and at the end of each epoch.
 
     Raises:
         ValueError: an argument out of its range.
@@ -142,7 +143,7 @@ class RDropMixin(Hooks):
         self._rdrop_given = [name for name, value in given.items() if value is not None]
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_guard = Guard()
-        self._rdrop_modules: list[nn.Module] = []
+        self._rdrop_switches: Switches | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -260,7 +261,7 @@ class RDropMixin(Hooks):
         """A fit begins: what was found out in an earlier one may not hold any more."""
         self._rdrop_own_alpha = self.rdrop_alpha  # which a callback has not set yet
         self._rdrop_guard.begin()
-        self._rdrop_modules = []
+        self._rdrop_switches = None
         if self._rdrop_late is not None:
             self._rdrop_late.forget()
 
@@ -269,6 +270,7 @@ class RDropMixin(Hooks):
             self._rdrop_guard.batch_ends(self)
 
     def _rdrop_epoch_ends(self) -> None:
+        self._rdrop_switches = None  # a module may have been replaced
         self._rdrop_guard.epoch_ends(self)
 
     def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
@@ -398,8 +400,8 @@ class RDropMixin(Hooks):
         predictions, _ = own_losses.parted(drawn)
         # with alpha = 0 on purpose, equal views cost nothing but time
         must_differ = views.count(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
-        modes = self._rdrop_modes()
-        self._rdrop_guard.watch(self, predictions, again, inputs, target, part, modes, must_differ=must_differ)
+        switches = self._rdrop_own_switches()
+        self._rdrop_guard.watch(self, predictions, again, inputs, target, part, switches, must_differ=must_differ)
         if self.rdrop_guard != "off" and part == "labeled" and target is not None:
             self._rdrop_guard.note_target(self, self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
 
@@ -411,7 +413,8 @@ class RDropMixin(Hooks):
         """Whether the batch is doubled elsewhere than at the entrance."""
         if self._rdrop_late is None:
             return False
-        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_modes(), partial(on_all_ranks, self))
+        modes = self._rdrop_own_switches().random()
+        split, new = self._rdrop_late.split(self, predict, inputs, modes, partial(on_all_ranks, self))
         if split is not None and new:
             rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
             if split.shared and self.rdrop_guard != "off":
@@ -428,10 +431,9 @@ class RDropMixin(Hooks):
             return views.batch_size(inputs, target)
         return 0 if target is None else views.batch_size(target)
 
-    def _rdrop_modes(self) -> list[bool]:
-        """Whether each submodule is in training mode, from a list: a walk through the modules would take far longer."""
-        self._rdrop_modules = self._rdrop_modules or list(self.modules())
-        return [module.training for module in self._rdrop_modules]
+    def _rdrop_own_switches(self) -> Switches:
+        self._rdrop_switches = self._rdrop_switches or Switches(self)
+        return self._rdrop_switches
 
     def _rdrop_logged(self) -> set[str]:
         return {"loss", "alpha", *self.rdrop_distance.term_names}

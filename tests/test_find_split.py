@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from conftest import Net, sequential
@@ -54,6 +56,26 @@ def test_another_mode_is_looked_at_anew():
     module.network[2].train()
     module.rdrop_step(batch)
     assert next(iter(module._rdrop_late._splits.values())).at == ("network.2",)
+
+
+def test_a_dropout_that_is_switched_on_below_the_split_is_looked_at_anew(monkeypatch):
+    module = Net(sequential(0.0, 0.3), rdrop_duplicate_at="auto")
+    looked = []
+    monkeypatch.setattr(
+        import_module("lightning_rdrop.late_duplication.find_split"),  # which its function hides
+        "find_split",
+        lambda *arguments: looked.append(module.network[2].p) or find_split(*arguments),
+    )
+    for p in (0.0, 0.5, 0.4, 0.0):
+        module.network[2].p = p
+        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+        assert next(iter(module._rdrop_late._splits.values())).at == ("network.2" if p else "network.5",)
+    assert looked == [0.0, 0.5, 0.0]
+    named = Net(sequential(0.0, 0.3), rdrop_duplicate_at="network.3")
+    named.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
+    named.network[2].p = 0.5
+    with pytest.warns(UserWarning, match=r"network\.2 lies before it and is random"):
+        named.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
 
 def test_it_may_be_set_between_two_steps():

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -628,6 +629,50 @@ def test_a_dead_backbone_under_a_live_head_is_a_warning_by_name():
     )
     with pytest.warns(UserWarning, match=r"eval mode .*network\.0\.1.*self\.network\[0\]\.train\(\)"):
         module.rdrop_step(rows())
+
+
+@pytest.mark.parametrize("guard", ["error", "warn", "off"])
+def test_a_dead_backbone_that_is_unfrozen_later_is_a_warning_by_name(fit, rows, guard):
+    class Transfer(Module):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Dropout(0.3), nn.Linear(8, 3)), rdrop_guard=guard)
+            self.backbone = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)).eval()
+
+        def forward(self, x):
+            return self.network(self.backbone(x))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([part for part in self.parameters() if part.requires_grad], 0.1)
+
+    def warned(**trainer):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(Transfer(), rows, [BackboneFinetuning(1, verbose=False)], **trainer)
+        return [
+            one for one in caught if "In eval mode inside a part that is being trained: backbone.1" in str(one.message)
+        ]
+
+    assert not warned()
+    assert len(warned(max_epochs=3)) == (guard != "off")
+
+
+def test_a_part_that_is_frozen_in_every_other_step_is_searched_once(monkeypatch):
+    module, batch, searched = mlp(), rows(), []
+    monkeypatch.setattr("lightning_rdrop.guard.guard.explain_dead", lambda network: searched.append(network))
+    for step in range(6):
+        module.network[0].requires_grad_(step % 2 == 0)
+        module.rdrop_step(batch)
+    assert len(searched) == 2
+
+
+def test_a_dropout_that_is_switched_off_is_seen_in_the_same_step():
+    module, batch = mlp(), rows()
+    for p in (0.3, 0.5):
+        module.network[1].p = p
+        module.rdrop_step(batch)
+    module.network[1].p = 0.0
+    with pytest.raises(ValueError, match=r"The views are identical.*p = 0: network\.1"):
+        module.rdrop_step(batch)
 
 
 def poison(module):

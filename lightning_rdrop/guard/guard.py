@@ -19,6 +19,7 @@ from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
 from lightning_rdrop.guard.rows import rows_meet, shares_weights
+from lightning_rdrop.guard.switches import Switches
 from lightning_rdrop.guard.target_watch import TargetWatch
 from lightning_rdrop.nesting import tensors_of
 
@@ -43,7 +44,8 @@ class Guard:
     """Finds what would make a training silently wrong, and says it as the module's ``rdrop_guard`` says.
 
     It lives as long as a fit: :meth:`begin` forgets all that was found before. Values are looked at on the first batch,
-    and again when a submodule has changed its mode or alpha has risen from 0, which waits for the device. Every other
+    and again when a submodule has changed its mode, a dropout has been switched on or off by its p, or alpha has risen
+    from 0, which waits for the device. A part that is frozen or unfrozen is searched for dead dropout. Every other
     batch is only noted there, and read where a log is due (every 50 steps without a Trainer), at the end of an epoch,
     and before so much is noted that some of it would be forgotten.
     """
@@ -59,6 +61,7 @@ class Guard:
         self._parted: set[str] = set()
         self._checked: dict[str, list[bool]] = {}
         self._compared: dict[str, list[bool]] = {}
+        self._searched: set[tuple[bool, ...]] = set()
         self._nan: dict[str, NanWatch] = {}
         self._equal = EqualWatch()
         self._negligible = NegligibleWatch()
@@ -101,7 +104,7 @@ class Guard:
         inputs: Any,
         target: Any,
         part: str,
-        modes: list[bool],
+        switches: Switches,
         *,
         must_differ: bool,
     ) -> None:
@@ -114,7 +117,7 @@ class Guard:
             inputs: those of the batch, or :class:`~lightning_rdrop.Views` of them.
             target: theirs, or None.
             part: the part of the batch that this is; each has a first batch of its own.
-            modes: whether each submodule is in training mode.
+            switches: those of the module; what they decide is looked at again where they have changed.
             must_differ: whether equal views are a fault.
 
         Raises:
@@ -132,6 +135,7 @@ class Guard:
         network = cast(nn.Module, module)
         if read:
             self._read(module)
+        modes, reason = switches.random(), None
         if modes != self._checked.get(part):
             self._checked[part] = modes
             if reason := in_evaluation(trainer_of(module)):
@@ -139,13 +143,15 @@ class Guard:
                 self.complain(module, reason)
                 return
             self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
+        given = isinstance(inputs, Views)  # which differ with dropout or without it
         if must_differ and modes != self._compared.get(part):  # an alpha may rise from 0 later
             self._compared[part] = modes
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
-            given = isinstance(inputs, Views)  # which differ with dropout or without it
             self.complain(module, reason and (ALIKE_IN_DATA if given else "") + reason)
-            if reason is None and not given and (dead := explain_dead(network)):
-                warnings.warn(dead, stacklevel=4)  # a live head hides a dead backbone
+        if must_differ and not given and (state := (*modes, *switches.trained())) not in self._searched:
+            self._searched.add(state)  # of all, as some freeze a part in every other step
+            if reason is None:
+                self._warn(explain_dead(network))  # a live head hides a dead backbone
 
     def note(self, kl: Tensor, ce: Tensor) -> None:
         """Keep the terms of a step, in which views are seen that become equal, or differ too little."""
@@ -188,9 +194,12 @@ class Guard:
         """Raise, or warn once, where there is a reason."""
         if reason is not None and module.rdrop_guard == "error":
             raise ValueError(reason)
+        self._warn(reason)
+
+    def _warn(self, reason: str | None) -> None:
         if reason is not None and reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(reason, stacklevel=4)
+            warnings.warn(reason, stacklevel=5)
 
     def _read(self, module: Guarded) -> None:
         """Say what the watches have noted; waits for the device."""

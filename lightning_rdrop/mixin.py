@@ -190,7 +190,9 @@ class RDropMixin(Hooks):
         :meth:`rdrop_loss` and :meth:`rdrop_log`.
         """
         labeled, others = unlabeled.parts(batch)
-        return self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
+        terms = self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
+        self._rdrop_note(terms.kl, terms.ce)
+        return terms
 
     def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled", count: int | None = None) -> Any:
         """K predictions (K, N, ...) of some inputs, each under dropout masks of its own, watched by the guard.
@@ -216,7 +218,9 @@ class RDropMixin(Hooks):
             inputs: those of the B examples, of which regularizers make their passes; without them there are none.
         """
         examples = None if inputs is None else self._rdrop_examples(inputs, target)
-        return self._rdrop_terms(predictions, target, inputs, examples)
+        terms = self._rdrop_terms(predictions, target, inputs, examples)
+        self._rdrop_note(terms.kl, terms.ce)
+        return terms
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
     def rdrop_log(self, terms: Terms) -> None:
@@ -227,7 +231,6 @@ class RDropMixin(Hooks):
         predictions those of each part are, and their sums weigh batches by their examples.
         """
         self.rdrop_rows, self.rdrop_denominators, self.rdrop_kl = terms.rows, terms.denominators(), terms.kl.detach()
-        self._rdrop_guard.note(terms.kl, terms.ce)
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)
@@ -404,6 +407,10 @@ class RDropMixin(Hooks):
         self._rdrop_guard.watch(self, predictions, again, inputs, target, part, switches, must_differ=must_differ)
         if self.rdrop_guard != "off" and part == "labeled" and target is not None:
             self._rdrop_guard.note_target(self, self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it keeps tensors of many steps
+    def _rdrop_note(self, kl: Tensor, ce: Tensor | None = None) -> None:
+        self._rdrop_guard.note(kl, ce)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
     def _rdrop_part_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:

@@ -418,6 +418,35 @@ def test_views_that_become_equal_in_the_middle_of_a_fit(fit, small, rows, change
         fit(small(), rows, [Change(action)], max_epochs=5, log_every_n_steps=every)
 
 
+class Fading(nn.Linear):
+    """Has a dropout that cannot be seen from outside."""
+
+    rate = 0.3
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, self.rate, self.training))
+
+
+def steps_of_ones_own():
+    def step(self, batch, batch_idx):
+        terms = self.rdrop_step(batch)
+        self.log("own", terms.kl.detach())
+        return terms.loss
+
+    def pieces(self, batch, batch_idx):
+        return self.rdrop_loss(self.rdrop_draw(*batch), batch[1], batch[0]).loss
+
+    return {"rdrop_step": step, "rdrop_draw and rdrop_loss": pieces}
+
+
+@pytest.mark.parametrize("kind", steps_of_ones_own())
+def test_views_that_become_equal_in_a_step_of_ones_own_that_logs_itself(fit, small, rows, kind):
+    module = type("Own", (small,), {"training_step": steps_of_ones_own()[kind]})()
+    module.network = Fading(8, 3)
+    with pytest.raises(ValueError, match="The views are identical, so R-Drop has no effect"):
+        fit(module, rows, [Change(lambda module: setattr(module.network, "rate", 0.0))], max_epochs=6)
+
+
 @pytest.mark.parametrize(("make", "batch", "message"), WRONG.values(), ids=WRONG)
 def test_wrong(make, batch, message):
     with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):

@@ -191,6 +191,15 @@ def test_dead_dropout_is_noticed():
         Encoder(p=0.0).rdrop_step(torch.randn(4, 8))
 
 
+def test_dropout_that_dies_later_is_noticed(fit):
+    class Dies(Encoder):
+        def rdrop_predict(self, inputs):
+            return nn.functional.dropout(super().rdrop_predict(inputs), 0.3 if self.global_step < 20 else 0.0)
+
+    with pytest.raises(ValueError, match="The views are identical"):
+        fit(Dies(p=0.0), DataLoader(torch.randn(200, 8), batch_size=4), log_every_n_steps=10)
+
+
 def test_a_batch_of_one_has_nothing_to_be_told_from(fit):
     with pytest.raises(ValueError, match="batch_size=1"):
         Encoder().rdrop_step(torch.randn(1, 8))

@@ -153,10 +153,16 @@ class Guard:
             if reason is None:
                 self._warn(explain_dead(network))  # a live head hides a dead backbone
 
-    def note(self, kl: Tensor, ce: Tensor) -> None:
-        """Keep the terms of a step, in which views are seen that become equal, or differ too little."""
+    def note(self, kl: Tensor, ce: Tensor | None = None) -> None:
+        """Keep the terms of a step, in which views are seen that become equal, or differ too little.
+
+        Args:
+            kl: or another distance of the views, which is 0 where they are equal.
+            ce: beside which kl should not be negligible; None where it may be.
+        """
         self._equal.note(kl)
-        self._negligible.note(kl, ce)
+        if ce is not None:
+            self._negligible.note(kl, ce)
 
     def note_target(self, module: Guarded, invalid: Tensor | None) -> None:
         """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says.

@@ -23,6 +23,7 @@ from lightning_rdrop.description import describe, rebuild, same_description, spe
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
+from lightning_rdrop.guard.rows import passes_meet
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.inheritance import notice_replaced_step, require_first
 from lightning_rdrop.late_duplication import LateDuplication
@@ -359,6 +360,7 @@ class RDropMixin(Hooks):
         inputs, target = self.rdrop_unpack_unlabeled(batch)
         zero = torch.zeros_like(labeled.ce)
         if unlabeled.is_empty(inputs):
+            self._rdrop_pass_by("unlabeled")
             return Terms(loss=zero, ce=zero, kl=zero, extra={str(one.name): zero for one in regularizers})
         target = unlabeled.counted(inputs, target, labeled, self.rdrop_distance)
         terms, losses = Terms(loss=zero, ce=zero, kl=zero), dict[str, Tensor]()
@@ -389,7 +391,7 @@ class RDropMixin(Hooks):
         predict = self.rdrop_predict_with_losses
         if count > 1 and self.rdrop_passes == "joint":
             self._rdrop_part_rows(predict, inputs, examples, part)
-        late = self._rdrop_late if count > 1 and self._rdrop_splits(predict, inputs) else None
+        late = self._rdrop_late if count > 1 and self._rdrop_splits(predict, inputs, part) else None
         redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, late=late)
         predictions = redraw()
         self._rdrop_watch(predictions, redraw, inputs, target, part)
@@ -401,12 +403,20 @@ class RDropMixin(Hooks):
             return own_losses.parted(redraw())[0]
 
         predictions, _ = own_losses.parted(drawn)
-        # with alpha = 0 on purpose, equal views cost nothing but time
-        must_differ = views.count(predictions) > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
+        must_differ = self._rdrop_must_differ(views.count(predictions))
         switches = self._rdrop_own_switches()
         self._rdrop_guard.watch(self, predictions, again, inputs, target, part, switches, must_differ=must_differ)
         if self.rdrop_guard != "off" and part == "labeled" and target is not None:
             self._rdrop_guard.note_target(self, self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it talks to the other ranks
+    def _rdrop_pass_by(self, part: str) -> None:
+        must_differ = self._rdrop_must_differ(self.rdrop_views)
+        self._rdrop_guard.pass_by(self, part, self._rdrop_own_switches(), must_differ=must_differ)
+
+    def _rdrop_must_differ(self, count: int) -> bool:
+        """Whether equal views are a fault: with alpha = 0 on purpose, they cost nothing but time."""
+        return count > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it keeps tensors of many steps
     def _rdrop_note(self, kl: Tensor, ce: Tensor | None = None) -> None:
@@ -416,12 +426,17 @@ class RDropMixin(Hooks):
     def _rdrop_part_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
         self._rdrop_guard.part_rows(self, predict, inputs, examples, part=part)
 
-    def _rdrop_splits(self, predict: Any, inputs: Any) -> bool:
+    def _rdrop_splits(self, predict: Any, inputs: Any, part: str) -> bool:
         """Whether the batch is doubled elsewhere than at the entrance."""
         if self._rdrop_late is None:
             return False
-        modes = self._rdrop_own_switches().random()
-        split, new = self._rdrop_late.split(self, predict, inputs, modes, partial(on_all_ranks, self))
+
+        def decide(decision: bool) -> bool:
+            # another rank may have no unlabelled example, and then does not look for a split
+            alone = part != "labeled" and not passes_meet(self)
+            return decision if alone else on_all_ranks(self, decision)
+
+        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_own_switches().random(), decide)
         if split is not None and new:
             rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
             if split.shared and self.rdrop_guard != "off":

@@ -412,6 +412,55 @@ def test_the_guard_of_all_ranks_decides_together(pair):
         pair.run(guarded, 0.0, seconds=30)
 
 
+class SemiSupervised(RDropMixin, pl.LightningModule):
+    def __init__(self, p, **kwargs):
+        super().__init__(**kwargs)
+        self.network = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.network(x)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def with_an_empty_part(p, arguments):
+    """The unlabelled part of the first batch has no example on rank 1."""
+    torch.manual_seed(0)
+    module, steps = SemiSupervised(p, **arguments), Steps()
+    sizes = (0, 4, 4) if os.environ["LOCAL_RANK"] == "1" else (4, 4, 4)
+    labeled = DataLoader([(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))] * 3, batch_size=None)
+    others = DataLoader([torch.randn(size, 8) for size in sizes], batch_size=None)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, use_distributed_sampler=False, callbacks=[steps],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    try:
+        trainer.fit(module, {"labeled": labeled, "unlabeled": others})
+    except ValueError as error:
+        return str(error), len(steps.steps)
+    return [part.tolist() for part in module.parameters()], [kl for _, kl, _ in steps.steps]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"rdrop_labeled_weight": 0.0}, {"rdrop_labeled_weight": 0.0, "rdrop_duplicate_at": "auto"}],
+    ids=str,
+)
+def test_a_part_that_is_empty_on_one_rank(pair, arguments):
+    """It takes part in what all ranks decide together on the first batch, for which the others would wait forever."""
+    (weights, kl), (others, other_kl) = pair.run(with_an_empty_part, 0.3, arguments, seconds=30)
+    assert weights == others
+    assert len(kl) == len(other_kl) == 3
+    assert all(value > 0 for value in kl + other_kl[1:])
+    if (
+        "rdrop_duplicate_at" not in arguments
+    ):  # views that cannot differ are found in the first step in which all have examples
+        for reason, steps in pair.run(with_an_empty_part, 0.0, arguments, seconds=30):
+            assert "p = 0: network.1" in reason
+            assert steps == (1 if arguments else 0)
+
+
 def fsdp2(kind, arguments):
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     return train(kind(**arguments), examples(), 4, strategy, precision="32-true")

@@ -144,7 +144,8 @@ class Guard:
                 return
             self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
         given = isinstance(inputs, Views)  # which differ with dropout or without it
-        if must_differ and modes != self._compared.get(part):  # an alpha may rise from 0 later
+        # an alpha may rise from 0 later
+        if must_differ and modes != self._compared.get(part) and self._all_have(network, part):
             self._compared[part] = modes
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
             self.complain(module, reason and (ALIKE_IN_DATA if given else "") + reason)
@@ -152,6 +153,20 @@ class Guard:
             self._searched.add(state)  # of all, as some freeze a part in every other step
             if reason is None:
                 self._warn(explain_dead(network))  # a live head hides a dead backbone
+
+    def pass_by(self, module: Guarded, part: str, switches: Switches, *, must_differ: bool) -> None:
+        """In the place of :meth:`watch`, where a part of the batch is empty on this rank.
+
+        The others may be about to compare their views, for which all ranks have to decide together: it is put off to
+        the next step in which each of them has examples.
+        """
+        compares = must_differ and switches.random() != self._compared.get(part)
+        if compares and module.rdrop_guard != "off" and not in_evaluation(trainer_of(module)):
+            self._all_have(cast(nn.Module, module), part, False)
+
+    def _all_have(self, network: nn.Module, part: str, examples: bool = True) -> bool:
+        """Whether a part has examples on every rank; the labelled one always has."""
+        return part == "labeled" or on_all_ranks(network, examples)
 
     def note(self, kl: Tensor, ce: Tensor | None = None) -> None:
         """Keep the terms of a step, in which views are seen that become equal, or differ too little.

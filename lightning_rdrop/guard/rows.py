@@ -82,6 +82,11 @@ def shares_weights(network: nn.Module) -> bool:
     return any(is_sharded(parameter) or not parameter.numel() for parameter in network.parameters())
 
 
+def passes_meet(network: nn.Module) -> bool:
+    """Whether its passes are those of all ranks together, as far as can be seen: each has to make as many."""
+    return shares_weights(network) or any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+
+
 def _tolerance(network: nn.Module, device: torch.device) -> float:
     if torch.is_autocast_enabled(device.type) or any(p.dtype.itemsize < 4 for p in network.parameters()):
         return _TOLERANCES["medium"]

@@ -397,6 +397,7 @@ def test_evaluation_is_spoken_of_once(small, rows):
     with pytest.warns(UserWarning, match="views") as caught:
         trainer.validate(wrong(rdrop_guard="warn"), rows)
     assert len([one for one in caught if "views" in str(one.message).lower()]) == 1
+    assert not [one for one in caught if "that is being trained" in str(one.message)]
 
 
 class Change(pl.Callback):

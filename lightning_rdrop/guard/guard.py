@@ -136,10 +136,12 @@ class Guard:
         if read:
             self._read(module)
         modes, reason = switches.random(), None
+        state = (*modes, *switches.trained())
         if modes != self._checked.get(part):
             self._checked[part] = modes
             if reason := in_evaluation(trainer_of(module)):
                 self._compared[part] = modes
+                self._searched.add(state)
                 self.complain(module, reason)
                 return
             self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
@@ -149,7 +151,7 @@ class Guard:
             self._compared[part] = modes
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
             self.complain(module, reason and (ALIKE_IN_DATA if given else "") + reason)
-        if must_differ and not given and (state := (*modes, *switches.trained())) not in self._searched:
+        if must_differ and not given and state not in self._searched:
             self._searched.add(state)  # of all, as some freeze a part in every other step
             if reason is None:
                 self._warn(explain_dead(network))  # a live head hides a dead backbone

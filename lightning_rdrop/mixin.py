@@ -192,7 +192,7 @@ class RDropMixin(Hooks):
         """
         labeled, others = unlabeled.parts(batch)
         terms = self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
-        self._rdrop_note(terms.kl, terms.ce)
+        self.rdrop_note(terms.kl, terms.ce)
         return terms
 
     def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled", count: int | None = None) -> Any:
@@ -220,7 +220,7 @@ class RDropMixin(Hooks):
         """
         examples = None if inputs is None else self._rdrop_examples(inputs, target)
         terms = self._rdrop_terms(predictions, target, inputs, examples)
-        self._rdrop_note(terms.kl, terms.ce)
+        self.rdrop_note(terms.kl, terms.ce)
         return terms
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
@@ -419,7 +419,13 @@ class RDropMixin(Hooks):
         return count > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it keeps tensors of many steps
-    def _rdrop_note(self, kl: Tensor, ce: Tensor | None = None) -> None:
+    def rdrop_note(self, kl: Tensor, ce: Tensor | None = None) -> None:
+        """Let the guard note the distance of the views in a step; ``rdrop_step`` and ``rdrop_loss`` do so.
+
+        Args:
+            kl: 0 where the views are equal.
+            ce: the task loss, beside which kl should not be negligible; None where it may be.
+        """
         self._rdrop_guard.note(kl, ce)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values

@@ -119,7 +119,7 @@ class SimCSEMixin(RDropMixin):
             extra={"alignment": alignment(first, second), "uniformity": uniformity(first)},
         )
         add_losses(terms, losses, taken={"loss"})
-        self._rdrop_note(terms.extra["alignment"])
+        self.rdrop_note(terms.extra["alignment"])
         return terms
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:

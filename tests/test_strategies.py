@@ -453,9 +453,8 @@ def test_a_part_that_is_empty_on_one_rank(pair, arguments):
     assert weights == others
     assert len(kl) == len(other_kl) == 3
     assert all(value > 0 for value in kl + other_kl[1:])
-    if (
-        "rdrop_duplicate_at" not in arguments
-    ):  # views that cannot differ are found in the first step in which all have examples
+    if "rdrop_duplicate_at" not in arguments:
+        # views that cannot differ are found in the first step in which all have examples
         for reason, steps in pair.run(with_an_empty_part, 0.0, arguments, seconds=30):
             assert "p = 0: network.1" in reason
             assert steps == (1 if arguments else 0)

@@ -62,8 +62,7 @@ class LateDuplication:
 
         Args:
             network, predict, inputs, on_all_ranks: see :func:`find_split`.
-            modes: what switches the randomness of the network on and off, as
-                :meth:`lightning_rdrop.guard.Switches.random` reads it; where it changes, all splits are dropped.
+            modes: what switches the randomness of the network on and off; where it changes, all splits are dropped.
 
         Returns:
             the split, or None where the batch is doubled at the entrance; and whether it is new.

@@ -229,7 +229,8 @@ class RDropMixin(Hooks):
 
         The values of a step are those of one rank, which takes no collective. Those of an epoch, ``train/ce_epoch``
         and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks; with several
-        predictions those of each part are, and their sums weigh batches by their examples.
+        predictions those of each part are, and their sums weigh batches by their examples. With unlabelled examples kl
+        is the sum of two means, each over its own rows, and weighs batches by their labelled ones.
         """
         self.rdrop_rows, self.rdrop_denominators, self.rdrop_kl = terms.rows, terms.denominators(), terms.kl.detach()
         self.log("train/loss", terms.loss, batch_size=terms.examples)

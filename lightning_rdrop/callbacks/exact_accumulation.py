@@ -34,7 +34,7 @@ class ExactAccumulation(Callback):
         ValueError: class weights, unlabelled examples, or a distance whose terms are means over different numbers of
             rows, such as those of two predictions of which one has a row for each token: their gradients would have to
             be kept apart until all rows are counted. The last is seen on the first batch, or at the end of an epoch.
-            Manual optimization; a loss that is no mean over rows; a strategy that hides the gradients (DeepSpeed).
+            Manual optimization; a loss that is not a per-row mean; a strategy that hides the gradients (DeepSpeed).
         TypeError: a module without ``RDropMixin``.
 
     Example:

@@ -39,4 +39,5 @@ def paired_differences(
     right.set(title=f"difference to {reference}, 95 % interval")
     for axes in (left, right):
         axes.grid(alpha=0.3, axis="x")
+        axes.locator_params(axis="x", nbins=5)  # more numbers would run into each other
     return figure

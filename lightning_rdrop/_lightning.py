@@ -64,6 +64,11 @@ def searches_learning_rate(trainer: Any) -> bool:
     return any(type(callback).__name__ == "_LRCallback" for callback in getattr(trainer, "callbacks", ()))
 
 
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether the Trainer runs a few batches to find errors (``fast_dev_run``)."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # its connector sets it
+
+
 def extend_hook(cls: type, name: str, first: Callable[..., None]) -> None:
     """Let a class do something before one of its hooks, also where an override of the hook forgets ``super()``."""
     hook = getattr(cls, name, None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_rdrop._lightning import is_dry_run
 from lightning_rdrop.arguments import non_negative, whole
 from lightning_rdrop.callbacks._module import require_rdrop
 from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
@@ -134,8 +135,7 @@ class AdaptiveAlpha(ModuleValue):
 
     def _warn_of_no_change(self, trainer: Trainer, begin: int) -> None:
         planned, every = planned_steps(trainer), self._steps_between_changes(trainer)
-        dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it
-        if trainer.is_global_zero and not dry and planned is not None and planned - begin <= every:
+        if trainer.is_global_zero and not is_dry_run(trainer) and planned is not None and planned - begin <= every:
             warnings.warn(
                 f"AdaptiveAlpha never changes alpha: it does so every {every} steps, and the training has "
                 f"{planned - begin}. Write AdaptiveAlpha(..., every=N) with a smaller N; without it, N is "

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_rdrop._lightning import is_dry_run
 from lightning_rdrop.arguments import duration, non_negative
 from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
 from lightning_rdrop.schedule import SHAPES, cyclical
@@ -173,4 +174,4 @@ class AlphaScheduler(ModuleValue):
 
 def _speaks(trainer: Trainer) -> bool:
     """Whether this rank warns, of a training that is no dry run."""
-    return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it
+    return trainer.is_global_zero and not is_dry_run(trainer)

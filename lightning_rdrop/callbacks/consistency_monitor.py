@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_rdrop._lightning import Callback
+from lightning_rdrop._lightning import Callback, is_dry_run
 from lightning_rdrop.arguments import whole
 from lightning_rdrop.callbacks._module import require_rdrop
 from lightning_rdrop.data_views import first_view
@@ -123,8 +123,7 @@ class ConsistencyMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a training in which nothing was measured."""
-        dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it
-        if trainer.is_global_zero and not self._looked and not dry:
+        if trainer.is_global_zero and not self._looked and not is_dry_run(trainer):
             warnings.warn(
                 "ConsistencyMonitor measured nothing: the training had no validation, or none in an epoch that it "
                 f"looks at (every_n_epochs={self.every_n_epochs}). Give {type(pl_module).__name__} a validation_step, "

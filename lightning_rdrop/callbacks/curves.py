@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_rdrop._lightning import Callback
+from lightning_rdrop._lightning import Callback, is_dry_run
 from lightning_rdrop.callbacks._module_value import steps_made
 from lightning_rdrop.plots import History, curves, read_csv
 from lightning_rdrop.training_length import planned_steps
@@ -57,7 +57,7 @@ class Curves(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a training that ends before the first log; how long it is, is known from here on."""
         steps, every = planned_steps(trainer), trainer.log_every_n_steps  # type: ignore[attr-defined]  # of a connector
-        if self.panels is None and steps is not None and not 0 < every <= steps and not _is_dry(trainer):
+        if self.panels is None and steps is not None and not 0 < every <= steps and not is_dry_run(trainer):
             warnings.warn(
                 f"Curves will find no train/ce, train/kl or train/alpha: the Trainer logs every {every} steps and "
                 f"makes {steps}. Write Trainer(log_every_n_steps=1), or another number that is no larger.",
@@ -100,7 +100,7 @@ class Curves(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plot once everything is logged, the metrics of the last epoch included."""
-        if _is_dry(trainer):
+        if is_dry_run(trainer):
             return
         folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
         if not trainer.is_global_zero:
@@ -142,7 +142,3 @@ def _new(metrics: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[st
 def _logger(trainer: Trainer, name: str) -> Any:
     """The first logger of a class, of either distribution."""
     return next((logger for logger in trainer.loggers if type(logger).__name__ == name), None)
-
-
-def _is_dry(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # its connector sets it

@@ -52,7 +52,7 @@ class RDropMixin(Hooks):
 
     Args:
         rdrop_alpha: weight of the consistency term, >= 0; a plain attribute that callbacks set.
-        rdrop_views: K, the number of predictions per example; 1 is ordinary training. All are for the same inputs,
+        rdrop_views: K, the number of predictions per example; 1 is ordinary training. All use the same inputs,
             unless :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
         rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. A dict of distances
             becomes :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these keys.
@@ -173,7 +173,7 @@ class RDropMixin(Hooks):
         self._rdrop_late = None if at is None else LateDuplication(at, self.rdrop_views)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """One R-Drop step, logged."""
+        """Run one R-Drop step and log its terms."""
         if not self.automatic_optimization:
             raise TypeError(
                 "automatic_optimization is False, but the mixin's training_step does not step the optimizers, so the "

@@ -25,7 +25,7 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, (list, tuple)):
         return dict(enumerate(value))
     if has_attributes(value):
-        # attributes that __post_init__ or a cached property derived from the fields have rows as well
+        # attributes derived by __post_init__ or a cached property have rows as well
         names = [field.name for field in dataclasses.fields(value)] + list(getattr(value, "__dict__", ()))
         return {name: getattr(value, name) for name in dict.fromkeys(names) if hasattr(value, name)}
     return None

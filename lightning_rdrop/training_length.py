@@ -13,7 +13,7 @@ def planned_steps(trainer: Trainer) -> int | None:
     """The number of optimizer steps of the whole training (of batches in manual optimization); None if unknown.
 
     It is unknown if the data loader or the Trainer has no end, or if ``max_steps`` counts the steps of several
-    optimizers, whose order manual optimization decides.
+    optimizers, of which manual optimization may run any number per batch.
 
     Lightning's estimate uses only the current ``accumulate_grad_batches``. A ``GradientAccumulationScheduler`` has one
     for each epoch, and the last window of an epoch may be shorter:

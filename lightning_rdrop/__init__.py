@@ -1,4 +1,4 @@
-"""R-Drop for PyTorch Lightning: inherit the mixin, add the callback, or use the command line."""
+"""R-Drop for PyTorch Lightning: a mixin, callbacks and a command line."""
 
 from lightning_rdrop.callbacks import AdaptiveAlpha, AlphaScheduler
 from lightning_rdrop.cross_entropy import Head, linear_rdrop_cross_entropy, rdrop_cross_entropy

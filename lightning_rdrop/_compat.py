@@ -1,4 +1,4 @@
-"""Private names of other packages, each in a function that says what happens where the name is missing."""
+"""Private names of other packages, each in a function with a fallback in case the name is missing."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward pass that is running has ``retain_graph=True``; True if torch does not tell.
+    """Whether the current backward pass has ``retain_graph=True``; True if unknown.
 
-    A gradient that may be asked for again must not be scaled in place.
+    Then a gradient may be needed again and must not be scaled in place.
     """
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or bool(asked())
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active, under which no tensor may be written in place."""
+    """Whether a transform of ``torch.func`` is active, under which tensors must not be written in place."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is not None and bool(active())
 
@@ -31,25 +31,25 @@ def is_traced() -> bool:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether its values can be read at once: they are on the CPU, and stand for themselves."""
+    """Whether its values can be read without waiting: it is on the CPU and not traced."""
     return tensor.is_cpu and not is_traced()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for a batch of tensors, as a gradient does under ``is_grads_batched=True`` or ``vmap``."""
+    """Whether it represents a batch of tensors, such as a gradient under ``is_grads_batched=True`` or ``vmap``."""
     legacy = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
     return is_transformed() or (legacy is not None and bool(legacy(tensor)))
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is one rank's part of a parameter, under FSDP2 (a DTensor) or FSDP."""
+    """Whether it is one rank's shard of a parameter under FSDP2 (a DTensor) or FSDP."""
     return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
 
 
 def mark_rows_dynamic(*tensors: Tensor) -> None:
-    """Have a function that is compiled for these tensors compiled for any number of rows.
+    """Mark the first dimension as dynamic, so that a function compiled for these tensors takes any number of rows.
 
-    Where torch cannot be told, it finds out by compiling once more, for a second number.
+    If torch has no such function, it recompiles once, for a second number of rows.
     """
     mark = getattr(getattr(torch, "_dynamo", None), "mark_dynamic", None)
     for tensor in tensors:
@@ -58,9 +58,9 @@ def mark_rows_dynamic(*tensors: Tensor) -> None:
 
 
 def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """Add a matrix product to a total, which may be in a wider dtype than the factors.
+    """Add a matrix product to a total in place; the total may have a wider dtype than the factors.
 
-    Where torch has no such product, it is made in the dtype of the factors, and then added.
+    If torch has no such product, it is computed in the dtype of the factors and then added.
     """
     if total.dtype == first.dtype:
         total.addmm_(first, second)
@@ -71,15 +71,15 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is what ``torch.compile`` makes of a module."""
+    """Whether it is a module compiled by ``torch.compile``."""
     return hasattr(module, "_orig_mod")
 
 
 def forget_hyperparameters(module: Any, names: Iterable[str]) -> None:
-    """Take modules, and lists of modules, out of the hyper-parameters that Lightning saved.
+    """Remove modules, and lists of modules, from the hyperparameters that Lightning saved.
 
-    ``hparams_initial`` hands out a copy, so its original is reached by its private name; without it the modules are
-    still out of checkpoints, and only a logger writes them down.
+    ``hparams_initial`` returns a copy, so the original is changed by its private name. If that is missing, checkpoints
+    are still without the modules, but loggers write them.
     """
     for saved in (module.hparams, getattr(module, "_hparams_initial", {})):
         for name in names:
@@ -90,9 +90,9 @@ def forget_hyperparameters(module: Any, names: Iterable[str]) -> None:
 
 
 def eagerly() -> AbstractContextManager[Any]:
-    """A context in which what ``torch.compile`` made runs as it was written, and is not compiled for another mode.
+    """Context in which compiled code runs eagerly, so that it is not recompiled for another mode.
 
-    Torch has it since 2.6; before, it is compiled once more.
+    Needs torch 2.6; with earlier versions it is recompiled.
     """
     stance = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if stance is None else stance("force_eager")

@@ -1,4 +1,4 @@
-"""Where the package meets Lightning, under either of its names, `pytorch_lightning` and `lightning.pytorch`."""
+"""Access to Lightning under either of its names, `pytorch_lightning` and `lightning.pytorch`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 LIGHTNINGS = ("pytorch_lightning", "lightning.pytorch")
-"""The names of the two distributions."""
+"""The module names of the two distributions."""
 
 
 def _installed() -> list[ModuleType]:
@@ -19,7 +19,7 @@ def _installed() -> list[ModuleType]:
             found.append(import_module(name))
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
-                raise  # Lightning is there, something that it needs is not
+                raise  # Lightning is installed, but one of its dependencies is not
     return found
 
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     MixinBase = LightningModule
 else:
-    # Each distribution asks of a callback that it is its own `Callback`, so one class has to be both.
+    # Each distribution requires callbacks to inherit its own `Callback`, so one class inherits both.
     Callback = type("Callback", tuple(lightning.Callback for lightning in _installed()), {"__module__": __name__})
-    MixinBase = object  # the user's class brings the LightningModule, of either distribution
+    MixinBase = object  # the user's class inherits LightningModule, from either distribution
     rank_zero_info = import_module(f"{_installed()[0].__name__}.utilities").rank_zero_info
 
 
 def trainer_of(module: Any) -> Any:
-    """The Trainer (or Fabric) that runs a LightningModule; None for a module that is used by itself, or is none."""
+    """The Trainer (or Fabric) that runs a LightningModule; None for any other or unattached module."""
     try:
         return getattr(module, "trainer", None)
     except RuntimeError:  # not attached
@@ -52,27 +52,27 @@ def on_all_ranks(module: Any, decision: bool) -> bool:
 
 
 def monitored_checkpoint(trainer: Trainer) -> Any:
-    """The first ``ModelCheckpoint`` that chooses by a metric; None if there is none.
+    """The first ``ModelCheckpoint`` that monitors a metric; None if there is none.
 
-    That of ``ckpt_path="best"`` is the first at all, which may keep the latest weights only.
+    Lightning's ``ckpt_path="best"`` uses the first one of any kind, which may only keep the latest weights.
     """
     return next((one for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)), None)
 
 
 def searches_learning_rate(trainer: Any) -> bool:
-    """Whether the Trainer makes the passes of its learning rate finder, which may diverge, and are undone."""
+    """Whether the Trainer runs its learning rate finder, whose steps may diverge and are undone."""
     return any(type(callback).__name__ == "_LRCallback" for callback in getattr(trainer, "callbacks", ()))
 
 
 def is_dry_run(trainer: Trainer) -> bool:
     """Whether the Trainer runs a few batches to find errors (``fast_dev_run``)."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # its connector sets it
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by its connector
 
 
 def extend_hook(cls: type, name: str, first: Callable[..., None]) -> None:
-    """Let a class do something before one of its hooks, also where an override of the hook forgets ``super()``."""
+    """Call ``first`` before a hook of a class, even if an override of the hook does not call ``super()``."""
     hook = getattr(cls, name, None)
-    if hook is None or hasattr(hook, "extended"):  # no LightningModule yet; or its base has done so
+    if hook is None or hasattr(hook, "extended"):  # not a LightningModule yet, or extended in a base
         return
 
     @functools.wraps(hook)

@@ -1,4 +1,4 @@
-"""Checks of arguments, which say what is allowed."""
+"""Argument checks with messages that say what is allowed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Word = TypeVar("Word", bound=str)
 
 
 def non_negative(name: str, value: float) -> float:
-    """The value as an int or float, if it is a finite number >= 0 (also one of numpy's).
+    """Return the value as an int or float if it is a finite number >= 0, including numpy's.
 
     Raises:
         ValueError: it is not.
@@ -31,7 +31,7 @@ def non_negative(name: str, value: float) -> float:
 
 
 def whole(name: str, value: SupportsIndex, least: int = 1, meaning: str = "") -> int:
-    """The value as an int, if it is a whole number >= ``least`` (also one of numpy's).
+    """Return the value as an int if it is an integer >= ``least``, including numpy's.
 
     Raises:
         ValueError: it is not.
@@ -51,13 +51,13 @@ def whole(name: str, value: SupportsIndex, least: int = 1, meaning: str = "") ->
 
 
 def duration(name: str, value: int | float) -> int | float:
-    """A number of optimizer steps as an int, or a share of training as a float in [0, 1].
+    """Return a number of optimizer steps as an int, or a share of training as a float in [0, 1].
 
-    A whole float beyond 1, as a parser makes of ``400``, can only mean steps.
+    An integral float above 1, as a parser may return for ``400``, is a number of steps.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is negative, NaN, or neither.
+        TypeError: it is not a number.
+        ValueError: it is negative, NaN, or neither of the two.
 
     Example:
         >>> duration("ramp", 100), duration("ramp", 100.0), duration("ramp", 0.1)
@@ -76,7 +76,7 @@ def duration(name: str, value: int | float) -> int | float:
 
 
 def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:
-    """The value, if it is one of the allowed words.
+    """Return the value if it is one of the allowed words.
 
     Raises:
         ValueError: it is not.
@@ -91,7 +91,7 @@ def one_of(name: str, value: Word, allowed: Sequence[Word]) -> Word:
 
 
 def tensor(name: str, value: Tensor) -> Tensor:
-    """The value, if it is a tensor.
+    """Return the value if it is a tensor.
 
     Raises:
         TypeError: it is not.
@@ -107,10 +107,10 @@ def tensor(name: str, value: Tensor) -> Tensor:
 
 
 def weights(name: str, value: Tensor | Sequence[float] | None) -> Tensor | None:
-    """Weights of classes or labels as a tensor, where there are any.
+    """Return the weights of classes or labels as a tensor, or None.
 
     Raises:
-        TypeError: they are no numbers.
+        TypeError: they are not numbers.
 
     Example:
         >>> weights("weight", [1.0, 2.0])

@@ -1,4 +1,4 @@
-"""Views that come with the data, such as two crops of an image: they take the place of copies."""
+"""Views that come with the data, such as two crops of an image, instead of copies of the same inputs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_rdrop import views
 
 @dataclass(init=False)
 class Views:
-    """K inputs for the same B examples, such as two augmentations: what ``rdrop_unpack`` returns in the place of one.
+    """K inputs for the same B examples, such as two augmentations, returned by ``rdrop_unpack`` as the inputs.
 
-    View k of R-Drop is then the prediction for the k-th input, under dropout masks of its own if there are any. All
-    share the target. A pass alone, such as those of a regularizer, of validation, or with ``rdrop_views=1``, has the
-    first, so let that be the least changed one.
+    View k of R-Drop is then the prediction for the k-th input, under its own dropout masks if there are any. All views
+    share the target. Single passes, such as those of a regularizer, of validation, or with ``rdrop_views=1``, use the
+    first view, so make it the least augmented one.
 
     Args:
-        inputs: those of each view, as ``rdrop_predict`` takes them; as many as ``rdrop_views``.
+        inputs: the inputs of each view, as for ``rdrop_predict``; as many as ``rdrop_views``.
 
     Raises:
         ValueError: no inputs.
@@ -29,7 +29,7 @@ class Views:
         >>> joined(both, 2, examples=2)
         {'x': tensor([ 1,  2, 10, 20])}
 
-        A data set whose items are ``((first, second), label)`` is read by
+        For a data set whose items are ``((first, second), label)``:
 
         >>> def rdrop_unpack(self, batch):
         ...     (first, second), target = batch
@@ -40,12 +40,12 @@ class Views:
 
     def __init__(self, *inputs: Any) -> None:
         if not inputs:
-            raise ValueError("Views needs the inputs of each view, as in Views(first, second), and got none.")
+            raise ValueError("Views needs the inputs of each view, as in Views(first, second), got none.")
         self.inputs = inputs
 
 
 def first_view(inputs: Any) -> Any:
-    """The inputs of a pass alone: those of the first view, where the data gives several.
+    """The inputs of a single pass: those of the first view if the data has several.
 
     Example:
         >>> first_view(Views("weak", "strong")), first_view("one")
@@ -55,10 +55,10 @@ def first_view(inputs: Any) -> Any:
 
 
 def each_view(inputs: Any, count: int) -> Sequence[Any]:
-    """The inputs of each of K views: those that the data gives, or the same ones K times.
+    """The inputs of each of K views: those of the data, or the same inputs K times.
 
     Raises:
-        ValueError: the data gives another number of views.
+        ValueError: the data has another number of views.
 
     Example:
         >>> each_view("x", 3), each_view(Views("x", "y"), 2)
@@ -70,7 +70,7 @@ def each_view(inputs: Any, count: int) -> Sequence[Any]:
         return inputs.inputs[:1]
     if len(inputs.inputs) != count:
         raise ValueError(
-            f"The batch was unpacked into {len(inputs.inputs)} Views, and rdrop_views={count}. Return as many as that, "
+            f"The batch was unpacked into {len(inputs.inputs)} Views, but rdrop_views={count}. Return {count} inputs, "
             f"or train with rdrop_views={len(inputs.inputs)}."
         )
     return inputs.inputs
@@ -80,12 +80,12 @@ def joined(inputs: Any, count: int, examples: int) -> Any:
     """The inputs of K views as one batch of K * B rows, view after view.
 
     Args:
-        inputs: those of B examples, as for :func:`~lightning_rdrop.views.duplicate`, or :class:`Views` of them.
+        inputs: inputs of B examples, as for :func:`~lightning_rdrop.views.duplicate`, or :class:`Views` of them.
         count: K.
         examples: B.
 
     Raises:
-        ValueError: the data gives another number of views, or their tensors differ in more than their values.
+        ValueError: the data has another number of views, or the views differ in structure or shape.
     """
     if isinstance(inputs, Views):
         return views.concatenate(each_view(inputs, count), examples)

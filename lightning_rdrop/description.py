@@ -1,4 +1,4 @@
-"""What a module was made of, as plain values that a checkpoint can hold, and a module made of such a description."""
+"""Describe a module by plain values that a checkpoint can hold, and rebuild it from them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class Described(nn.Module):
-    """A module that remembers the arguments which it was made with."""
+    """A module that keeps the arguments it was created with."""
 
     init_args: dict[str, Any]
-    """The arguments by name, without those that were left at their defaults."""
+    """The arguments that were passed, by name."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         made = super().__new__(cls)
         signature = inspect.signature(cls.__init__)
         try:
             given = dict(signature.bind(made, *args, **kwargs).arguments)
-        except TypeError:  # unpickling makes it without any, and wrong ones are refused by __init__
+        except TypeError:  # unpickling passes none, and __init__ rejects wrong ones
             given = {}
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
-        # not by setattr, which nn.Module refuses before its __init__
+        # setattr fails before nn.Module.__init__
         made.__dict__["init_args"] = dict(list(given.items())[1:])  # without self
         return made
 
 
 def describe(value: Any) -> Any:
-    """Plain values, which load under ``weights_only=True``.
+    """Describe a value by plain values, which load under ``weights_only=True``.
 
     Example:
         >>> from lightning_rdrop import Categorical
@@ -57,14 +57,14 @@ def describe(value: Any) -> Any:
 
 
 def rebuild(description: Any, kind: type[Made]) -> Made:
-    """The module of a description.
+    """Rebuild a module from its description.
 
     Args:
-        description: by :func:`describe`.
-        kind: the base of its class, which must have been imported: a checkpoint is no reason to import anything.
+        description: returned by :func:`describe`.
+        kind: a base of its class. The class must be imported already: loading a checkpoint imports nothing.
 
     Raises:
-        ValueError: it cannot be made again, with the reason.
+        ValueError: it cannot be rebuilt, with the reason.
 
     Example:
         >>> from lightning_rdrop import Distance, JensenShannon
@@ -77,9 +77,9 @@ def rebuild(description: Any, kind: type[Made]) -> Made:
 
 
 def same_description(first: Any, second: Any) -> bool:
-    """Whether two descriptions say the same.
+    """Whether two descriptions are equal.
 
-    NaN is the same as NaN, and what is no plain value the same as one that differs in its address in memory alone.
+    NaN equals NaN, and values that are not plain are compared by their repr without memory addresses.
 
     Example:
         >>> same_description({"weight": torch.ones(2)}, {"weight": torch.ones(2)})
@@ -99,7 +99,7 @@ def same_description(first: Any, second: Any) -> bool:
 
 
 def spell(description: Any) -> str:
-    """A description as one would write it.
+    """Format a description as Python code.
 
     Example:
         >>> from lightning_rdrop import VAT
@@ -126,7 +126,7 @@ def _rebuilt(description: Any, kind: type[Made]) -> Any:
     if not isinstance(description, dict):
         return description
     if set(description) == {_UNKNOWN}:
-        raise ValueError(f"{description[_UNKNOWN]} is no plain value")
+        raise ValueError(f"{description[_UNKNOWN]} is not a plain value")
     if set(description) != {"class", "init_args"}:
         return {key: _rebuilt(part, kind) for key, part in description.items()}
     found = next((cls for cls in _family(kind) if _path(cls) == description["class"]), None)

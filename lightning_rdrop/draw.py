@@ -1,4 +1,4 @@
-"""Draw the views: K predictions of the same inputs, each under dropout masks of its own."""
+"""Draw the views: K predictions for the same inputs, each under its own dropout masks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def draw(
     passes: Literal["joint", "separate"] = "joint",
     late: LateDuplication | None = None,
 ) -> Any:
-    """K predictions of the same inputs, views first, in the containers of one prediction.
+    """Draw K predictions for the same inputs, views first, in the containers of one prediction.
 
     Args:
         network: the module whose submodules ``late`` names.
-        predict: the prediction (N, ...) for some inputs.
-        inputs: those of B examples; or :class:`~lightning_rdrop.Views`, of which each view has its own.
+        predict: returns the prediction (N, ...) for some inputs.
+        inputs: inputs of B examples, or :class:`~lightning_rdrop.Views` with different inputs for each view.
         count: K.
         examples: B.
-        passes: ``"joint"`` is one pass over K * B rows, ``"separate"`` is K passes over B.
-        late: where a joint pass doubles the batch; None is at the entrance.
+        passes: ``"joint"`` is one pass over K * B rows, ``"separate"`` is K passes over B rows.
+        late: where a joint pass duplicates the batch; None duplicates the inputs.
 
     Returns:
-        shape (K, N, ...).
+        Predictions of shape (K, N, ...).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The stochastic layers of a network: find them, set them, switch them on."""
+"""Find the stochastic layers of a network, set their probabilities, and switch them on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_rdrop.submodules import few
 
 _DROPS = re.compile(r"(?!.*(?-i:RDrop)).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)
-"""The classes that drop something, which keep how likely in ``p`` or ``prob``; a LitRDrop is none of them."""
+"""Names of dropout classes, which keep their probability in ``p`` or ``prob``; excludes names such as LitRDrop."""
 _NAMES_PROBABILITY = re.compile(
     r"(?!_?rdrop|.*lr_?drop).*(drop(out|_?path|_?connect|_?block)?|stochastic_?depth)(_?(p|prob|probability|rate|ratio))?"
     r"(_?\d+)?",
     re.IGNORECASE,
 )
-"""The attributes of other classes that keep such a probability; drop_rate_decay, drop_token_id and lr_drop are none."""
+"""Names of such probabilities in other classes; excludes drop_rate_decay, drop_token_id and lr_drop."""
 _DROPS_EXAMPLES = re.compile(r"drop_?path|drop_?connect|stochastic_?depth", re.IGNORECASE)
 _DROPS_BATCHES = re.compile(r"layer_?drop(?!out)", re.IGNORECASE)
 _READ_FROM_CONFIG = {
@@ -35,24 +35,24 @@ _READ_FROM_CONFIG = {
     r"(Beit|Data2VecVision)SdpaSelfAttention": ["attention_probs_dropout_prob"],
     r"Blt(LocalEncoder|LocalDecoder|GlobalTransformer)|ProphetNetEncoder": ["dropout"],
 }
-"""The classes of Hugging Face whose ``forward`` reads a probability from ``self.config``, and its name there."""
+"""Hugging Face classes whose ``forward`` reads a probability from ``self.config``, and its name there."""
 
 
 @dataclass(frozen=True)
 class StochasticLayer:
-    """A place where a network draws random numbers.
+    """A place in a network that draws random numbers.
 
     Args:
-        name: where it is: a module (``encoder.drop``), or the number that a module hands to a functional dropout
-            (``encoder.attention.dropout``, ``encoder.config.layerdrop``).
-        kind: the class of the module, with the name of the number (``MultiheadAttention.dropout``) if it is one.
+        name: the path of a module (``encoder.drop``), or of a probability that a module passes to a functional
+            dropout (``encoder.attention.dropout``, ``encoder.config.layerdrop``).
+        kind: the class of the module, in the latter case with the attribute (``MultiheadAttention.dropout``).
         scope: what one random number decides: an ``"element"`` (or a channel), a branch for an ``"example"``
-            (DropPath, row-wise StochasticDepth), or a branch for the whole ``"batch"``, all views included
+            (DropPath, row-wise StochasticDepth), or a branch for the whole ``"batch"`` including all views
             (LayerDrop, batch-wise StochasticDepth).
-        trained: whether it drops anything that is being trained: the nearest enclosing module with parameters has one
-            that requires a gradient, or one lies upstream, as an adapter does in an earlier layer of a frozen model.
-        module: the module whose mode decides whether it drops.
-        attribute: where that module keeps the probability.
+        trained: whether it affects trained parameters: the nearest enclosing module with parameters has one that
+            requires a gradient, or there is one upstream, such as an adapter in an earlier layer of a frozen model.
+        module: the module whose mode switches it on and off.
+        attribute: the attribute of the module with the probability.
     """
 
     name: str
@@ -64,24 +64,24 @@ class StochasticLayer:
 
     @property
     def p(self) -> float:
-        """The probability with which it drops, as it is now."""
+        """The current dropout probability."""
         return float(attrgetter(self.attribute)(self.module))
 
     @property
     def active(self) -> bool:
-        """Whether it drops anything now, with p > 0 and its module in training mode."""
+        """Whether it currently drops anything: p > 0 and its module is in training mode."""
         return self.p > 0 and self.module.training
 
 
 def stochastic_layers(network: nn.Module) -> list[StochasticLayer]:
-    """Every stochastic layer that can be seen from outside, in the order of the modules.
+    """Every stochastic layer that is visible from outside, in the order of the modules.
 
-    These are torch's dropout modules, timm's DropPath and torchvision's StochasticDepth, and the numbers that modules
-    keep for a functional dropout: ``dropout`` of MultiheadAttention and of LSTM and GRU (with more than one layer),
-    the probabilities that Hugging Face's layers copied from their config, or read there in ``forward``. Of other
-    modules, a LightningModule among them, these are the numbers in [0, 1] whose names end like ``dropout``,
-    ``attn_drop``, ``layerdrop``, ``drop_path``, ``drop_prob``, ``dropout_p`` or ``drop_rate``. A number written inside
-    a user's ``forward`` cannot be seen: :func:`lightning_rdrop.guard.diagnose` has the last word.
+    These are torch's dropout modules, timm's DropPath and torchvision's StochasticDepth, and the probabilities that
+    modules keep for a functional dropout: ``dropout`` of MultiheadAttention and of LSTM and GRU (with more than one
+    layer), and those that Hugging Face layers copy from their config or read there in ``forward``. In other modules,
+    including a LightningModule, these are attributes in [0, 1] whose names end like ``dropout``, ``attn_drop``,
+    ``layerdrop``, ``drop_path``, ``drop_prob``, ``dropout_p`` or ``drop_rate``. A probability written inside a
+    ``forward`` is not visible; :func:`lightning_rdrop.guard.diagnose` compares predictions instead.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.LSTM(4, 4, num_layers=2, dropout=0.2))
@@ -101,21 +101,21 @@ def stochastic_layers(network: nn.Module) -> list[StochasticLayer]:
 
 
 def set_probability(network: nn.Module, p: float | Mapping[str, float]) -> dict[str, float]:
-    """Set the probability of dropout, and return the earlier ones, which a second call puts back.
+    """Set dropout probabilities and return the earlier ones, which can be passed to a second call to restore them.
 
-    A number is for all layers that drop elements or channels. DropPath, StochasticDepth and LayerDrop, whose
-    probabilities mean another thing, are set by name only. What no ``forward`` reads in a Hugging Face config says
-    how the model was built, and stays.
+    A single number applies to all layers that drop elements or channels. DropPath, StochasticDepth and LayerDrop,
+    whose probabilities have another meaning, are only set by name. Values in a Hugging Face config that no ``forward``
+    reads are not changed.
 
     Args:
         network: changed in place.
         p: a probability, 0 <= p < 1; or several by name, with the names of :func:`stochastic_layers`.
 
     Returns:
-        the earlier probabilities by name, plain floats.
+        The earlier probabilities by name, plain floats.
 
     Raises:
-        ValueError: ``p`` out of its range, or a name that is not there.
+        ValueError: ``p`` is out of range, or a name does not exist.
 
     Example:
         >>> network = nn.Sequential(nn.Dropout(0.1), nn.MultiheadAttention(4, 2, dropout=0.2))
@@ -132,7 +132,7 @@ def set_probability(network: nn.Module, p: float | Mapping[str, float]) -> dict[
         p = {layer.name: float(p) for layer in layers.values() if layer.scope == "element"}
     unknown = few(name for name in p if name not in layers)
     if unknown:
-        raise ValueError(f"The network has no stochastic layer {unknown}; it has {few(layers) or 'none at all'}.")
+        raise ValueError(f"The network has no stochastic layer {unknown}; it has {few(layers) or 'none'}.")
     earlier = {name: layers[name].p for name in p}
     for name, value in p.items():
         holder, _, attribute = layers[name].attribute.rpartition(".")
@@ -141,15 +141,15 @@ def set_probability(network: nn.Module, p: float | Mapping[str, float]) -> dict[
 
 
 def switch_on(network: nn.Module) -> list[str]:
-    """Put everything that is being trained into training mode, so that dropout is alive.
+    """Put all trained parts into training mode, so that their dropout is active.
 
-    Left as they are: normalisation with running statistics (BatchNorm), and frozen parts with the dropout inside them.
-    A part is frozen if none of its parameters requires a gradient and none lies upstream, which is known within an
-    ``nn.Sequential``, an ``nn.ModuleList`` and a Hugging Face model: their parts are taken to run in the order in which
-    they stand.
+    Normalization with running statistics (BatchNorm), and frozen parts with the dropout inside them, keep their mode.
+    A part is frozen if neither it nor anything upstream has a parameter that requires a gradient. The order is known
+    within an ``nn.Sequential``, an ``nn.ModuleList`` and a Hugging Face model, whose children are assumed to run in
+    the order of their definition.
 
     Returns:
-        the names of the stochastic layers with p > 0 that this switched on.
+        The names of the stochastic layers with p > 0 that were switched on.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1)).eval()
@@ -165,14 +165,14 @@ def switch_on(network: nn.Module) -> list[str]:
 
 
 def set_dropout_modes(network: nn.Module, training: Mapping[nn.Module, bool] | None = None) -> None:
-    """Put a network into the modes of a dropout pass outside of training: all as in training, and nothing is learned.
+    """Set the modes for dropout passes outside of training: as in training, but without updating any statistics.
 
-    Normalisation with running statistics (BatchNorm) is in eval mode, so that they are used, and not changed.
+    Normalization with running statistics (BatchNorm) is put into eval mode, so that they are used but not changed.
 
     Args:
-        network: its modes are set.
-        training: whether each module was in training mode when the network was trained. Where that is not known, all
-            parts are that are trained; or all, where nothing is, as after ``LightningModule.freeze``.
+        network: the network whose modes are set.
+        training: whether each module was in training mode when the network was trained. If not given, trained parts
+            are put into training mode, or all parts if nothing is trained, as after ``LightningModule.freeze``.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1)).eval()
@@ -189,7 +189,7 @@ def set_dropout_modes(network: nn.Module, training: Mapping[nn.Module, bool] | N
 
 
 def dead_layers(network: nn.Module) -> list[StochasticLayer]:
-    """The stochastic layers with p > 0 that are in eval mode inside a part that is being trained.
+    """The stochastic layers with p > 0 that are in eval mode inside a trained part.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1).eval())
@@ -200,7 +200,7 @@ def dead_layers(network: nn.Module) -> list[StochasticLayer]:
 
 
 def as_table(network: nn.Module) -> str:
-    """The stochastic layers as text, a line each.
+    """Format the stochastic layers as a table, one per line.
 
     Example:
         >>> print(as_table(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.MultiheadAttention(4, 2).eval())))
@@ -217,9 +217,9 @@ def as_table(network: nn.Module) -> str:
 
 
 def _probabilities(module: nn.Module) -> list[str]:
-    """The attributes in which a module keeps probabilities to drop something."""
+    """The attributes of a module that are dropout probabilities."""
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
-        return []  # its dropout is between layers
+        return []  # its dropout is applied between layers
     own = ("p", "prob") if isinstance(module, _DropoutNd) or _DROPS.match(type(module).__name__) else ()
     kept = [name for name, value in vars(module).items() if name in own or _keeps_probability(name, value)]
     if hasattr(module, "config"):
@@ -234,7 +234,7 @@ def _read_from_config(module: nn.Module) -> list[str]:
 
 
 def _keeps_probability(name: str, value: object) -> bool:
-    """Whether an attribute of any class does so. An integer counts something, or is 0 where dropout is switched off."""
+    """Whether an attribute is a dropout probability. An integer is a count, or 0 if dropout is switched off."""
     if isinstance(value, Integral) and (value or name.endswith("_drop")):
         return False  # num_drop = 0
     return _NAMES_PROBABILITY.fullmatch(name) is not None
@@ -255,7 +255,7 @@ def _has_running_statistics(module: nn.Module) -> bool:
 
 
 def _trained(modules: Mapping[str, nn.Module]) -> set[str]:
-    """The paths of all that is being trained, or that trained parameters lie upstream of."""
+    """The paths of all modules that are trained or downstream of trained parameters."""
     downstream = _downstream(modules)
     trained = set()
     for path in modules:
@@ -269,7 +269,7 @@ def _trained(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _downstream(modules: Mapping[str, nn.Module]) -> set[str]:
-    """What stands behind the first trained parameter of a chain, the parts of which run in the order of their names."""
+    """The paths behind the first trained parameter of a chain, whose children run in the order of their definition."""
     found = set()
     chain, reached = None, False
     for path, module in modules.items():

@@ -1,4 +1,4 @@
-"""The hooks of the mixin: what a class overrides to fit its own batches, network or output layer."""
+"""The hooks of the mixin: methods to override for other batches, networks or output layers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lightning_rdrop.distance import Distance
 from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, unshifted
 
 TARGET_KEYS = ("labels", "label", "target")
-"""Under one of these names a mapping carries its target."""
+"""The keys under which a mapping may hold its target."""
 
 
 class Hooks(MixinBase):
     """How a LightningModule reads a batch and predicts; :class:`~lightning_rdrop.RDropMixin` inherits it.
 
-    Regularizers know a module by these hooks, and nothing more of the mixin.
+    Regularizers use these hooks and nothing else of the mixin.
     """
 
     rdrop_distance: Distance
     """D of the general form."""
 
     def rdrop_unpack(self, batch: Any) -> tuple[Any, Any]:
-        """Hook: the inputs of the network and the target, out of a batch.
+        """Hook: split a batch into the inputs of the network and the target.
 
-        Reads a pair ``(inputs, target)``, and mappings with ``labels``, ``label`` or ``target``, whose other entries
-        are the inputs. Where the data has K inputs for each example, such as two crops of an image, return
+        Reads a pair ``(inputs, target)``, or a mapping with ``labels``, ``label`` or ``target``, whose other entries
+        are the inputs. If the data has K inputs for each example, such as two crops of an image, return
         :class:`~lightning_rdrop.Views` of them.
 
         Raises:
@@ -51,19 +51,19 @@ class Hooks(MixinBase):
         else:
             found = f"a {type(batch).__name__}"
         raise ValueError(
-            f"The batch is {found}, in which no target can be told from the inputs. A batch is a pair (inputs, target) "
+            f"The batch is {found}, so it is unclear what its target is. A batch is a pair (inputs, target) "
             f"or a mapping with one of the keys {', '.join(TARGET_KEYS)}; for anything else override "
             "rdrop_unpack(self, batch) to return (inputs, target)."
         )
 
     def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[Any, Any]:
-        """Hook: the inputs of the network out of a batch without labels, and None or what tells which rows count.
+        """Hook: split an unlabeled batch into the inputs of the network and None, or what tells which rows count.
 
-        A tensor, :class:`~lightning_rdrop.Views`, a mapping without ``labels``, ``label`` or ``target``, or the one
-        element of a tuple or list, is the inputs. All else goes to :meth:`rdrop_unpack`. Labels that are found there
-        are not learned from; where they are -100 (the distance's ``ignore_index``), a row does not count. Without
-        labels, nor does a token whose ``attention_mask`` (B, T) is 0, if the prediction is one tensor (B, T, ...) with
-        a further dimension, as of classes.
+        The inputs are a tensor, :class:`~lightning_rdrop.Views`, a mapping without ``labels``, ``label`` or
+        ``target``, or the only element of a tuple or list. Anything else goes to :meth:`rdrop_unpack`. Labels found
+        there are not learned from, but rows labeled -100 (the distance's ``ignore_index``) do not count. Without
+        labels, tokens whose ``attention_mask`` (B, T) is 0 do not count, if the prediction is a single tensor
+        (B, T, ...) with at least one further dimension, such as classes.
         """
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch[0], None
@@ -73,10 +73,10 @@ class Hooks(MixinBase):
         return self.rdrop_unpack(batch)
 
     def rdrop_predict(self, inputs: Any) -> Any:
-        """Hook: the prediction for some inputs; calls ``forward``, and takes ``logits`` of what it returns.
+        """Hook: predict for some inputs; calls ``forward`` and takes ``logits`` from its output if there are any.
 
         Raises:
-            TypeError: ``forward`` does not take such inputs.
+            TypeError: ``forward`` does not accept these inputs.
         """
         try:
             output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
@@ -89,50 +89,50 @@ class Hooks(MixinBase):
         return getattr(output, "logits", output)
 
     def rdrop_predict_with_losses(self, inputs: Any) -> Any:
-        """Hook: the prediction of a training pass, and the losses that the model makes itself, if it makes any.
+        """Hook: predict in a training pass, with the losses that the model computes itself, if any.
 
-        Calls :meth:`rdrop_predict`, or :meth:`rdrop_hidden` where a head makes the prediction. A model with a loss of
-        its own, such as the load balancing of a mixture of experts, returns :class:`~lightning_rdrop.WithLosses`::
+        Calls :meth:`rdrop_predict`, or :meth:`rdrop_hidden` if there is an :meth:`rdrop_head`. A model with its own
+        loss, such as load balancing in a mixture of experts, returns :class:`~lightning_rdrop.WithLosses`::
 
             def rdrop_predict_with_losses(self, inputs):
                 output = self(**inputs)
                 return WithLosses(output.logits, {"balance": 0.01 * output.aux_loss})
 
-        which is added to the loss and logged as ``train/balance``. No other pass, in validation or of a regularizer,
-        comes here.
+        which is added to the loss and logged as ``train/balance``. Passes in validation and of regularizers do not
+        call this hook.
         """
         return self.rdrop_predict(inputs) if self.rdrop_head() is None else self.rdrop_hidden(inputs)
 
     def rdrop_head(self) -> Head | dict[str, Head] | None:
-        """Hook: the linear output layer whose logits training never holds; then :meth:`rdrop_hidden` gives its inputs.
+        """Hook: the linear output layer whose logits are not kept in training; needs :meth:`rdrop_hidden`, its inputs.
 
-        It saves most of the memory of a large vocabulary. ``rdrop_predict`` gives the logits as ever, for validation
-        and whoever else asks, but those of a training step are not there: its ``prediction`` is None.
+        This saves most of the memory of a large vocabulary. ``rdrop_predict`` still returns logits, for validation for
+        example, but the terms of a training step have none: ``prediction`` is None.
         """
         return None
 
     def rdrop_hidden(self, inputs: Any) -> Tensor:
-        """Hook: the hidden states (B, ..., D) of some inputs, of which ``rdrop_head`` makes the prediction."""
-        raise NotImplementedError("rdrop_head gives an output layer: override rdrop_hidden to give its inputs.")
+        """Hook: the hidden states (B, ..., D) for some inputs, from which ``rdrop_head`` predicts."""
+        raise NotImplementedError("rdrop_head returns an output layer: override rdrop_hidden to return its inputs.")
 
     def rdrop_first_view(self, predictions: Any) -> Any:
-        """What has the shape of the first view's prediction, also where a head makes it of hidden states."""
+        """The first view's prediction or, with a head and hidden states, a tensor of the prediction's shape."""
         head, first = self.rdrop_head(), views.view(predictions, 0)
         if isinstance(head, Mapping):
             return first | {name: one.like_logits(first[name]) for name, one in head.items()}
         return first if head is None else head.like_logits(first)
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
-        """Hook: what is wrong with a first batch, if anything; it is said as ``rdrop_guard`` says.
+        """Hook: what is wrong with the first batch, or None; raised or warned about according to ``rdrop_guard``.
 
         Args:
-            predictions: the K views (K, N, ...), or the hidden states of which a head makes them.
-            inputs: those of B examples, of the first view.
-            target: theirs, or None.
+            predictions: the K views (K, N, ...), or hidden states if there is a head.
+            inputs: inputs of B examples, for the first view.
+            target: their target, or None.
             part: ``"labeled"`` or ``"unlabeled"``.
 
         Raises:
-            ValueError: a target that the distance does not take.
+            ValueError: the distance does not accept the target.
         """
         ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
         if part == "unlabeled":
@@ -146,16 +146,16 @@ class Hooks(MixinBase):
 
 
 def _does_not_fit(module: Any, inputs: Any) -> str | None:
-    """Why ``forward`` cannot be called with these inputs; ``None`` where its signature takes them."""
+    """Why ``forward`` cannot be called with these inputs; ``None`` if its signature accepts them."""
     signature, named = inspect.signature(module.forward), isinstance(inputs, Mapping)
     try:
         signature.bind(**inputs) if named else signature.bind(inputs)
     except TypeError as mismatch:
-        given = f"the inputs {', '.join(map(str, inputs))} by name" if named else "one argument, the inputs"
+        given = f"the keyword arguments {', '.join(map(str, inputs))}" if named else "one argument, the inputs"
         return (
-            f"{type(module).__name__}.forward{signature} was given {given}: {mismatch}. Override its hook,\n"
+            f"{type(module).__name__}.forward{signature} was called with {given}: {mismatch}. Override the hook\n"
             "    def rdrop_predict(self, inputs):\n"
-            "        return self(...)  # what forward takes, made of inputs\n"
-            "and rdrop_unpack(self, batch) as well, where forward needs more of the batch than its inputs, as labels."
+            "        return self(...)  # the arguments of forward, taken from inputs\n"
+            "and also rdrop_unpack(self, batch), if forward needs more of the batch than the inputs, such as labels."
         )
     return None

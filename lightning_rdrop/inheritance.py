@@ -1,4 +1,4 @@
-"""What can be wrong with the bases of a class that inherits the mixin."""
+"""Checks of the bases of a class that inherits the mixin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_rdrop._lightning import LIGHTNINGS
 
 
 def require_first(cls: type, mixin: type) -> None:
-    """The mixin comes before the LightningModule.
+    """Require that the mixin comes before the LightningModule.
 
     Raises:
         TypeError: it does not.
@@ -19,13 +19,13 @@ def require_first(cls: type, mixin: type) -> None:
     if nn.Module in before:
         others = ", ".join(base.__name__ for base in cls.__bases__ if not issubclass(base, mixin))
         raise TypeError(
-            f"{cls.__name__} inherits RDropMixin after {others}, which would hide its training_step. "
+            f"{cls.__name__} inherits RDropMixin after {others}, which would override its training_step. "
             f"Put the mixin first: class {cls.__name__}(RDropMixin, {others})"
         )
 
 
 def notice_replaced_step(cls: type, mixin: type) -> None:
-    """Warn that the mixin's ``training_step`` replaces that of a base: it may have done more than the mixin's does."""
+    """Warn if the mixin's ``training_step`` replaces that of another base, which may have done more."""
     place = cls.__mro__.index(mixin)
     before, after = cls.__mro__[:place], cls.__mro__[place + 1 :]
     replaced = next((base for base in after if "training_step" in vars(base)), None)
@@ -34,8 +34,8 @@ def notice_replaced_step(cls: type, mixin: type) -> None:
     if replaced is None or own or inherited or replaced.__module__.startswith(LIGHTNINGS):
         return
     warnings.warn(
-        f"{cls.__name__}: the mixin's training_step takes the place of {replaced.__name__}.training_step, and what "
-        "that did besides the loss is not done any more. Delete it there if nothing is missing; else write a "
-        f"training_step in {cls.__name__} that begins with terms = self.rdrop_step(batch).",
+        f"{cls.__name__}: the mixin's training_step replaces {replaced.__name__}.training_step, which is no longer "
+        f"called. If you do not need it, delete it; otherwise write a training_step in {cls.__name__} that begins with "
+        "terms = self.rdrop_step(batch).",
         stacklevel=4,
     )

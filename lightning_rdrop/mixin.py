@@ -1,4 +1,4 @@
-"""RDropMixin: the one place where the loss meets Lightning."""
+"""RDropMixin: R-Drop for a LightningModule."""
 
 from __future__ import annotations
 
@@ -33,51 +33,53 @@ from lightning_rdrop.terms import Terms
 
 
 class RDropMixin(Hooks):
-    r"""Makes a LightningModule train with R-Drop: it supplies ``training_step``, the class keeps all the rest.
+    r"""Train a LightningModule with R-Drop: provides ``training_step`` and leaves everything else to your class.
 
     .. math:: \text{loss} = \text{ce} + \alpha\,\text{kl}
 
-    over K predictions of every example under K dropout masks; see :class:`~lightning_rdrop.RDropLoss` for the two
-    terms. Inherit it first, pass ``**kwargs`` on, and return logits from ``forward`` (or an object with ``.logits``).
-    It logs ``train/loss``, ``train/ce``, ``train/kl`` and ``train/alpha``; validation and prediction run once.
+    over K predictions of each example under K dropout masks; see :class:`~lightning_rdrop.RDropLoss` for the two
+    terms. Make it the first base class, pass ``**kwargs`` on, and return logits from ``forward`` (or an object with
+    ``.logits``). It logs ``train/loss``, ``train/ce``, ``train/kl`` and ``train/alpha``; validation and prediction
+    take a single pass.
 
-    A batch ``{"labeled": ..., "unlabeled": ...}``, what a ``CombinedLoader`` gives, is semi-supervised:
+    A batch ``{"labeled": ..., "unlabeled": ...}``, as from a ``CombinedLoader``, is semi-supervised:
 
     .. math:: \text{kl} = w_\text{labeled}\,\text{kl}_\text{labeled} + w\,\text{kl}_\text{unlabeled}
 
-    each a mean over its own rows, logged as ``train/kl_labeled`` and ``train/kl_unlabeled`` beside their sum. The two
-    parts are two passes; batch size, prediction and ce are those of the labelled one. See
-    :meth:`rdrop_unpack_unlabeled` for what the other may hold.
+    each a mean over its own rows, logged as ``train/kl_labeled`` and ``train/kl_unlabeled`` in addition to
+    ``train/kl``. The two parts take separate passes; batch size, prediction and ce are those of the labeled part. See
+    :meth:`rdrop_unpack_unlabeled` for what the unlabeled part may contain.
 
     Args:
-        rdrop_alpha: the weight of the consistency, >= 0; a plain attribute, which callbacks set.
-        rdrop_views: K, the predictions of an example; 1 is ordinary training. They are of the same inputs, or each of
-            its own where :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
-        rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. Several by name are
-            :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these names. A
-            checkpoint describes it: where none is given, it is rebuilt on load, or a warning says why it cannot be.
-        rdrop_passes: ``"joint"`` is one forward of K * B rows; ``"separate"`` is K forwards of B, for a model whose
-            randomness is shared by a whole batch (LayerDrop) and for batches that cannot be doubled.
-        rdrop_duplicate_at: the submodule before which the batch is doubled, so that what lies before runs once: its
-            dotted name or the end of it, several, a glob, or ``"auto"`` for the latest place before which nothing is
-            random. ``None`` doubles at the entrance. See :mod:`lightning_rdrop.late_duplication.find_split`.
-        rdrop_unlabeled_weight: w, >= 0, of all that unlabelled examples add: kl, and the regularizers that need no
-            target; a plain attribute. While it is 0 they have no pass, and training is supervised to the bit.
-        rdrop_labeled_weight: :math:`w_\text{labeled}`, >= 0, where there are unlabelled examples. With 0 the labelled
-            ones have but one pass, and plain cross-entropy, as in Su's experiments.
-        rdrop_regularizers: further terms of the loss, such as :class:`~lightning_rdrop.VAT`, each logged by its name;
-            see :class:`~lightning_rdrop.Regularizer`. ``None`` is none, or those of a checkpoint that is loaded, and an
-            empty list is none. Checkpoints describe them as they do the distance.
-        rdrop_compile_loss: compile the arithmetic of the loss, which is then faster, some ten seconds after the first
-            step begins; see :func:`~lightning_rdrop.rdrop_cross_entropy`.
-        rdrop_guard: what happens where training would be silently wrong, such as views that cannot differ because
-            dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a mode
-            changes, a p becomes 0 or is 0 no longer, or a part is unfrozen; NaN is looked for whenever the Trainer
-            logs, and at the end of each epoch.
+        rdrop_alpha: weight of the consistency term, >= 0; a plain attribute that callbacks set.
+        rdrop_views: K, the number of predictions per example; 1 is ordinary training. All use the same inputs,
+            unless :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
+        rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. A dict of distances
+            becomes :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these keys.
+            Saved in checkpoints: if not given, it is rebuilt on load, or a warning says why it cannot be.
+        rdrop_passes: ``"joint"`` is one forward pass over K * B rows; ``"separate"`` is K passes over B rows, for
+            models whose randomness is shared by the whole batch (LayerDrop) and batches that cannot be duplicated.
+        rdrop_duplicate_at: the submodule before which the batch is duplicated, so that everything before it runs once:
+            its dotted name or the end of it, several names, a glob, or ``"auto"`` for the latest point before which
+            nothing is random. ``None`` duplicates the inputs. See :mod:`lightning_rdrop.late_duplication.find_split`.
+        rdrop_unlabeled_weight: w, >= 0, the weight of everything that unlabeled examples add: kl, regularizers that
+            need no target, and the model's own losses; a plain attribute. If 0, unlabeled examples are skipped, and
+            training is bit-identical to supervised training.
+        rdrop_labeled_weight: :math:`w_\text{labeled}`, >= 0; only used with unlabeled examples. If 0, labeled examples
+            take a single pass with plain cross-entropy, as in Su's experiments.
+        rdrop_regularizers: further loss terms, such as :class:`~lightning_rdrop.VAT`, each logged under its name; see
+            :class:`~lightning_rdrop.Regularizer`. ``None`` is none, or those of a loaded checkpoint; an empty list is
+            none. Saved in checkpoints like the distance.
+        rdrop_compile_loss: compile the loss, which makes it faster; the first step takes some ten seconds longer. See
+            :func:`~lightning_rdrop.rdrop_cross_entropy`.
+        rdrop_guard: what to do if training would be silently wrong, for example if the views cannot differ because
+            dropout is off: ``"error"``, ``"warn"`` or ``"off"``. Checked on the first batch, and again when a module
+            changes its mode, a dropout probability changes from or to 0, or a part is frozen or unfrozen; NaN is
+            reported whenever the Trainer logs, and at the end of each epoch.
 
     Raises:
-        ValueError: an argument out of its range.
-        TypeError: an unknown ``rdrop_`` argument, or the mixin after LightningModule in the bases.
+        ValueError: an argument is out of range.
+        TypeError: an unknown ``rdrop_`` argument, or the mixin comes after LightningModule in the bases.
 
     Source: Liang et al. 2021, arXiv 2106.14448; Su Jianlin, spaces.ac.cn/archives/8496.
 
@@ -98,7 +100,7 @@ class RDropMixin(Hooks):
     """
 
     rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance", "rdrop_regularizers")
-    """The arguments that are modules, and no hyper-parameters."""
+    """Arguments that are modules and therefore not saved as hyperparameters."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class RDropMixin(Hooks):
             rdrop_distance = Together(rdrop_distance)
         if not isinstance(rdrop_distance, (Distance, type(None))):
             raise TypeError(
-                f"rdrop_distance must be a Distance, several by name, or None, got {rdrop_distance!r}. For a weighted "
+                f"rdrop_distance must be a Distance, a dict of such, or None, got {rdrop_distance!r}. For a weighted "
                 "cross-entropy use Categorical(weight=...); for another loss write a Distance, see docs/distances.md."
             )
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
@@ -135,11 +137,11 @@ class RDropMixin(Hooks):
         self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
-        """The number of rows over which the last step was a mean, for callbacks; None where it was none."""
+        """Rows per view that the last logged step averaged over, read by callbacks; None if it is not such a mean."""
         self.rdrop_denominators: dict[str, Tensor] = {}
-        """Those of the terms, by name; several predictions have several."""
+        """The number of rows of each term, by name; several predictions have an entry for each."""
         self.rdrop_kl: Tensor | None = None
-        """The kl of the last step that was logged, for callbacks; None before the first."""
+        """kl of the last logged step, read by callbacks; None before the first one."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
         self._rdrop_given = [name for name, value in given.items() if value is not None]
         self._rdrop_own_alpha = self.rdrop_alpha
@@ -158,25 +160,25 @@ class RDropMixin(Hooks):
 
     @property
     def rdrop_duplicate_at(self) -> str | Sequence[str] | None:
-        """Where the batch is doubled; None is at the entrance. It may be set between two steps."""
+        """The submodule before which the batch is duplicated; None duplicates the inputs. Can be set between steps."""
         return None if self._rdrop_late is None else self._rdrop_late.at
 
     @rdrop_duplicate_at.setter
     def rdrop_duplicate_at(self, at: str | Sequence[str] | None) -> None:
         if at is not None and self.rdrop_passes == "separate":
             raise ValueError(
-                f"rdrop_duplicate_at={at!r} doubles the batch of one pass, and rdrop_passes='separate' doubles none. "
-                "Give one of them."
+                f"rdrop_duplicate_at={at!r} needs one pass for all views, but rdrop_passes='separate' makes one for "
+                "each. Pass only one of them."
             )
         self._rdrop_late = None if at is None else LateDuplication(at, self.rdrop_views)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """One R-Drop step, logged."""
+        """Run one R-Drop step and log its terms."""
         if not self.automatic_optimization:
             raise TypeError(
-                "automatic_optimization is False, and the mixin's training_step makes no optimizer step, so the "
-                "weights would never change. Write a training_step of your own: terms = self.rdrop_step(batch), "
-                "self.rdrop_log(terms), self.manual_backward(terms.loss), and the steps of the optimizers."
+                "automatic_optimization is False, but the mixin's training_step does not step the optimizers, so the "
+                "weights would never change. Write your own training_step: terms = self.rdrop_step(batch), "
+                "self.rdrop_log(terms), self.manual_backward(terms.loss), and step the optimizers."
             )
         terms = self.rdrop_step(batch)
         self.rdrop_log(terms)
@@ -184,11 +186,11 @@ class RDropMixin(Hooks):
         return outputs
 
     def rdrop_step(self, batch: Any) -> Terms:
-        """The whole computation without logging, for manual optimization or a training_step of one's own.
+        """Run the whole computation without logging, for manual optimization or your own ``training_step``.
 
-        The terms carry gradients: ``loss`` is what to minimize, and ``own_loss + alpha * terms.kl`` is right as well.
-        A step that is put together otherwise has the same pieces, with guard and regularizers: :meth:`rdrop_draw`,
-        :meth:`rdrop_loss` and :meth:`rdrop_log`.
+        The terms carry gradients: minimize ``loss``, or a combination such as ``own_loss + alpha * terms.kl``. To
+        assemble a step differently, call :meth:`rdrop_draw`, :meth:`rdrop_loss` and :meth:`rdrop_log`, which include
+        the guard and the regularizers.
         """
         labeled, others = unlabeled.parts(batch)
         terms = self._rdrop_labeled(labeled) if others is None else self._rdrop_semi_supervised(labeled, others)
@@ -196,27 +198,27 @@ class RDropMixin(Hooks):
         return terms
 
     def rdrop_draw(self, inputs: Any, target: Any = None, *, part: str = "labeled", count: int | None = None) -> Any:
-        """K predictions (K, N, ...) of some inputs, each under dropout masks of its own, watched by the guard.
+        """Draw K predictions (K, N, ...), each under its own dropout masks, and let the guard check them.
 
         Args:
-            inputs: those of B examples, or :class:`~lightning_rdrop.Views` of them.
-            target: theirs, which the guard looks at on the first batch; None where there is none.
-            part: which part of a batch this is; the guard knows each by itself.
-            count: K, where it is not ``rdrop_views``.
+            inputs: inputs of B examples, or :class:`~lightning_rdrop.Views` of them.
+            target: their target, checked by the guard; None if there is none.
+            part: the part of the batch; the guard tracks each part separately.
+            count: K, if not ``rdrop_views``.
 
         Returns:
-            the predictions, in :class:`~lightning_rdrop.WithLosses` where :meth:`rdrop_predict_with_losses` gives such.
+            The predictions, as :class:`~lightning_rdrop.WithLosses` if :meth:`rdrop_predict_with_losses` returns that.
         """
         examples = self._rdrop_examples(inputs, target)
         return self._rdrop_guarded(inputs, target, examples, count or self.rdrop_views, part)
 
     def rdrop_loss(self, predictions: Any, target: Any, inputs: Any = None) -> Terms:
-        """The terms of K predictions.
+        """Compute the terms of K predictions.
 
         Args:
             predictions: shape (K, N, ...), with or without losses, from :meth:`rdrop_draw`.
             target: shape (N, ...).
-            inputs: those of the B examples, of which regularizers make their passes; without them there are none.
+            inputs: inputs of the B examples, for the regularizers; if None, these are skipped.
         """
         examples = None if inputs is None else self._rdrop_examples(inputs, target)
         terms = self._rdrop_terms(predictions, target, inputs, examples)
@@ -225,12 +227,12 @@ class RDropMixin(Hooks):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # self.log inside a compiled training_step crashes in Lightning 2.6
     def rdrop_log(self, terms: Terms) -> None:
-        """Log the terms of a step, detached, with the number of examples (never of views) as the batch size.
+        """Log the terms of a step, detached, with the number of examples (not of rows in all views) as batch size.
 
-        The values of a step are those of one rank, which takes no collective. Those of an epoch, ``train/ce_epoch``
-        and ``train/kl_epoch``, are means over the rows that counted in its batches on all ranks; with several
-        predictions those of each part are, and their sums weigh batches by their examples. With unlabelled examples kl
-        is the sum of two means, each over its own rows, and weighs batches by their labelled ones.
+        Step values are local to a rank and need no communication. Epoch values, ``train/ce_epoch`` and
+        ``train/kl_epoch``, are means over the counted rows of all batches on all ranks. With several predictions this
+        holds for each part, and their sums weight a batch by its examples. With unlabeled examples kl is the sum of two
+        means over different rows, and weights a batch by its labeled rows.
         """
         self.rdrop_rows, self.rdrop_denominators, self.rdrop_kl = terms.rows, terms.denominators(), terms.kl.detach()
         self.log("train/loss", terms.loss, batch_size=terms.examples)
@@ -239,8 +241,8 @@ class RDropMixin(Hooks):
         self._rdrop_log_means(terms, self.rdrop_distance, "train/", terms.examples)
 
     def _rdrop_log_means(self, terms: Terms, distance: Distance, prefix: str, examples: int | None) -> None:
-        """ce and kl, of the step and of the epoch, and those of the parts."""
-        ce_rows: Any = examples if terms.rows is None else terms.rows  # a tensor, which is not waited for
+        """Log ce and kl, per step and per epoch, for the whole and for each part."""
+        ce_rows: Any = examples if terms.rows is None else terms.rows  # stays a tensor: no device synchronization
         kl_rows: Any = ce_rows if terms.kl_rows is None else terms.kl_rows
         both = ((terms.ce, ce_rows), (terms.kl, kl_rows))
         for name, (value, rows) in zip(distance.term_names, both, strict=True):
@@ -252,8 +254,10 @@ class RDropMixin(Hooks):
     def save_hyperparameters(
         self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
     ) -> None:
-        """As Lightning's, without the modules among the arguments, with which a checkpoint would not load under
-        ``weights_only=True``. Where the CLI gives them, as plain configuration, they are kept."""
+        """Like Lightning's, without module arguments, which ``weights_only=True`` could not load.
+
+        Plain configuration for them, as passed by the CLI, is kept.
+        """
         current = inspect.currentframe()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", f"Attribute '({'|'.join(self.rdrop_unsaved)})'")
@@ -263,8 +267,8 @@ class RDropMixin(Hooks):
         forget_hyperparameters(self, self.rdrop_unsaved)
 
     def _rdrop_begin(self) -> None:
-        """A fit begins: what was found out in an earlier one may not hold any more."""
-        self._rdrop_own_alpha = self.rdrop_alpha  # which a callback has not set yet
+        """Forget at the start of a fit what an earlier one found out, which may no longer hold."""
+        self._rdrop_own_alpha = self.rdrop_alpha  # before a callback sets it
         self._rdrop_guard.begin()
         self._rdrop_switches = None
         if self._rdrop_late is not None:
@@ -279,15 +283,15 @@ class RDropMixin(Hooks):
         self._rdrop_guard.epoch_ends(self)
 
     def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the modules that are no hyper-parameters."""
+        """Save a description of the modules that are not hyperparameters."""
         checkpoint["rdrop"] = self._rdrop_described()
 
     def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
-        """Make again what was trained with and is not given here, and say what is another one or cannot be made."""
+        """Rebuild the saved modules that are not given here; warn about those that differ or cannot be rebuilt."""
         if "rdrop" not in checkpoint:
             rank_zero_info(
-                "The checkpoint does not say with which rdrop_distance and rdrop_regularizers it was trained: those of "
-                f"{type(self).__name__} stay, {spell(self._rdrop_described()['rdrop_distance'])} and "
+                "The checkpoint does not say which rdrop_distance and rdrop_regularizers it was trained with. Keeping "
+                f"those of {type(self).__name__}: {spell(self._rdrop_described()['rdrop_distance'])} and "
                 f"{spell(self._rdrop_described()['rdrop_regularizers'])}."
             )
         for name, saved in checkpoint.get("rdrop", {}).items():
@@ -303,15 +307,15 @@ class RDropMixin(Hooks):
                     self.rdrop_regularizers = nn.ModuleList(distinct(made, self._rdrop_logged()))
             except ValueError as error:
                 warnings.warn(
-                    f"The checkpoint was trained with {name}={spell(saved)}, which {type(self).__name__} has not now: "
-                    f"{error}. Give it to load_from_checkpoint, or to the class, if the loss is to be the same.",
+                    f"The checkpoint was trained with {name}={spell(saved)}, which {type(self).__name__} does not use "
+                    f"now: {error}. Pass it to load_from_checkpoint or to the class to train with the same loss.",
                     stacklevel=4,
                 )
             else:
-                rank_zero_info(f"Made again from the checkpoint: {name}={spell(saved)}.")
+                rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
 
     def _rdrop_take(self, distance: Distance) -> None:
-        """Measure by another distance from now on."""
+        """Use this distance from now on."""
         self.rdrop_distance = distance
 
     def _rdrop_described(self) -> dict[str, Any]:
@@ -319,7 +323,7 @@ class RDropMixin(Hooks):
         return {name: describe(part) for name, part in parts.items()}
 
     def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
-        """ce + alpha weight kl, and the regularizers; with weight 0 the examples have but one view."""
+        """ce + alpha * weight * kl and the regularizers; with weight 0 there is only one view."""
         inputs, target = self.rdrop_unpack(batch)
         examples = self._rdrop_examples(inputs, target)
         predictions = self._rdrop_guarded(inputs, target, examples, self.rdrop_views if weight else 1, "labeled")
@@ -339,8 +343,8 @@ class RDropMixin(Hooks):
     def _rdrop_semi_supervised(self, labeled: Any, others: Any) -> Terms:
         if self.rdrop_head() is not None:
             raise ValueError(
-                "A fused head makes kl and cross-entropy together, and unlabelled examples have no target for the "
-                "latter. Train without rdrop_head (fused_head=False), or without the unlabelled part."
+                "A fused head computes kl and cross-entropy together, but unlabeled examples have no target for the "
+                "latter. Train without rdrop_head (fused_head=False), or without the unlabeled part."
             )
         weight = non_negative("rdrop_unlabeled_weight", self.rdrop_unlabeled_weight)
         labeled_weight = non_negative("rdrop_labeled_weight", self.rdrop_labeled_weight)
@@ -354,14 +358,14 @@ class RDropMixin(Hooks):
         )
 
     def _rdrop_unlabeled(self, batch: Any, labeled: Terms) -> Terms | None:
-        """alpha kl of unlabelled examples, and the regularizers that need no target; None where there is neither."""
+        """alpha * kl of unlabeled examples and the regularizers that need no target; None if there is neither."""
         regularizers = [one for one in self.rdrop_regularizers if not one.uses_target]
         if self.rdrop_views == 1 and not regularizers:
             return None
         inputs, target = self.rdrop_unpack_unlabeled(batch)
         zero = torch.zeros_like(labeled.ce)
         if unlabeled.is_empty(inputs):
-            self._rdrop_pass_by("unlabeled")
+            self._rdrop_skip_part("unlabeled")
             return Terms(loss=zero, ce=zero, kl=zero, extra={str(one.name): zero for one in regularizers})
         target = unlabeled.counted(inputs, target, labeled, self.rdrop_distance)
         terms, losses = Terms(loss=zero, ce=zero, kl=zero), dict[str, Tensor]()
@@ -374,7 +378,7 @@ class RDropMixin(Hooks):
     def _rdrop_extend(
         self, terms: Terms, inputs: Any, target: Any, regularizers: Iterable[Any], losses: dict[str, Tensor]
     ) -> None:
-        """Add the weighted terms of regularizers, and the losses of the model's own, to the loss."""
+        """Add the weighted regularizers and the model's own losses to the loss."""
         for regularizer in regularizers:
             term = self._rdrop_term(regularizer, first_view(inputs), target)
             terms.loss = terms.loss + regularizer.weight * term
@@ -382,23 +386,23 @@ class RDropMixin(Hooks):
         if losses:
             own_losses.add_losses(terms, losses, self._rdrop_logged())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it differentiates inside the step
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # takes gradients inside the step
     def _rdrop_term(self, regularizer: Regularizer, inputs: Any, target: Any) -> Tensor:
         term: Tensor = regularizer(self, inputs, target).mean
         return term
 
     def _rdrop_guarded(self, inputs: Any, target: Any, examples: int, count: int, part: str) -> Any:
-        """K predictions (K, N, ...), or the hidden states of which a head makes them, under the eyes of the guard."""
+        """Draw K predictions (K, N, ...), or hidden states for a head, and let the guard check them."""
         predict = self.rdrop_predict_with_losses
         if count > 1 and self.rdrop_passes == "joint":
-            self._rdrop_part_rows(predict, inputs, examples, part)
+            self._rdrop_check_rows(predict, inputs, examples, part)
         late = self._rdrop_late if count > 1 and self._rdrop_splits(predict, inputs, part) else None
         redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, late=late)
         predictions = redraw()
         self._rdrop_watch(predictions, redraw, inputs, target, part)
         return predictions
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values, and at what changes between steps
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values, and state that changes between steps
     def _rdrop_watch(self, drawn: Any, redraw: Redraw, inputs: Any, target: Any, part: str) -> None:
         def again() -> Any:
             return own_losses.parted(redraw())[0]
@@ -410,36 +414,36 @@ class RDropMixin(Hooks):
         if self.rdrop_guard != "off" and part == "labeled" and target is not None:
             self._rdrop_guard.note_target(self, self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it talks to the other ranks
-    def _rdrop_pass_by(self, part: str) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # communicates with other ranks
+    def _rdrop_skip_part(self, part: str) -> None:
         must_differ = self._rdrop_must_differ(self.rdrop_views)
         self._rdrop_guard.pass_by(self, part, self._rdrop_own_switches(), must_differ=must_differ)
 
     def _rdrop_must_differ(self, count: int) -> bool:
-        """Whether equal views are a fault: with alpha = 0 on purpose, they cost nothing but time."""
+        """Whether equal views are an error; if alpha is 0 on purpose, they only waste time."""
         return count > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it keeps tensors of many steps
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # keeps tensors of many steps
     def rdrop_note(self, kl: Tensor, ce: Tensor | None = None) -> None:
-        """Let the guard note the distance of the views in a step; ``rdrop_step`` and ``rdrop_loss`` do so.
+        """Pass the distance between the views to the guard, as ``rdrop_step`` and ``rdrop_loss`` do in each step.
 
         Args:
-            kl: 0 where the views are equal.
-            ce: the task loss, beside which kl should not be negligible; None where it may be.
+            kl: kl, or another distance that is 0 if the views are equal.
+            ce: the task loss, compared to which kl should not be negligible; None if it may be.
         """
         self._rdrop_guard.note(kl, ce)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at values
-    def _rdrop_part_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values
+    def _rdrop_check_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
         self._rdrop_guard.part_rows(self, predict, inputs, examples, part=part)
 
     def _rdrop_splits(self, predict: Any, inputs: Any, part: str) -> bool:
-        """Whether the batch is doubled elsewhere than at the entrance."""
+        """Whether the batch is duplicated inside the network."""
         if self._rdrop_late is None:
             return False
 
         def decide(decision: bool) -> bool:
-            # another rank may have no unlabelled example, and then does not look for a split
+            # a rank without unlabeled examples does not search for a split
             alone = part != "labeled" and not passes_meet(self)
             return decision if alone else on_all_ranks(self, decision)
 
@@ -448,14 +452,14 @@ class RDropMixin(Hooks):
             rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
             if split.shared and self.rdrop_guard != "off":
                 warnings.warn(
-                    f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split.shared} lies before it and is random, and "
-                    "what it drops, it drops in all views alike. Double before it, or put it into eval mode.",
+                    f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split.shared} runs before it and is random, so "
+                    "all views share its dropout mask. Duplicate before it, or put it into eval mode.",
                     stacklevel=3,
                 )
         return split is not None
 
     def _rdrop_examples(self, inputs: Any, target: Any) -> int:
-        """B. Separate passes take inputs whose examples cannot be told, and then the target tells."""
+        """B; with separate passes, whose inputs may be of any type, that of the target, or 0 without one."""
         if self.rdrop_passes == "joint":
             return views.batch_size(inputs, target)
         return 0 if target is None else views.batch_size(target)
@@ -467,14 +471,14 @@ class RDropMixin(Hooks):
     def _rdrop_logged(self) -> set[str]:
         return {"loss", "alpha", *self.rdrop_distance.term_names}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph that read it would be made anew for each alpha
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # reading it inside the graph would recompile for every alpha
     def _rdrop_checked_alpha(self) -> float:
         return non_negative("rdrop_alpha", self.rdrop_alpha)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # three graphs of nothing but a detach
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be three graphs with only a detach
 def _outputs(terms: Terms) -> dict[str, Any]:
-    """What a training_step hands to callbacks: nothing but the loss keeps the graph."""
+    """What ``training_step`` returns to callbacks; only the loss keeps its graph."""
     others = {"ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
     return {"loss": terms.loss} | {name: map_tensors(value, Tensor.detach) for name, value in others.items()}
 
@@ -484,5 +488,5 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     for name in kwargs:
         if name.startswith("rdrop"):
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
+            hint = f"Did you mean {near[0]}?" if near else f"The arguments are {', '.join(known)}."
             raise TypeError(f"RDropMixin has no argument {name}. {hint}")

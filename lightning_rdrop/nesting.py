@@ -1,4 +1,4 @@
-"""Containers, as batches and predictions are made of: what is in them, and others of the same type."""
+"""Nested containers, such as batches and predictions: read their parts, and rebuild them with other parts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-ATOMS = (*CONSTANTS, Tensor, PackedSequence)  # never looked into, although some are tuples
+ATOMS = (*CONSTANTS, Tensor, PackedSequence)  # leaves, although some are tuples
 
 
 def parts_of(value: Any) -> dict[Any, Any] | None:
-    """What a container holds, by key, index or attribute; None for anything that is no known container."""
+    """The parts of a container by key, index or attribute; None if it is not a known container."""
     if isinstance(value, ATOMS):
         return None
     if isinstance(value, (dict, UserDict)):
@@ -25,14 +25,14 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, (list, tuple)):
         return dict(enumerate(value))
     if has_attributes(value):
-        # attributes that __post_init__ or a cached property derived from the fields have rows, too
+        # attributes derived by __post_init__ or a cached property have rows as well
         names = [field.name for field in dataclasses.fields(value)] + list(getattr(value, "__dict__", ()))
         return {name: getattr(value, name) for name in dict.fromkeys(names) if hasattr(value, name)}
     return None
 
 
 def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
-    """A new container of the same type, with these parts."""
+    """A new container of the same type with these parts."""
     if type(value) is dict:  # torch.compile cannot trace copy.copy of a dict
         return parts
     if isinstance(value, (list, tuple)):
@@ -47,7 +47,7 @@ def with_parts(value: Any, parts: dict[Any, Any]) -> Any:
 
 
 def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in a container, at any depth, with the keys that lead to it.
+    """Every tensor in a container, at any depth, with its path of keys.
 
     Example:
         >>> [path for path, _ in tensors_of({"x": [torch.ones(2), 3.0], "y": torch.ones(2)})]
@@ -61,7 +61,7 @@ def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with every tensor changed; a single tensor is changed itself.
+    """Apply a function to every tensor in a container, or to a single tensor.
 
     Example:
         >>> map_tensors({"x": torch.ones(1), "name": "a"}, lambda tensor: tensor + 1)
@@ -74,5 +74,5 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def has_attributes(value: Any) -> bool:
-    """Whether the parts of a value are its attributes; a ModelOutput is a dataclass, but used as a dict."""
+    """Whether the parts of a value are its attributes. A ModelOutput is a dataclass but used as a dict."""
     return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict, UserDict))

@@ -1,4 +1,4 @@
-"""Losses that a model makes itself, such as the load balancing of a mixture of experts."""
+"""Losses that a model computes itself, such as load balancing in a mixture of experts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from lightning_rdrop.terms import Terms
 
 @dataclass
 class WithLosses:
-    r"""A prediction, and losses that the model makes itself: what ``rdrop_predict_with_losses`` returns.
+    r"""A prediction and losses that the model computes itself, returned by ``rdrop_predict_with_losses``.
 
     .. math:: \text{loss} = \text{ce} + \alpha\,\text{kl} + \sum_i \text{loss}_i
 
-    each the mean over the views where they are predicted in passes of their own, and logged by its name as
-    ``train/<name>``.
+    Each is averaged over the views if they are predicted in separate passes, and logged as ``train/<name>``.
 
     Args:
-        prediction: (N, ...), what the distance takes.
-        losses: by name, each already multiplied with its weight; a mean over the rows of the pass, a scalar tensor.
+        prediction: (N, ...), as for the distance.
+        losses: by name; each a mean over the rows of the pass, already multiplied by its weight, a scalar tensor.
     """
 
     prediction: Any
@@ -31,23 +30,23 @@ class WithLosses:
 
 
 def parted(predictions: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The predictions alone, and the losses that came with them."""
+    """Separate predictions from the losses that come with them."""
     if isinstance(predictions, WithLosses):
         return predictions.prediction, predictions.losses
     return predictions, {}
 
 
 def add_losses(terms: Terms, losses: dict[str, Tensor], taken: Collection[str] = ()) -> None:
-    """Add losses, of one pass or (K,) of several, to the loss, and to what is logged.
+    """Add losses, scalars or (K,) from K passes, to the loss and to the logged values, in place.
 
     Args:
-        terms: those of the predictions that came with them.
+        terms: terms of the predictions that the losses come with.
         losses: by name.
-        taken: the names under which other values are logged.
+        taken: names under which other values are logged.
 
     Raises:
-        TypeError: one is no tensor.
-        ValueError: its name is taken.
+        TypeError: a loss is not a tensor.
+        ValueError: a name is taken.
 
     Example:
         >>> from torch import tensor
@@ -58,7 +57,7 @@ def add_losses(terms: Terms, losses: dict[str, Tensor], taken: Collection[str] =
     """
     for name, loss in losses.items():
         if name in terms.extra or name in taken:
-            raise ValueError(f"losses: train/{name} would be logged twice. Give the loss another name than {name!r}.")
+            raise ValueError(f"losses: train/{name} would be logged twice. Rename the loss {name!r}.")
         mean = arguments.tensor(f"losses[{name!r}]", loss).mean()
         terms.loss = terms.loss + mean
         terms.extra[name] = mean.detach()

@@ -1,4 +1,4 @@
-"""Forward passes that leave a network as it was."""
+"""Forward passes without side effects on the network."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_rdrop._compat import eagerly
 
 @contextmanager
 def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context without gradients and logs, after which modes, buffers and random states are what they were.
+    """Context without gradients and logging that restores modes, buffers and random states on exit.
 
-    The random states are torch's, Python's and numpy's. What ``forward`` itself keeps elsewhere stays changed: a
-    counter, a list, a torchmetrics metric that it updates.
+    The random states are those of torch, Python and numpy. Other state that ``forward`` changes is not restored, such
+    as a counter, a list or a torchmetrics metric.
 
     Args:
-        network: whose modes and buffers are restored.
-        device: of the inputs, whose random state is restored along with the CPU's.
+        network: the network whose modes and buffers are restored.
+        device: the device of the inputs, whose random state is restored along with the CPU's.
 
     Example:
         >>> network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
@@ -34,7 +34,7 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in network.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it hands nested tensors to submodules, and cuts padding off
+    torch.backends.mha.set_fastpath_enabled(False)  # it passes nested tensors to submodules and drops padding
     with ExitStack() as stack:
         stack.enter_context(eagerly())
         stack.enter_context(torch.no_grad())
@@ -45,18 +45,18 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            torch.clear_autocast_cache()  # torch 2.6 would go on with weights that were cast here, without gradients
+            torch.clear_autocast_cache()  # torch 2.6 would reuse weights cast here, which have no gradient
             for module, mode in modes:
                 module.training = mode
 
 
 def random_states(device: torch.device) -> Callable[[], None]:
-    """Keep the random states of torch, Python and numpy; the function that is returned puts them back.
+    """Save the random states of torch, Python and numpy, and return a function that restores them.
 
-    Numpy's is kept where anyone has imported it: SpecAugment draws from it.
+    Numpy's is saved if numpy has been imported: SpecAugment uses it.
 
     Args:
-        device: whose state is kept along with the CPU's.
+        device: the device whose state is saved along with the CPU's.
 
     Example:
         >>> put_back = random_states(torch.device("cpu"))
@@ -83,7 +83,7 @@ def random_states(device: torch.device) -> Callable[[], None]:
 
 @contextmanager
 def buffers_aside(network: nn.Module) -> Iterator[None]:
-    """A context in which buffers are replaced by copies: the originals may be part of a graph, and stay unwritten."""
+    """Context that replaces buffers by copies, because a graph may need the originals unchanged."""
     kept = [(module, dict(module._buffers)) for module in network.modules() if module._buffers]
     try:
         for module, buffers in kept:
@@ -96,11 +96,7 @@ def buffers_aside(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unlogged(network: nn.Module) -> Iterator[None]:
-    """A context in which nothing is logged of what a LightningModule logs in its ``forward``.
-
-    Args:
-        network: the module; those inside of it are silent, too.
-    """
+    """Context in which ``log`` and ``log_dict`` of the network and its submodules do nothing."""
     attributes = [vars(module) for module in network.modules() if hasattr(module, "log_dict")]
     names = {"log", "log_dict"}
     kept = [{name: own[name] for name in names & own.keys()} for own in attributes]
@@ -116,4 +112,4 @@ def unlogged(network: nn.Module) -> Iterator[None]:
 
 
 def _no_log(*_: Any, **__: Any) -> None:
-    """In the place of ``log`` and ``log_dict``."""
+    """Replaces ``log`` and ``log_dict``."""

@@ -1,4 +1,4 @@
-"""SimCSE: a sentence is distinguished from the others of the batch by its second view, or by a positive of the data."""
+"""SimCSE: contrastive learning of sentence embeddings, with a second view or a labeled positive as counterpart."""
 
 from __future__ import annotations
 
@@ -28,40 +28,38 @@ _FIXED = (
     "rdrop_labeled_weight",
     "rdrop_regularizers",
 )
-"""The arguments of the mixin that set what this loss has not."""
+"""The arguments of RDropMixin that do not apply to this loss."""
 
 
 class SimCSEMixin(RDropMixin):
-    r"""Makes a LightningModule learn embeddings by SimCSE, from the two views that R-Drop compares.
+    r"""Train a LightningModule with SimCSE: it learns embeddings from two views under different dropout masks.
 
     .. math:: \text{loss} = \operatorname*{mean}_i -\log
         \frac{e^{\cos(f_i, f'_i) / \tau}}{\sum_j e^{\cos(f_i, f'_j) / \tau}}
 
     with f and f' the embeddings of the same inputs under two dropout masks, and j over the batches of all ranks. It
-    logs ``train/loss``, ``train/alignment`` and ``train/uniformity``. Batches are those that
-    :meth:`~lightning_rdrop.RDropMixin.rdrop_unpack_unlabeled` reads, so labels may be there and are ignored. Hooks,
-    guard and passes are those of R-Drop, ``forward`` returns embeddings; there is no alpha, no distance, and no
-    regularizer.
+    logs ``train/loss``, ``train/alignment`` and ``train/uniformity``. ``forward`` returns embeddings. Batches are read
+    by :meth:`~lightning_rdrop.RDropMixin.rdrop_unpack_unlabeled`, so they may have labels, which are ignored. Hooks,
+    guard and passes are those of R-Drop; there is no alpha, distance or regularizer.
 
-    Supervised SimCSE has positives, and hard negatives if there are any, of its own. They come with the batch: return
+    For supervised SimCSE, with positives and optional hard negatives in the batch, return
     :class:`~lightning_rdrop.Views` ``(anchor, positive)`` or ``(anchor, positive, negative)`` from
     ``rdrop_unpack_unlabeled``. The sum is then over both, :math:`\sum_j (e^{\cos(f_i, f^+_j) / \tau} +
-    e^{\cos(f_i, f^-_j) / \tau})`, and over every further negative.
+    e^{\cos(f_i, f^-_j) / \tau})`, and over any further negatives.
 
     Args:
         simcse_temperature: :math:`\tau`, > 0.
-        rdrop: ``rdrop_passes`` and ``rdrop_guard`` of :class:`~lightning_rdrop.RDropMixin`.
+        kwargs: ``rdrop_passes``, ``rdrop_duplicate_at`` and ``rdrop_guard`` of :class:`~lightning_rdrop.RDropMixin`.
 
     Shapes:
-        embeddings (B, D); every rank has the same B, as with Lightning's sampler, and a loader that drops its last
-        batch.
+        Embeddings (B, D). B must be the same on all ranks, as with Lightning's sampler and ``drop_last=True``.
 
     Raises:
-        ValueError: an argument out of its range, embeddings of another shape, or no second example to compare with.
-        TypeError: an argument of R-Drop that SimCSE has no use for, such as ``rdrop_alpha``.
+        ValueError: an argument is out of range, embeddings have another shape, or there is no second example.
+        TypeError: an argument of R-Drop that does not apply to SimCSE, such as ``rdrop_alpha``.
 
-    Source: Gao et al. 2021, arXiv 2104.08821, equations 4 and 5. Without their additional layer, which only training
-    has.
+    Source: Gao et al. 2021, arXiv 2104.08821, equations 4 and 5, without their extra layer that is only used in
+    training.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -79,11 +77,11 @@ class SimCSEMixin(RDropMixin):
     def __init__(self, *args: Any, simcse_temperature: float = 0.05, **kwargs: Any) -> None:
         if fixed := [name for name in _FIXED if name in kwargs]:
             raise TypeError(
-                f"{fixed[0]}={kwargs[fixed[0]]!r} has no place in {type(self).__name__}: SimCSE has two views, and no "
-                "alpha, distance, labelled part or regularizer. Leave it out; simcse_temperature, rdrop_passes, "
-                "rdrop_duplicate_at and rdrop_guard are there."
+                f"{fixed[0]}={kwargs[fixed[0]]!r} does not apply to {type(self).__name__}: SimCSE has two views, and "
+                "no alpha, distance, labeled part or regularizer. Remove it; the arguments are simcse_temperature, "
+                "rdrop_passes, rdrop_duplicate_at and rdrop_guard."
             )
-        # given here, they are no arguments of the subclass: what they set has no place in this loss
+        # passed here so that they are not arguments of the subclass
         super().__init__(
             *args,
             rdrop_alpha=1.0,
@@ -99,13 +97,13 @@ class SimCSEMixin(RDropMixin):
             raise ValueError("simcse_temperature must be > 0 (0.05 is the default), got 0.")
 
     def rdrop_step(self, batch: Any) -> Terms:
-        """The whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` 0."""
+        """Run the whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` is 0."""
         inputs, others = self.rdrop_unpack_unlabeled(batch)
         count = max(2, len(inputs.inputs)) if isinstance(inputs, Views) else 2
         embeddings, losses = parted(self.rdrop_draw(inputs, others, part="unlabeled", count=count))
         if embeddings.dim() != 3:
             shape = tuple(embeddings.shape[1:])
-            raise ValueError(f"SimCSE compares embeddings (B, D), and forward returned the shape {shape}.")
+            raise ValueError(f"SimCSE compares embeddings (B, D), but forward returned the shape {shape}.")
         first = embeddings[0]
         candidates, rank = self._gathered(embeddings[1:])
         loss = info_nce(first, candidates, self.simcse_temperature, offset=rank * len(first))
@@ -123,43 +121,43 @@ class SimCSEMixin(RDropMixin):
         return terms
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
-        """A first batch of one example has no other to compare with (a last one may be so), and a pair no label."""
+        """Hook: refuse a first batch with a single example, or with a pair instead of :class:`Views`."""
         if len(predictions) == 2 and predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
-            return "SimCSE distinguishes an example from the others of its batch, which has only one: batch_size=1."
+            return "SimCSE distinguishes an example from the others in its batch, but it has only one: batch_size=1."
         if _alike(inputs, target):
             return (
-                "The batch is a pair whose second part is like the first, an anchor and its positive, and "
-                "unsupervised SimCSE would ignore the second. Return Views(anchor, positive) from "
-                "rdrop_unpack_unlabeled for supervised SimCSE. Give the anchors alone, or both as examples of one "
-                "batch, for the unsupervised."
+                "The batch is a pair of parts with the same shapes, such as an anchor and its positive, and "
+                "unsupervised SimCSE would ignore the second. For supervised SimCSE, return Views(anchor, positive) "
+                "from rdrop_unpack_unlabeled; for unsupervised SimCSE, only the anchors, or both as examples of one "
+                "batch."
             )
         return fed_its_source(self, inputs)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as for the log of R-Drop
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as in RDropMixin.rdrop_log
     def rdrop_log(self, terms: Terms) -> None:
         """Log the loss, the alignment and the uniformity."""
         for name, value in ({"loss": terms.loss} | terms.extra).items():
             self.log(f"train/{name}", value, prog_bar=name != "loss", batch_size=terms.examples)
 
     def _gathered(self, others: Tensor) -> tuple[Tensor, int]:
-        """The other views (K - 1, B, D) of all ranks, view after view, with their gradients, and this rank's number."""
+        """The other views (K - 1, B, D) of all ranks, view after view, with gradients, and the index of this rank."""
         trainer = trainer_of(self)
         if trainer is None or trainer.world_size == 1:
             return others.flatten(0, 1), 0
-        # On the way back the gradients of all ranks are summed, and DDP divides them by W, as it does the loss of
-        # each rank: the result is the gradient of the mean over the joined batch, with no factor to be added.
+        # The backward pass sums the gradients of all ranks, and DDP divides them by W, as it does the loss of each
+        # rank: the result is the gradient of the mean over the joined batch, without any further factor.
         gathered: Any = self.all_gather(others, sync_grads=True)
         return gathered.transpose(0, 1).flatten(0, 2), trainer.global_rank
 
 
 def _alike(inputs: Any, others: Any) -> bool:
-    """Whether both have the same tensors, which are more than a number for each example."""
+    """Whether both have the same tensor shapes, with more than one number per example."""
     shapes = [{path: tensor.shape for path, tensor in tensors_of(part)} for part in (inputs, others)]
     return shapes[0] == shapes[1] and any(len(shape) > 1 for shape in shapes[0].values())
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset: int = 0) -> Tensor:
-    r"""How well its counterpart distinguishes each embedding from all others, hard negatives included.
+    r"""The InfoNCE loss: a cross-entropy that picks the counterpart of each embedding among all candidates.
 
     .. math:: \operatorname*{mean}_i -\log \frac{e^{\cos(f_i, f'_i) / \tau}}{\sum_j e^{\cos(f_i, f'_j) / \tau}}
 
@@ -176,7 +174,7 @@ def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset
         tensor(0.3133)
     """
     first, second = _unit(first), _unit(second)
-    with torch.autocast(first.device.type, enabled=False):  # cosines / 0.05 in half precision would be 0.1 apart
+    with torch.autocast(first.device.type, enabled=False):  # in half precision, cosines / 0.05 would have steps of 0.1
         logits = first @ second.T / temperature
     return F.cross_entropy(logits, offset + torch.arange(len(first), device=first.device))
 
@@ -196,7 +194,7 @@ def alignment(first: Tensor, second: Tensor) -> Tensor:
 def uniformity(embeddings: Tensor) -> Tensor:
     r"""How evenly embeddings (N, D) fill the unit sphere: log of the mean of :math:`e^{-2\|f_i - f_j\|^2}` over pairs.
 
-    It is 0 where all are the same, or where there is but one, and the lower the better.
+    Lower is better. It is 0 if all embeddings are equal, or if there is only one.
 
     Source: Wang & Isola 2020, arXiv 2005.10242, with their t = 2.
 
@@ -210,13 +208,13 @@ def uniformity(embeddings: Tensor) -> Tensor:
 
 
 def pool(hidden_states: Sequence[Tensor], attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """A sentence's embedding out of its tokens'.
+    """Pool the hidden states of the tokens into sentence embeddings (B, D).
 
     Args:
-        hidden_states: those of the embedding layer and of every layer after it, each (B, T, D).
-        attention_mask: (B, T), 0 at padding; None is no padding.
+        hidden_states: outputs of the embedding layer and of every layer after it, each (B, T, D).
+        attention_mask: (B, T), 0 at padding; None means no padding.
         pooling: ``"cls"`` is the first token of the last layer, ``"mean"`` the mean over the tokens of the last layer,
-            ``"first-last-average"`` the mean over tokens of the first and the last layer together.
+            ``"first-last-average"`` the mean over the tokens of the first and the last layer.
 
     Source: Gao et al. 2021, arXiv 2104.08821, table 6; Su et al. 2021, arXiv 2103.15316, for the first and last layer.
 

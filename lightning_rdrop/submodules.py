@@ -1,4 +1,4 @@
-"""The submodules of a user's module by name."""
+"""Look up the submodules of a user's module by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def named(network: nn.Module) -> dict[str, nn.Module]:
-    """Every submodule except the network itself and what the mixin adds to it.
+    """Every submodule except the network itself and those that the mixin adds.
 
     Example:
         >>> list(named(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
@@ -20,15 +20,15 @@ def named(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def matching(argument: str, network: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The full names of the submodules that patterns stand for.
+    """The full names of the submodules that match some patterns.
 
     Args:
-        argument: which the patterns were given as, for the message.
-        network: in which they are looked for.
+        argument: the name of the argument with the patterns, for the message.
+        network: the network to search.
         patterns: dotted names, or the ends of such; with ``*``, ``?`` or ``[``, globs, each of which may match several.
 
     Raises:
-        ValueError: a pattern that matches nothing, or a name that is the end of several.
+        ValueError: a pattern matches nothing, or a name matches several submodules.
 
     Example:
         >>> matching("at", nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU())), ["1.*"])
@@ -46,7 +46,7 @@ def matching(argument: str, network: nn.Module, patterns: Sequence[str]) -> list
             raise unknown(argument, pattern, network, names)
         if len(fitting) > 1 and not any(sign in pattern for sign in "*?["):
             raise ValueError(
-                f"{argument}={pattern!r} could be {', '.join(fitting)}: give more of the name, or a list of names to "
+                f"{argument}={pattern!r} matches {', '.join(fitting)}: use a longer name, or a list of names to "
                 "choose several."
             )
         found += fitting
@@ -54,20 +54,20 @@ def matching(argument: str, network: nn.Module, patterns: Sequence[str]) -> list
 
 
 def unknown(argument: str, name: str, network: nn.Module, names: Iterable[str]) -> ValueError:
-    """The error for a name that is none of ``names``, with the nearest of them.
+    """The error for a name that is not in ``names``, with the closest of them.
 
     Example:
         >>> print(unknown("at", "embeding", nn.Linear(2, 2), ["embedding", "head"]))
-        at='embeding' is no submodule of Linear. Did you mean embedding?
+        at='embeding' is not a submodule of Linear. Did you mean embedding?
     """
     names = list(names)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(names[:5])}, ..."
-    return ValueError(f"{argument}={name!r} is no submodule of {type(network).__name__}. {hint}")
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Its submodules are {', '.join(names[:5])}, ..."
+    return ValueError(f"{argument}={name!r} is not a submodule of {type(network).__name__}. {hint}")
 
 
 def few(names: Iterable[str]) -> str:
-    """At most five names, and how many more there are.
+    """At most five of the names, and the number of further ones.
 
     Example:
         >>> few("abcdefg")

@@ -1,4 +1,4 @@
-"""What flows between the rooms: a sum that remembers its weight, and the terms of a loss."""
+"""Weighted means that can be added exactly, and the terms of a loss."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Average:
-    r"""A weighted mean that is kept as its sum and its weight, so that averages can be added exactly.
+    r"""A weighted mean, stored as a sum and a weight so that averages can be added exactly.
 
     .. math:: \text{mean} = \frac{\sum_i w_i x_i}{\sum_i w_i}
 
-    The sum of the averages of two micro-batches, or of two ranks, is the average over the rows of both. The mean of
-    their means is not, unless both count equally many rows.
+    Adding the averages of two micro-batches, or of two ranks, gives the average over the rows of both. The mean of
+    their means does not, unless both have the same number of rows.
 
     Args:
         total: the weighted sum, a scalar tensor; it carries the gradient.
         weight: the sum of the weights, a scalar tensor.
-        rows: the summands of both, (N, ...) each, which :meth:`weighted` weighs; None if they are not kept.
+        rows: the summands of both, (N, ...) each, needed by :meth:`weighted`; None if they are not kept.
 
     Example:
         >>> from torch import tensor
@@ -29,7 +29,7 @@ class Average:
         >>> one = Average(tensor(10.0), tensor(1.0))
         >>> (three + one).mean
         tensor(4.)
-        >>> Average(tensor(0.0), tensor(0.0)).mean  # no row counts: nothing to learn, and no NaN
+        >>> Average(tensor(0.0), tensor(0.0)).mean  # no row counts: 0 instead of NaN
         tensor(0.)
     """
 
@@ -39,14 +39,14 @@ class Average:
 
     @classmethod
     def of(cls, values: Tensor, counted: Tensor | None = None) -> Average:
-        """The plain mean of some values, or of those that count, in float32 or better.
+        """The unweighted mean of values, or of those that count, in float32 or better.
 
         Args:
             values: one for each row, any shape.
             counted: same shape, a bool mask of the rows that count; None if all do.
 
         Raises:
-            ValueError: a mask of another shape; nothing broadcasts here.
+            ValueError: the mask has another shape; it is not broadcast.
 
         Example:
             >>> Average.of(torch.tensor([1.0, 2.0, 6.0]))
@@ -64,17 +64,17 @@ class Average:
 
     @classmethod
     def over(cls, totals: Tensor, weights: Tensor) -> Average:
-        """The mean over rows which are weighted already, as a cross-entropy is that has class weights.
+        """The mean over rows that are already weighted, such as a cross-entropy with class weights.
 
         Args:
             totals: the value of each row times its weight, any shape.
             weights: same shape.
 
         Raises:
-            ValueError: weights of another shape; nothing broadcasts here.
+            ValueError: the weights have another shape; they are not broadcast.
 
         Example:
-            >>> Average.over(torch.tensor([1.0, 8.0]), torch.tensor([1.0, 2.0])).mean  # of 1 and 4, which counts twice
+            >>> Average.over(torch.tensor([1.0, 8.0]), torch.tensor([1.0, 2.0])).mean  # of 1 and 4, weights 1 and 2
             tensor(3.)
         """
         _check_shape("weights", weights, "totals", totals)
@@ -82,14 +82,14 @@ class Average:
         return cls(totals.sum(), weights.sum(), (totals, weights))
 
     def weighted(self, weight: Tensor) -> Average:
-        """The same rows, of which each counts as often as its weight says; one with weight 0 is not looked at.
+        """The same rows, each multiplied by a further weight; rows with weight 0 are ignored, even if not finite.
 
         Args:
-            weight: shape (N,), or further dimensions of the rows, such as a weight for each token.
+            weight: shape (N,), or with further dimensions of the rows, such as one weight per token.
 
         Raises:
             TypeError: this average has not kept its rows.
-            ValueError: a weight of another shape.
+            ValueError: the weight has another shape.
 
         Example:
             >>> average = Average.of(torch.tensor([1.0, 2.0, 6.0]))
@@ -98,8 +98,8 @@ class Average:
         """
         if self.rows is None:
             raise TypeError(
-                "This average has kept nothing but its sums, so its rows cannot be weighted. Make it by Average.of or "
-                "Average.over; of Together's parts each has a weight of its own: {'name': Weighted(...)}."
+                "This average has only kept its sums, so its rows cannot be weighted. Create it with Average.of or "
+                "Average.over; with Together, weight each part separately: {'name': Weighted(...)}."
             )
         totals, weights = self.rows
         weight = fitted(weight.to(totals), totals.shape)
@@ -107,7 +107,7 @@ class Average:
 
     @property
     def mean(self) -> Tensor:
-        """``total / weight``; 0, with gradient 0, where no row counts."""
+        """``total / weight``; 0, with gradient 0, if no row counts."""
         return self.total / torch.where(self.weight == 0, torch.ones_like(self.weight), self.weight)
 
     def __add__(self, other: Average) -> Average:
@@ -116,25 +116,25 @@ class Average:
 
 @dataclass
 class Terms:
-    """The loss of one batch and what it is made of.
+    """The loss of one batch and its terms.
 
-    ``loss``, ``ce``, ``kl`` and ``prediction`` carry gradients, so that a loss of one's own can be made of them, as in
-    ``own_loss + alpha * terms.kl``. The gradient of ``loss`` is ready when it is asked for; those of ``ce`` and ``kl``
-    take another look at the logits then, and cost nothing where nobody asks. Detach what outlives the step: a term
-    that carries a gradient keeps the activations of its step in memory.
+    ``loss``, ``ce``, ``kl`` and ``prediction`` carry gradients, so you can build your own loss from them, such as
+    ``own_loss + alpha * terms.kl``. The gradient of ``loss`` is usually computed in the forward pass; those of
+    ``ce`` and ``kl`` take another pass over the logits, but only if they are used. Detach what outlives the step: a
+    term with a gradient keeps the activations of its step in memory.
 
     Args:
-        loss: ``ce + alpha * kl``, and the weighted terms of regularizers; a scalar tensor.
+        loss: ``ce + alpha * kl`` plus the weighted regularizers; a scalar tensor.
         ce: the task loss, a mean over the rows of all views; a scalar tensor.
         kl: the consistency of the views, a mean over the same rows; a scalar tensor.
-        prediction: the first view's prediction, so that a training metric needs no further forward.
-        rows: n, the number of rows of a view that count, over which both terms are means; a scalar tensor. None if
+        prediction: the first view's prediction, so that training metrics need no further forward pass.
+        rows: n, the number of counted rows per view, over which both terms are means; a scalar tensor. None if
             the loss is not a per-row mean.
-        kl_rows: that of kl, where it may be another one than that of ce, which ``rows`` is then.
-        examples: B, the number of examples of the batch (not of its views): the batch size to log with.
-        extra: what else is logged, by name: the terms of regularizers, without their weights, and the parts of a
-            semi-supervised kl; detached.
-        parts: the terms of several predictions by name, of which these are the weighted sums; see
+        kl_rows: the number of rows of kl, if it may differ from that of ce; then ``rows`` is that of ce.
+        examples: B, the number of examples in the batch (not of rows in all views), the batch size for logging.
+        extra: further values to log by name, detached: regularizers without their weights, the model's own losses,
+            and the parts of a semi-supervised kl.
+        parts: the terms of several predictions by name; the terms above are their weighted sums. See
             :class:`~lightning_rdrop.Together`.
     """
 
@@ -150,13 +150,13 @@ class Terms:
 
     @classmethod
     def of(cls, task: Average, between: Average, alpha: float | Tensor, **others: Any) -> Terms:
-        r"""The loss, :math:`\text{ce} + \alpha\,\text{kl}`, of what its terms are means of.
+        r"""Compute the terms, with loss :math:`\text{ce} + \alpha\,\text{kl}`, from two averages.
 
         Args:
-            task: D of the target and the predictions of all views.
-            between: D between the views, over all pairs of them. It is halved here, and nowhere else.
+            task: D between the target and the predictions of all views.
+            between: D between the views, over all pairs. It is halved here and nowhere else.
             alpha: the weight of kl.
-            others: ``prediction``, ``rows`` and so on, as they are.
+            others: further fields, such as ``prediction`` and ``rows``.
 
         Example:
             >>> from torch import tensor
@@ -167,7 +167,7 @@ class Terms:
         return cls(combined(ce, kl, alpha), ce, kl, **others)
 
     def denominators(self) -> dict[str, Tensor]:
-        """The number of rows over which each term is a mean, by its name; none if one is not a per-row mean.
+        """The number of rows that each term is averaged over, by name; empty if a term is not a per-row mean.
 
         Example:
             >>> from torch import tensor
@@ -186,14 +186,14 @@ class Terms:
 
 
 def fitted(weight: Tensor, shape: torch.Size) -> Tensor:
-    """A weight that broadcasts over rows of a shape (N, ...).
+    """Reshape a weight so that it broadcasts over rows of a shape (N, ...).
 
     Args:
-        weight: shape (N,), or further dimensions of the rows.
-        shape: that of the rows.
+        weight: shape (N,), or with further dimensions of the rows.
+        shape: the shape of the rows.
 
     Raises:
-        ValueError: a weight of another shape.
+        ValueError: the weight has another shape.
 
     Example:
         >>> fitted(torch.ones(4), torch.Size([4, 6])).shape
@@ -201,14 +201,14 @@ def fitted(weight: Tensor, shape: torch.Size) -> Tensor:
     """
     if not 1 <= weight.dim() <= len(shape) or weight.shape != shape[: weight.dim()]:
         raise ValueError(
-            f"A weight of shape {tuple(weight.shape)} does not fit rows of shape {tuple(shape)}: give one for each "
+            f"A weight of shape {tuple(weight.shape)} does not fit rows of shape {tuple(shape)}: pass one for each "
             f"example, ({shape[0] if shape else 1},), or for each row."
         )
     return weight[(..., *[None] * (len(shape) - weight.dim()))]
 
 
 def combined(ce: Tensor, kl: Tensor, alpha: float | Tensor) -> Tensor:
-    """``ce + alpha * kl``, and ce alone where kl is switched off, however far apart the views are.
+    """``ce + alpha * kl``, or only ce if alpha is 0, even if kl is infinite.
 
     Example:
         >>> from torch import inf, tensor
@@ -221,16 +221,16 @@ def combined(ce: Tensor, kl: Tensor, alpha: float | Tensor) -> Tensor:
 def _check_shape(name: str, part: Tensor, of: str, rows: Tensor) -> None:
     if part.shape != rows.shape:
         raise ValueError(
-            f"{name} must have the shape of {of}, {tuple(rows.shape)}, got {tuple(part.shape)}; nothing broadcasts "
-            f"here. Bring it to that shape first, such as by {name}.unsqueeze(-1).expand_as({of})."
+            f"{name} must have the shape of {of}, {tuple(rows.shape)}, got {tuple(part.shape)}; it is not broadcast. "
+            f"Expand it first, for example with {name}.unsqueeze(-1).expand_as({of})."
         )
 
 
 def _float32_or_better(rows: Tensor) -> Tensor:
-    """Half precision and integers as float32: in bfloat16, 257 rows would count as 256."""
+    """Convert half precision and integers to float32: in bfloat16, 257 rows would count as 256."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def is_off(alpha: float | Tensor) -> bool:
-    """Whether alpha is the number 0. A tensor is never looked at, which would wait for its device."""
+    """Whether alpha is the number 0. The value of a tensor is not read, which would synchronize its device."""
     return not isinstance(alpha, Tensor) and alpha == 0

@@ -1,4 +1,4 @@
-"""How many optimizer steps a training will make."""
+"""The number of optimizer steps of a training."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ if TYPE_CHECKING:
 
 
 def planned_steps(trainer: Trainer) -> int | None:
-    """The optimizer steps of the whole training, of batches in manual optimization; None where that is unknown.
+    """The number of optimizer steps of the whole training (of batches in manual optimization); None if unknown.
 
-    Unknown it is where a data loader or the Trainer has no end, or where ``max_steps`` counts the steps of several
-    optimizers, which manual optimization makes as it likes.
+    It is unknown if the data loader or the Trainer has no end, or if ``max_steps`` counts the steps of several
+    optimizers, of which manual optimization may run any number per batch.
 
-    Lightning's estimate knows one ``accumulate_grad_batches`` only, that of the moment. A
-    ``GradientAccumulationScheduler`` has one for each epoch, and the last window of an epoch may be short:
+    Lightning's estimate uses only the current ``accumulate_grad_batches``. A ``GradientAccumulationScheduler`` has one
+    for each epoch, and the last window of an epoch may be shorter:
 
     .. math:: \\sum_e \\lceil \\text{batches} / \\text{accumulate}(e) \\rceil
     """
-    dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # its connector sets it; a dry run has a max_steps
+    dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by its connector; a dry run sets max_steps
     if trainer.max_steps != -1 and len(trainer.optimizers) > 1 and not dry:
         return None
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # its connector sets it
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by its connector
         accumulate = getattr(callback, "get_accumulate_grad_batches", None)  # of either distribution
         if accumulate is not None and epochs is not None and epochs > 0 and math.isfinite(batches):
             steps = sum(math.ceil(batches / accumulate(epoch)) for epoch in range(epochs))

@@ -1,4 +1,4 @@
-"""Unlabelled examples beside labelled ones: their part of a batch, those of their rows that count, and their terms."""
+"""Unlabeled examples in addition to labeled ones: their part of a batch, which of their rows count, and their terms."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_rdrop.terms import Terms
 
 
 def parts(batch: Any) -> tuple[Any, Any]:
-    """The labelled and the unlabelled part of ``{"labeled": ..., "unlabeled": ...}``; any other batch and None.
+    """The parts of a batch ``{"labeled": ..., "unlabeled": ...}``; for any other batch, the batch and None.
 
     Raises:
-        ValueError: a part is None, because its loader has ended before the other one.
+        ValueError: a part is None, because its loader ended before the other one.
 
     Example:
         >>> parts({"labeled": (1, 2), "unlabeled": 3}), parts({"x": 1, "label": 2})
@@ -31,13 +31,13 @@ def parts(batch: Any) -> tuple[Any, Any]:
         if part is None:
             raise ValueError(
                 f"batch[{name!r}] is None: its loader has ended, and CombinedLoader(mode='max_size') goes on without "
-                "it. Use the mode 'max_size_cycle', which begins it anew, or 'min_size'."
+                "it. Use mode='max_size_cycle', which restarts it, or mode='min_size'."
             )
     return batch["labeled"], batch["unlabeled"]
 
 
 def is_empty(inputs: Any) -> bool:
-    """Whether there is no example, as in the last batch of a loader that filters.
+    """Whether there are no examples, as may happen if a loader filters them.
 
     Example:
         >>> is_empty({"x": torch.zeros(0, 8)}), is_empty(torch.zeros(3, 8))
@@ -47,15 +47,15 @@ def is_empty(inputs: Any) -> bool:
 
 
 def counted(inputs: Any, target: Any, labeled: Terms, distance: Distance) -> Any:
-    """A target that tells which rows of unlabelled inputs count, and nothing else; None where all do.
+    """A target that only tells which rows of unlabeled inputs count; None if all do.
 
     Args:
-        inputs: those of the network. Where they have an ``attention_mask`` (B, T), and the prediction a row for each
-            token, its zeros do not count; a token counts if it does in all of the :class:`~lightning_rdrop.Views`.
-        target: what the batch carries as labels, which goes before the mask: their ``ignore_index`` does not count.
-        labeled: the terms of the labelled part, whose prediction has a row for each token, or has not; several
-            predictions by name have a target each.
-        distance: what measures; one without an ``ignore_index`` gets the mask itself.
+        inputs: inputs of the network. If they have an ``attention_mask`` (B, T) and the prediction has one row per
+            token, tokens with mask 0 do not count; a token must count in all :class:`~lightning_rdrop.Views`.
+        target: labels in the batch, if any, which override the mask: rows with ``ignore_index`` do not count.
+        labeled: the terms of the labeled part, whose prediction shows whether there is one row per token; several
+            predictions by name have one target each.
+        distance: the distance; one without ``ignore_index`` gets a :class:`RowMask`.
 
     Example:
         >>> from lightning_rdrop.distance import Bernoulli, Categorical
@@ -85,20 +85,22 @@ def counted(inputs: Any, target: Any, labeled: Terms, distance: Distance) -> Any
 
 
 def join(labeled: Terms, unlabeled: Terms | None, *, labeled_weight: float, weight: float, consistency: str) -> Terms:
-    r"""The terms of both parts together.
+    r"""Combine the terms of both parts.
 
     .. math::
         \text{kl} = w_\text{labeled}\,\text{kl}_\text{labeled} + w\,\text{kl}_\text{unlabeled}, \qquad
         \text{term}_i = \text{term}_{i,\text{labeled}} + w\,\text{term}_{i,\text{unlabeled}}
 
-    for the regularizers that need no target and for losses of the model's own, each a mean over its own rows.
+    for the regularizers that need no target and for the model's own losses, each a mean over its own rows.
 
     Args:
-        labeled: its loss is :math:`\text{ce} + \alpha\,w_\text{labeled}\,\text{kl}_\text{labeled}`, with regularizers.
-        unlabeled: its loss is :math:`\alpha\,\text{kl}_\text{unlabeled}`, with regularizers; None was not computed.
+        labeled: terms with the loss :math:`\text{ce} + \alpha\,w_\text{labeled}\,\text{kl}_\text{labeled}` plus
+            regularizers.
+        unlabeled: terms with the loss :math:`\alpha\,\text{kl}_\text{unlabeled}` plus regularizers; None if not
+            computed.
         labeled_weight: :math:`w_\text{labeled}`.
         weight: w.
-        consistency: what the distance calls kl.
+        consistency: the distance's name for kl.
 
     Example:
         >>> from torch import tensor
@@ -117,6 +119,6 @@ def join(labeled: Terms, unlabeled: Terms | None, *, labeled_weight: float, weig
         loss, kl = loss + weight * unlabeled.loss, kl + weight * unlabeled.kl
         extra[f"{consistency}_unlabeled"] = unlabeled.kl.detach()
         for name, term in unlabeled.extra.items():
-            own = extra.get(name, loss.new_zeros(()))  # a loss of the model's own may come with one part only
+            own = extra.get(name, loss.new_zeros(()))  # the model may return a loss for one part only
             extra |= {f"{name}_labeled": own, f"{name}_unlabeled": term, name: own + weight * term}
     return dataclasses.replace(labeled, loss=loss, kl=kl, extra=extra)

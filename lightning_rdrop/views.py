@@ -1,12 +1,12 @@
-"""Duplicate a batch into views, and split a prediction into them again.
+"""Duplicate a batch into views, and split a prediction into its views again.
 
-Three words are used alike in the whole package:
+Three terms have the same meaning throughout the package:
 
-- An *example* is what a data set gives: a text, an image, with its target. A batch has B of them, and B is the batch
-  size that is logged.
-- A *view* is one prediction of the whole batch, under its own dropout masks. There are K of each batch.
+- An *example* is an item of the data set: a text or an image, with its target. A batch has B of them, and B is the
+  batch size that is logged.
+- A *view* is one prediction for the whole batch, under its own dropout masks. There are K of each batch.
 - A *row* is an entry of a tensor's first dimension. The inputs of a batch have B rows, those of a duplicated batch
-  K * B. In a prediction, a row is what the loss averages over: N rows a view, one an example, or one a token.
+  K * B. In a prediction, a row is what the loss averages over: N rows per view, one for each example or each token.
 
 Views come first: K views of N rows are one tensor (K, N, ...).
 """
@@ -23,20 +23,20 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_rdrop.arguments import whole
 from lightning_rdrop.nesting import ATOMS, CONSTANTS, has_attributes, map_tensors, parts_of, tensors_of, with_parts
 
-_SEPARATE = 'Or predict each view in a forward pass of its own, which duplicates nothing: rdrop_passes="separate".'
+_SEPARATE = 'Or run one forward pass for each view, which needs no duplication: rdrop_passes="separate".'
 
 
 def batch_size(batch: Any, target: Any = None) -> int:
-    """B, the number of examples: the one leading size of all tensors in a batch.
+    """B, the number of examples: the common leading size of all tensors in a batch.
 
     Args:
         batch: see :func:`duplicate`.
-        target: what belongs to it, if there is any: as many targets as a list has tensors tell that each of the tensors
-            is one example, such as an image, and not (B, ...).
+        target: its target, if there is one. If a list in the batch has as many tensors as there are targets, each of
+            these is a single example, such as an image, and not (B, ...).
 
     Raises:
-        ValueError: no tensor has rows, or two of them differ in their number.
-        TypeError: something in the batch cannot be doubled (see :func:`duplicate`).
+        ValueError: no tensor has rows, or two tensors differ in their number of rows.
+        TypeError: something in the batch cannot be duplicated (see :func:`duplicate`).
 
     Example:
         >>> batch_size({"x": torch.zeros(4, 8), "scale": torch.tensor(2.0), "name": "train"})
@@ -47,51 +47,52 @@ def batch_size(batch: Any, target: Any = None) -> int:
     for path, value in _walk(batch, "batch"):
         if isinstance(value, Tensor):
             if value.layout != torch.strided or value.is_nested:
-                raise _cannot_double(value, path, f"is a {'nested' if value.is_nested else value.layout} tensor")
+                raise _not_duplicable(value, path, f"is a {'nested' if value.is_nested else value.layout} tensor")
             if value.dim():
                 sizes[path] = len(value)
         elif _is_list(value):
             lists[path] = value
         elif _structure(value) is None and not isinstance(value, CONSTANTS):
-            raise _cannot_double(value, path, "is of a type whose rows are unknown")
+            raise _not_duplicable(value, path, "is of a type whose rows are unknown")
     if not sizes:
-        raise ValueError(f"The batch, a {type(batch).__name__}, holds no tensor that has rows, (B, ...). {_SEPARATE}")
+        raise ValueError(f"The batch, a {type(batch).__name__}, has no tensor that has rows, (B, ...). {_SEPARATE}")
     (path, size), *others = sizes.items()
     for other, its_size in others:
         if its_size != size:
             raise ValueError(
-                f"{path} has {size} rows and {other} has {its_size}, so which rows belong together is unclear. Every "
-                f"tensor of a batch must be (B, ...): keep constants in the module, and pad sequences to one length. "
-                f"{_SEPARATE}"
+                f"{path} has {size} rows and {other} has {its_size}, so it is unclear which rows belong together. "
+                "Every tensor of a batch must be (B, ...): keep constants in the module, and pad sequences to one "
+                f"length. {_SEPARATE}"
             )
     targets = _count(target)
     for path, items in lists.items():
         if targets == len(items) != size and all(isinstance(item, Tensor) for item in items):
             shape = tuple(items[0].shape)
-            why = f"holds one tensor for each of {targets} targets, such as an image {shape}, and none is (B, ...)"
-            raise _cannot_double(items, path, why)
+            why = f"has one tensor for each of {targets} targets, such as an image {shape}, instead of tensors (B, ...)"
+            raise _not_duplicable(items, path, why)
         unknown = [item for item in _flat(items) if not isinstance(item, ATOMS)]
         if unknown and _structure(items) is None and len(items) != size:
             found = type(unknown[0]).__name__
-            raise _cannot_double(items, path, f"holds a {found}, but not one item for each of the {size} examples")
+            raise _not_duplicable(items, path, f"contains a {found}, but not one item for each of the {size} examples")
     return size
 
 
 def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
-    """A batch of B examples as one of K * B rows, view after view, in the same containers.
+    """Repeat a batch of B examples to K * B rows, view after view, in the same containers.
 
-    Tensors are repeated along their first dimension, also those in a list: each is (B, ...), none is a single example.
-    Lists of B other things, such as strings, are repeated in the same order. Tensors without dimensions, other lists,
+    Tensors are repeated along their first dimension, also those in a list: each must be (B, ...), not a single example.
+    Lists of B other items, such as strings, are repeated in the same order. Tensors without dimensions, other lists,
     numbers, strings and None are constants. The caller's batch is not changed.
 
     Args:
         batch: any nesting of tensors, dicts (and UserDicts), lists, tuples, named tuples and dataclasses.
         views: K >= 1.
-        examples: B, if :func:`batch_size` has been asked already.
+        examples: B, if known from :func:`batch_size`.
 
     Raises:
-        TypeError: something that cannot be doubled safely, such as a PackedSequence, a sparse tensor or a graph.
-        ValueError: tensors with different numbers of rows.
+        TypeError: the batch contains something that cannot be duplicated safely, such as a PackedSequence, a sparse
+            tensor or a graph.
+        ValueError: tensors have different numbers of rows.
 
     Example:
         >>> duplicate((torch.tensor([1, 2]), ["a", "b"]), 2)
@@ -104,16 +105,16 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
 
 
 def concatenate(batches: Sequence[Any], examples: int) -> Any:
-    """Several batches of B examples as one of K * B rows, batch after batch, in the containers of the first.
+    """Concatenate K batches of B examples to K * B rows, batch after batch, in the containers of the first.
 
-    What :func:`duplicate` repeats is concatenated here; constants are those of the first.
+    What :func:`duplicate` repeats is concatenated here; constants are taken from the first batch.
 
     Args:
-        batches: K of them, as for :func:`duplicate`.
+        batches: K batches, as for :func:`duplicate`.
         examples: B.
 
     Raises:
-        ValueError: they do not hold the same tensors, in the same shapes.
+        ValueError: the batches do not have the same tensors with the same shapes.
 
     Example:
         >>> concatenate([{"x": torch.tensor([1, 2])}, {"x": torch.tensor([10, 20])}], 2)
@@ -126,8 +127,8 @@ def concatenate(batches: Sequence[Any], examples: int) -> Any:
             path = next(path for path in (*shapes[0], *other) if shapes[0].get(path) != other.get(path))
             found = [tuple(each[path] or ()) if path in each else "nothing" for each in (shapes[0], other)]
             raise ValueError(
-                f"View 0 has {path} of shape {found[0]}, and view {number} has {found[1]} there: one pass takes views "
-                f"of one structure and shape. Pad them to one length. {_SEPARATE}"
+                f"View 0 has {path} of shape {found[0]}, and view {number} has {found[1]} there, but views in one pass "
+                f"must have the same structure and shapes. Pad them to one length. {_SEPARATE}"
             )
     rows = zip(*(column.values() for column in columns), strict=True)
     return _map_rows(
@@ -136,7 +137,7 @@ def concatenate(batches: Sequence[Any], examples: int) -> Any:
 
 
 def repeat(target: Any, views: int) -> Any:
-    """Every tensor of a target (N, ...) as (K * N, ...), view after view; those without dimensions are constants.
+    """Repeat every tensor (N, ...) of a target to (K * N, ...), view after view; scalar tensors are constants.
 
     Example:
         >>> repeat((torch.tensor([1, 2]), torch.tensor(7)), 2)
@@ -146,11 +147,11 @@ def repeat(target: Any, views: int) -> Any:
 
 
 def take(batch: Any, rows: Sequence[int], examples: int) -> Any:
-    """The rows of a batch that are asked for, in their order, in the same containers.
+    """Select rows of a batch by index, in the given order and in the same containers.
 
     Args:
         batch: as for :func:`duplicate`.
-        rows: their indices; one may come several times.
+        rows: their indices, possibly repeated.
         examples: B.
 
     Example:
@@ -161,17 +162,17 @@ def take(batch: Any, rows: Sequence[int], examples: int) -> Any:
 
 
 def split(prediction: Any, views: int, examples: int) -> Any:
-    """The views (K, N, ...) of a prediction (K * N, ...) for a duplicated batch, tensor by tensor.
+    """Split a prediction (K * N, ...) for a duplicated batch into its views (K, N, ...), tensor by tensor.
 
     Args:
-        prediction: a tensor of K * B rows, or of a multiple where a model flattens tokens into rows; or any nesting of
-            such tensors, of which those without dimensions are constants.
+        prediction: a tensor with K * B rows, or a multiple if the model flattens tokens into rows; or any nesting of
+            such tensors, in which scalar tensors are constants.
         views: K.
         examples: B.
 
     Raises:
-        TypeError: the prediction holds no tensor.
-        ValueError: its number of rows is no multiple of K * B, or B is 0.
+        TypeError: the prediction contains no tensor.
+        ValueError: its number of rows is not a multiple of K * B, or B is 0.
 
     Example:
         >>> split(torch.tensor([1, 2, 10, 20]), 2, 2)
@@ -180,7 +181,7 @@ def split(prediction: Any, views: int, examples: int) -> Any:
     """
     whole("views", views)
     if examples < 1:
-        raise ValueError(f"examples must be >= 1, got {examples}: an empty batch has no views; leave it out.")
+        raise ValueError(f"examples must be >= 1, got {examples}: an empty batch has no views. Skip it.")
 
     def split_rows(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 and tensor is not prediction:
@@ -188,9 +189,9 @@ def split(prediction: Any, views: int, examples: int) -> Any:
         rows = len(tensor) if tensor.dim() else 0
         if rows % (views * examples) or rows == 0:
             raise ValueError(
-                f"The forward returned {rows} rows (shape {tuple(tensor.shape)}) for {views} views of {examples} "
-                f"examples, where {views * examples} or a multiple are needed: each row of the inputs must have a row "
-                f"in the prediction, in the same order. {_SEPARATE}"
+                f"forward returned {rows} rows (shape {tuple(tensor.shape)}) for {views} views of {examples} "
+                f"examples, but must return {views * examples} or a multiple: one row for each row of the inputs, "
+                f"in the same order. {_SEPARATE}"
             )
         return tensor.reshape(views, rows // views, *tensor.shape[1:])
 
@@ -198,10 +199,10 @@ def split(prediction: Any, views: int, examples: int) -> Any:
 
 
 def stack(predictions: Sequence[Any]) -> Any:
-    """The views (K, N, ...) of K predictions (N, ...) that were made one by one.
+    """Stack K predictions (N, ...), each from its own pass, into views (K, N, ...).
 
     Raises:
-        TypeError: a prediction holds no tensor.
+        TypeError: a prediction contains no tensor.
 
     Example:
         >>> stack([{"logits": torch.tensor([1, 2])}, {"logits": torch.tensor([10, 20])}])
@@ -213,7 +214,7 @@ def stack(predictions: Sequence[Any]) -> Any:
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """All views of predictions (K, N, ...) that were made a few views at a time.
+    """Concatenate predictions (K, N, ...) that were drawn a few views at a time.
 
     Example:
         >>> join([torch.tensor([[1, 2], [3, 4]]), torch.tensor([[10, 20]])])
@@ -231,7 +232,7 @@ def join(parts: Sequence[Any]) -> Any:
 
 
 def view(predictions: Any, number: int) -> Any:
-    """One of K views (K, N, ...), by its number.
+    """Select one of K views (K, N, ...).
 
     Example:
         >>> view(torch.tensor([[1, 2], [10, 20]]), 1)
@@ -241,7 +242,7 @@ def view(predictions: Any, number: int) -> Any:
 
 
 def merge(predictions: Any) -> Any:
-    """The rows of all views, (K * N, ...), of predictions (K, N, ...).
+    """Flatten predictions (K, N, ...) into the rows of all views, (K * N, ...).
 
     Example:
         >>> merge(torch.tensor([[1, 2], [10, 20]]))
@@ -251,7 +252,7 @@ def merge(predictions: Any) -> Any:
 
 
 def count(predictions: Any) -> int:
-    """K, of predictions (K, N, ...).
+    """K, the number of views of predictions (K, N, ...).
 
     Example:
         >>> count({"logits": torch.zeros(3, 5)})
@@ -261,7 +262,7 @@ def count(predictions: Any) -> int:
 
 
 def first_tensor(predictions: Any) -> Tensor:
-    """The first tensor with dimensions, which tells number, dtype and device."""
+    """The first tensor with dimensions, for the number of views, the dtype and the device."""
     return next(tensor for _, tensor in tensors_of(predictions) if tensor.dim())
 
 
@@ -269,20 +270,20 @@ def _with_tensors(prediction: Any) -> Any:
     if isinstance(prediction, Tensor) or any(tensor.dim() for _, tensor in tensors_of(prediction)):
         return prediction
     raise TypeError(
-        f"The prediction, a {type(prediction).__name__}, holds no tensor: return logits, or an object with .logits, "
+        f"The prediction, a {type(prediction).__name__}, contains no tensor: return logits, or an object with .logits, "
         "from forward, or override rdrop_predict(self, inputs) to return the prediction."
     )
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Everything in a batch, containers before their parts, with the expressions that lead there."""
+    """Everything in a batch, containers before their parts, with the expression that accesses it."""
     yield path, value
     for key, part in (_structure(value) or {}).items():
         yield from _walk(part, f"{path}.{key}" if has_attributes(value) else f"{path}[{key!r}]")
 
 
 def _columns(batch: Any, examples: int) -> Iterator[tuple[str, Any]]:
-    """What has a row, or an item, for each example."""
+    """The tensors and lists that have one row or item for each example, with their paths."""
     for path, value in _walk(batch, "inputs"):
         leaf = isinstance(value, Tensor) or _structure(value) is None
         if leaf and (value.dim() if isinstance(value, Tensor) else _is_list(value) and len(value) == examples):
@@ -290,14 +291,14 @@ def _columns(batch: Any, examples: int) -> Iterator[tuple[str, Any]]:
 
 
 def _count(target: Any) -> int | None:
-    """How many targets there are, if they are a tensor or a list of anything else."""
+    """The number of targets in a tensor, or in a list without tensors; else None."""
     if isinstance(target, Tensor):
         return len(target) if target.dim() else None
     return len(target) if _is_list(target) and not any(isinstance(part, Tensor) for part in target) else None
 
 
 def _map_rows(value: Any, examples: int, tensor: Callable[[Tensor], Tensor], items: Callable[[Any], list[Any]]) -> Any:
-    """The same containers, with other rows in the place of what has one for each example."""
+    """Map the tensors, and the lists with one item for each example, within the same containers."""
     if isinstance(value, Tensor):
         return tensor(value) if value.dim() else value
     parts = _structure(value)
@@ -307,13 +308,13 @@ def _map_rows(value: Any, examples: int, tensor: Callable[[Tensor], Tensor], ite
 
 
 def _structure(value: Any) -> dict[Any, Any] | None:
-    """The parts of a container; None for a leaf, such as a list without tensors: an item an example, or a constant."""
+    """The parts of a container; None for a leaf, including a list without tensors."""
     parts = parts_of(value)
     return None if _is_list(value) and not any(map(_has_rows, _flat(value))) else parts
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """Everything in a container, at any depth."""
+    """The leaves of a container, at any depth."""
     parts = parts_of(value)
     if parts is None:
         yield value
@@ -330,8 +331,8 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and not isinstance(value, ATOMS) and not hasattr(value, "_fields")
 
 
-def _cannot_double(value: Any, path: str, why: str) -> TypeError:
+def _not_duplicable(value: Any, path: str, why: str) -> TypeError:
     return TypeError(
-        f"{path}, a {type(value).__name__}, cannot be doubled: it {why}. Make it a tensor (B, ...), or a dict of such, "
-        f"in rdrop_unpack. {_SEPARATE}"
+        f"{path}, a {type(value).__name__}, cannot be duplicated: it {why}. Convert it to tensors (B, ...) in "
+        f"rdrop_unpack. {_SEPARATE}"
     )

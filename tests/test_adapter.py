@@ -118,7 +118,7 @@ def test_without_checkpoints_nothing_is_written(fit, llama, tmp_path):
 
 
 def test_the_guard_advises_a_dropout_of_loras_own(llama):
-    with pytest.raises(ValueError, match=r"LoRA without a dropout of its own: network\..*lora_dropout=0\.1"):
+    with pytest.raises(ValueError, match=r"LoRA without its own dropout: network\..*lora_dropout=0\.1"):
         CausalLM(llama, peft={"r": 2, "target_modules": ["q_proj"]}).rdrop_step(texts(labels=False))
 
 

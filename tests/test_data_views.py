@@ -106,7 +106,7 @@ def test_one_view_is_ordinary_training_with_the_first():
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 def test_another_number_of_views_is_refused(passes):
     given, target = data(3)
-    with pytest.raises(ValueError, match=r"into 3 Views, and rdrop_views=2. .* train with rdrop_views=3"):
+    with pytest.raises(ValueError, match=r"into 3 Views, but rdrop_views=2. .* train with rdrop_views=3"):
         Small(rdrop_passes=passes).double().rdrop_step((Views(*given), target))
     with pytest.raises(ValueError, match="got none"):
         Views()
@@ -128,7 +128,7 @@ def test_a_tuple_is_still_one_input():
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 def test_equal_views_are_a_fault_without_dropout_alone(passes):
     (first, second), target = data()
-    with pytest.raises(ValueError, match=r"Views that the batch was unpacked into hold the same inputs.*p = 0"):
+    with pytest.raises(ValueError, match=r"Views that the batch was unpacked into have the same inputs.*p = 0"):
         Small(p=0.0, rdrop_passes=passes).double().rdrop_step((Views(first, first), target))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -144,13 +144,13 @@ def test_rows_that_meet_are_found():
             return (x - x.mean(0))[:, :3]
 
     given, target = data()
-    with pytest.raises(ValueError, match="rows of a doubled batch depend on each other"):
+    with pytest.raises(ValueError, match="rows of a duplicated batch depend on each other"):
         Net(Meets()).rdrop_step((Views(*given), target))
 
 
 def test_late_duplication_is_refused():
     given, target = data()
-    with pytest.raises(ValueError, match=r"rdrop_duplicate_at='network.2' runs what lies before it once for all"):
+    with pytest.raises(ValueError, match=r"rdrop_duplicate_at='network.2' runs everything before it once for all"):
         Small(rdrop_duplicate_at="network.2").double().rdrop_step((Views(*given), target))
 
 

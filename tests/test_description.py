@@ -67,7 +67,7 @@ def test_another_one_that_is_given_stays_and_is_named(fit, small, rows, tmp_path
 def test_what_cannot_be_made_again_is_named(fit, small, rows, tmp_path):
     module = small(rdrop_distance=FromDistribution(lambda logits: torch.distributions.Categorical(logits=logits)))
     path = saved(fit, module, rows, tmp_path / "last.ckpt")
-    with pytest.warns(UserWarning, match=r"FromDistribution\(make=<function.*is no plain value.*Give it"):
+    with pytest.warns(UserWarning, match=r"FromDistribution\(make=<function.*is not a plain value.*Pass it"):
         again = small.load_from_checkpoint(path)
     assert type(again.rdrop_distance) is Categorical
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_describes_nothing_is_said_once(fit, small, rows, tmp_
         small.load_from_checkpoint(path, rdrop_distance=JensenShannon())
     said = [one.message for one in caplog.records if "does not say" in one.message]
     assert len(said) == 1
-    assert "those of Small stay, JensenShannon() and []." in said[0]
+    assert "those of Small: JensenShannon() and []." in said[0]
 
 
 def test_a_checkpoint_of_another_network_is_told_by_its_parameters(fit, small, rows, tmp_path):

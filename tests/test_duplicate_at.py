@@ -352,7 +352,7 @@ def test_what_cannot_be_doubled_in_a_later_batch_is_said_and_a_networks_own_erro
     )
     x, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
     module.rdrop_step((x.abs(), y))
-    with pytest.raises(ValueError, match=r"cannot be doubled before network\.drop.*must match the size of tensor"):
+    with pytest.raises(ValueError, match=r"cannot be duplicated before network\.drop.*must match the size of tensor"):
         module.rdrop_step((x, y))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         module.rdrop_step((x[:, :5], y))
@@ -390,7 +390,7 @@ def test_auto_in_a_half_frozen_encoder():
     assert module.rdrop_step(tokens(4)).kl > 0
     (split,) = module._rdrop_late._splits.values()
     # no residual connection reaches into it: what is added to its result is an argument of the submodule that does so
-    assert "doubled before network.bert.encoder.layer.2.attention.self; a forward pass takes 75%" in str(split)
+    assert "duplicated before network.bert.encoder.layer.2.attention.self; a forward pass takes 75%" in str(split)
 
 
 def test_auto_passes_over_a_layerdrop_that_drops_nothing():
@@ -437,7 +437,7 @@ def test_a_mask_of_positions_is_not_a_batch():
 def test_gradient_checkpointing_and_compiled_networks_are_refused():
     network = bert_like("Bert")[0].train()
     network.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"network\.bert computes its activations again"):
+    with pytest.raises(ValueError, match=r"network\.bert recomputes its activations"):
         Net(network, rdrop_duplicate_at="auto").rdrop_step(tokens(4))
     compiled = torch.compile(sequential(0.3), backend="eager")
     with pytest.raises(ValueError, match="network is compiled, which hides the calls"):

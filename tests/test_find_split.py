@@ -74,7 +74,7 @@ def test_a_dropout_that_is_switched_on_below_the_split_is_looked_at_anew(monkeyp
     named = Net(sequential(0.0, 0.3), rdrop_duplicate_at="network.3")
     named.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
     named.network[2].p = 0.5
-    with pytest.warns(UserWarning, match=r"network\.2 lies before it and is random"):
+    with pytest.warns(UserWarning, match=r"network\.2 runs before it and is random"):
         named.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
 
@@ -85,10 +85,10 @@ def test_it_may_be_set_between_two_steps():
         module.rdrop_duplicate_at = at
         module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
         assert (module.rdrop_duplicate_at, rows[-1]) == (at, 8 if at is None else 4)
-    with pytest.raises(ValueError, match="must be the name of a submodule, several, 'auto' or None, got ''"):
+    with pytest.raises(ValueError, match="must be the name of a submodule, a list of names, 'auto' or None, got ''"):
         module.rdrop_duplicate_at = ""
     separate = Net(sequential(0.3), rdrop_passes="separate")
-    with pytest.raises(ValueError, match=r"rdrop_duplicate_at='auto' .*rdrop_passes='separate' doubles none"):
+    with pytest.raises(ValueError, match=r"rdrop_duplicate_at='auto' .*rdrop_passes='separate' makes one"):
         separate.rdrop_duplicate_at = "auto"
 
 
@@ -109,7 +109,7 @@ def test_a_forgotten_split_is_looked_for_again():
 
 def test_random_layers_before_the_split_are_named():
     module = Net(sequential(0.3, 0.3), rdrop_duplicate_at="network.3")
-    with pytest.warns(UserWarning, match=r"'network\.3': network\.2 lies before it and is random"):
+    with pytest.warns(UserWarning, match=r"'network\.3': network\.2 runs before it and is random"):
         module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
 
@@ -122,7 +122,7 @@ def test_a_split_that_shares_nothing_is_no_warning(recwarn):
 
 def test_nothing_random_behind_the_split_is_refused_by_the_guard():
     module = Net(sequential(0.3, 0.0), rdrop_duplicate_at="network.3")
-    with pytest.warns(UserWarning, match="lies before"), pytest.raises(ValueError, match="The views are identical"):
+    with pytest.warns(UserWarning, match="runs before"), pytest.raises(ValueError, match="The views are identical"):
         module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
 
 
@@ -137,8 +137,8 @@ class Towers(nn.Module):
 
 def test_a_split_behind_the_last_dropout_is_told_to_move():
     module = Net(sequential(0.3, 0.0), rdrop_duplicate_at="network.3", rdrop_guard="error")
-    message = r"everything random lies before rdrop_duplicate_at='network\.3'.*Name a submodule before"
-    with pytest.warns(UserWarning, match="lies before"), pytest.raises(ValueError, match=message) as raised:
+    message = r"everything random runs before rdrop_duplicate_at='network\.3'.*Name a submodule before"
+    with pytest.warns(UserWarning, match="runs before"), pytest.raises(ValueError, match=message) as raised:
         module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
     assert "separate" not in str(raised.value)  # which is refused together with rdrop_duplicate_at
 
@@ -237,7 +237,7 @@ class Loop(nn.Module):
         (
             nn.Sequential(AcrossTheBatch(), *sequential(0.3)),
             "3",
-            "not that of a batch which is doubled at the entrance",
+            "not that for duplicated inputs",
         ),
         (nn.Sequential(Residual(), nn.Linear(8, 3)), "0.drop", r"must match the size of tensor.*residual"),
         (Columns(), "layer", r"gets a batch that is not its first dimension, \(1, 4, 8\)"),
@@ -248,9 +248,9 @@ class Loop(nn.Module):
         (InTraining(lambda self, before, behind: before), "second", r"not in training.*must match.* Name another"),
         (Checkpointed(), "block", r"block runs inside torch\.utils\.checkpoint.* without checkpointing it"),
         (Checkpointed(use_reentrant=True), "block.1", r"block\.1 runs inside torch\.utils\.checkpoint"),
-        (sequential(0.3), "7", r"'7' is no submodule of Sequential\. There are 0, 1, 2"),
+        (sequential(0.3), "7", r"'7' is not a submodule of Sequential\. Its submodules are 0, 1, 2"),
         (Towers(), "lef", "Did you mean left"),
-        (Towers(), "5", r"could be left\.5, right\.5: give more of the name"),
+        (Towers(), "5", r"matches left\.5, right\.5: use a longer name"),
     ],
     ids=[
         "across",
@@ -314,5 +314,5 @@ def test_bad_names(at):
 
 
 def test_it_is_for_joint_passes():
-    with pytest.raises(ValueError, match="rdrop_passes='separate' doubles none"):
+    with pytest.raises(ValueError, match="rdrop_passes='separate' makes one"):
         Net(sequential(0.3), rdrop_duplicate_at="auto", rdrop_passes="separate")

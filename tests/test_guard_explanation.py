@@ -10,11 +10,11 @@ from tests.networks import Blocks, LayerDropEncoder, StochasticDepth, reason
 
 def test_only_what_the_batch_shares_is_blamed_for_it():
     text = explain(nn.Sequential(LayerDropEncoder(0.5), LayerDropEncoder(0.0), nn.Dropout(0.3)), shared=True)
-    assert "random numbers of 0.layerdrop. Give each view" in text
+    assert "random numbers of 0.layerdrop. Use one pass for each view" in text
 
 
 def test_layer_drop_that_is_asleep_is_a_stochastic_layer():
-    assert "In eval mode inside a part that is being trained: layerdrop." in explain(LayerDropEncoder(0.5).eval())
+    assert "In eval mode inside a trained part: layerdrop." in explain(LayerDropEncoder(0.5).eval())
     assert "no stochastic layer" in explain(LayerDropEncoder(0.0).eval())
 
 
@@ -68,8 +68,8 @@ def test_dropout_in_a_frozen_part_only():
     network = Blocks()
     network.network.eval().requires_grad_(False)
     text = reason(network)
-    assert "frozen part, which is left as it is: network.blocks.0.1" in text
-    assert "front of the head" in text
+    assert "frozen part, where switch_on does not change it: network.blocks.0.1" in text
+    assert "before the head" in text
     assert ".train()" not in text
 
 
@@ -104,7 +104,7 @@ def test_dropout_that_does_not_reach_the_prediction():
             return x
 
     text = reason(Blocks(p=0.0, head=Aside()))
-    assert "without any effect on the prediction: head.drop." in text
+    assert "without effect on the prediction: head.drop." in text
 
 
 def test_dropout_in_user_code_has_the_last_word():

@@ -53,6 +53,6 @@ def test_what_sleeps_is_named():
     network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.2).eval(), nn.Dropout(0.1))
     said = explain_negligible(network, 2e-6, STEPS)
     assert "at most 2e-06 of ce" in said
-    assert "In eval mode inside a part that is being trained: 1." in said
+    assert "In eval mode inside a trained part: 1." in said
     assert "Raise the dropout: 2 (p = 0.1)." in said
     assert "target_modules" not in said

@@ -31,7 +31,7 @@ def test_rounding_of_a_precision_is_no_difference(precision, rounding):
     torch.set_float32_matmul_precision(precision)
     try:
         assert seen(noisy(rounding), x) is None
-        assert "beside it" in seen(noisy(30 * rounding), x)
+        assert "depends on the other examples" in seen(noisy(30 * rounding), x)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -105,7 +105,7 @@ def test_every_tensor_of_a_prediction_is_looked_at():
     assert seen(lambda x: {"own": x, "scale": torch.ones(()), "none": x[:, :0]}, x) is None
     assert seen(lambda x: {"scale": torch.ones(()), "none": x[:, :0], "own": x, "others": x - x.mean(0)}, x)
     assert "another number of tensors" in seen(lambda x: [x] * (len(x) // 6), x)
-    assert "the shape (6, 6), and twice as many with (12, 12)" in seen(lambda x: x @ x.T, x)
+    assert "the shape (6, 6), and that for twice as many has (12, 12)" in seen(lambda x: x @ x.T, x)
 
 
 def test_rows_of_tokens_belong_to_their_example():
@@ -130,7 +130,7 @@ def test_rows_of_tokens_belong_to_their_example():
     ids=["first", "last", "before", "after", "all before", "all after", "attention", "norm", "pairs"],
 )
 def test_whatever_stands_beside_a_row(function):
-    assert "beside it" in seen(function, torch.randn(6, 10))
+    assert "depends on the other examples" in seen(function, torch.randn(6, 10))
     assert seen(function, torch.randn(2, 10))
 
 
@@ -197,8 +197,8 @@ def test_ranks_that_share_weights_make_the_same_passes_whatever_they_see(example
 def test_modules_that_take_the_sequence_first_are_named():
     network = nn.ModuleDict({"first": nn.LSTM(4, 3), "second": nn.LSTM(4, 3, batch_first=True), "third": nn.GRU(4, 3)})
     said = seen(lambda x: network["first"](x)[0], torch.randn(5, 2, 4), network)
-    assert "With batch_first=False, where the sequence comes first, and is doubled: first, third. Else look" in said
-    assert "a batch that is not the first dimension" in seen(lambda x: x.cumsum(0), torch.randn(5, 2))
+    assert "With batch_first=False, so that the time dimension is duplicated: first, third. Otherwise look" in said
+    assert "a batch dimension that is not the first" in seen(lambda x: x.cumsum(0), torch.randn(5, 2))
 
 
 def test_rows_that_meet_by_design_are_left_in_peace():

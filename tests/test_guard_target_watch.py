@@ -35,7 +35,7 @@ LATER = {
 @pytest.mark.parametrize("case", LATER)
 def test_a_later_batch_is_named_where_a_log_is_due(fit, case):
     distance, target, value = LATER[case]
-    with pytest.raises(ValueError, match=r"target of batch 5 holds a value that is impossible.*ignore_value"):
+    with pytest.raises(ValueError, match=r"target of batch 5 contains a value that is invalid.*ignore_value"):
         fit(Net(network(), rdrop_distance=distance), spoiled(target(), value), max_epochs=2, log_every_n_steps=4)
 
 
@@ -46,7 +46,7 @@ def test_where_values_are_waited_for_they_are_read_at_the_next(monkeypatch, fit,
     distance, target, value = LATER["-1 for Bernoulli"]
     module = Net(network(), rdrop_distance=distance)
     seen = training_outputs(module)
-    with pytest.raises(ValueError, match="target of batch 5 holds"):
+    with pytest.raises(ValueError, match="target of batch 5 contains"):
         fit(module, spoiled(target(), value), max_epochs=2, log_every_n_steps=every)
     assert len(seen) == batches
 
@@ -55,10 +55,10 @@ def test_a_target_is_spoken_of_once():
     watch = TargetWatch()
     for invalid in (torch.tensor(False), None, torch.tensor(True), torch.tensor(True)):
         watch.note(invalid)
-    assert watch.reason().startswith("The target of batch 2 holds")
+    assert watch.reason().startswith("The target of batch 2 contains")
     assert watch.reason() is None
     watch.note(torch.tensor(True))
-    assert watch.reason().startswith("The target of batch 4 holds")
+    assert watch.reason().startswith("The target of batch 4 contains")
 
 
 def test_what_does_not_count_is_no_fault(fit):

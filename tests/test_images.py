@@ -137,7 +137,7 @@ def test_a_layer_scale_that_starts_tiny_hides_no_dropout(name, model_args):
         ({"architecture": "torchvision.models.alexnet", "drop_path": 0.1}, r"drop_path=0\.1 needs stochastic depth"),
         ({"architecture": "torchvision.models.alexnet", "pretrained": True}, r"pretrained=True is for timm's models"),
         ({"architecture": "torchvision.models.alexnet", "gradient_checkpointing": True}, r"is for timm's models"),
-        ({"architecture": VIT, "frozen_below": "blcks.2"}, r"frozen_below='blcks\.2' is no submodule"),
+        ({"architecture": VIT, "frozen_below": "blcks.2"}, r"frozen_below='blcks\.2' is not a submodule"),
     ],
 )
 def test_wrong_arguments(arguments, message):

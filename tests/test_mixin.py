@@ -165,7 +165,7 @@ def test_a_list_of_images_is_named(small):
             return torch.stack([self.network(image.mean((1, 2)).repeat(2)[:8]) for image in images])
 
     images, y = [torch.randn(4, 5, 5) for _ in range(3)], torch.tensor([0, 1, 2])
-    with pytest.raises(TypeError, match=r"a list, cannot be doubled: .* such as an image \(4, 5, 5\).*separate"):
+    with pytest.raises(TypeError, match=r"a list, cannot be duplicated: .* such as an image \(4, 5, 5\).*separate"):
         Detector().rdrop_step((images, y))
     assert Detector(rdrop_passes="separate").rdrop_step((images, y)).examples == 3
 
@@ -311,7 +311,7 @@ def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
         ({"rdrop_views": np.float64(2)}, ValueError, r"rdrop_views must be an int >= 1.*got np\.float64\(2\.0\)"),
         ({"rdrop_passes": "both"}, ValueError, "rdrop_passes must be one of 'joint', 'separate', got 'both'"),
         ({"rdrop_guard": "none"}, ValueError, "rdrop_guard must be one of 'error', 'warn', 'off', got 'none'"),
-        ({"rdrop_distance": "kl"}, TypeError, "rdrop_distance must be a Distance, several by name, or None, got 'kl'"),
+        ({"rdrop_distance": "kl"}, TypeError, "rdrop_distance must be a Distance, a dict of such, or None, got 'kl'"),
         (
             {"rdrop_distance": nn.CrossEntropyLoss()},
             TypeError,
@@ -321,7 +321,7 @@ def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
         (
             {"rdrop_0123456789": 4.0},
             TypeError,
-            "RDropMixin has no argument rdrop_0123456789. There are rdrop_alpha, rdrop_views",
+            "RDropMixin has no argument rdrop_0123456789. The arguments are rdrop_alpha, rdrop_views",
         ),
     ],
 )
@@ -427,7 +427,7 @@ class Trained(pl.LightningModule):
 
 
 def test_a_step_that_the_mixin_replaces_is_named_once():
-    with pytest.warns(UserWarning, match=r"takes the place of Trained\.training_step.*rdrop_step"):
+    with pytest.warns(UserWarning, match=r"replaces Trained\.training_step.*rdrop_step"):
         both = type("Both", (RDropMixin, Trained), {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -303,7 +303,7 @@ def test_packed_sequences_under_separate_passes(fit):
     loader = DataLoader([batch] * 3, batch_size=None)
     metrics = fit(Classifier(PackedLSTM(), 3, rdrop_passes="separate"), loader).callback_metrics
     assert metrics["train/kl"] > 0
-    with pytest.raises(TypeError, match=r"a PackedSequence, cannot be doubled.*rdrop_passes=\"separate\""):
+    with pytest.raises(TypeError, match=r"a PackedSequence, cannot be duplicated.*rdrop_passes=\"separate\""):
         fit(Classifier(PackedLSTM(), 3), loader)
 
 

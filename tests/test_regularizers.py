@@ -418,8 +418,8 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("at", "error", "message"),
     [
-        ("network.wrds", ValueError, r"at='network\.wrds' is no submodule of Net\. Did you mean network\.words"),
-        ("", ValueError, r"at='' is no submodule of Net\. There are network, network\.positions"),
+        ("network.wrds", ValueError, r"at='network\.wrds' is not a submodule of Net\. Did you mean network\.words"),
+        ("", ValueError, r"at='' is not a submodule of Net\. Its submodules are network, network\.positions"),
         ("network.unused", ValueError, r"network\.unused, .*was not called in a forward pass"),
         ("network.lstm", TypeError, r"network\.lstm, .*gives a tuple, where a tensor of floats"),
         (None, ValueError, r"network\.positions, .*gives the shape \(5, 8\) for 4 examples.*at='\.\.\.'"),

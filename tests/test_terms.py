@@ -22,9 +22,9 @@ def test_nothing_averages_to_zero_with_a_gradient_of_zero():
 @pytest.mark.parametrize("shape", [(4, 1), (3,), (4,), ()])
 def test_a_mask_or_a_weight_of_another_shape_is_refused(shape):
     values = torch.ones(4, 3)
-    with pytest.raises(ValueError, match=r"counted must have the shape of values, \(4, 3\), got .*nothing broadcasts"):
+    with pytest.raises(ValueError, match=r"counted must have the shape of values, \(4, 3\), got .*not broadcast"):
         Average.of(values, torch.ones(shape, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"weights must have the shape of totals, \(4, 3\), got .*nothing broadcasts"):
+    with pytest.raises(ValueError, match=r"weights must have the shape of totals, \(4, 3\), got .*not broadcast"):
         Average.over(values, torch.ones(shape))
 
 

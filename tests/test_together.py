@@ -130,7 +130,7 @@ def test_rows_that_meet_in_one_part_are_noticed():
             both = super().forward(x)
             return both | {"intent": both["intent"] - both["intent"].mean(0)}
 
-    with pytest.raises(ValueError, match=r'rows of a doubled batch.*rdrop_passes="separate"'):
+    with pytest.raises(ValueError, match=r'rows of a duplicated batch.*rdrop_passes="separate"'):
         Meets().rdrop_step(batch_of())
 
 

@@ -333,7 +333,7 @@ def test_dead_dropout_is_noticed_where_only_unlabelled_examples_have_views(small
 def test_nan_of_unlabelled_examples_is_noticed(small):
     batch = batch_of()
     batch["unlabeled"][2] = math.nan
-    with pytest.raises(ValueError, match="view 0 of the unlabelled part is NaN since batch 0"):
+    with pytest.raises(ValueError, match="view 0 of the unlabeled part is NaN since batch 0"):
         small().rdrop_step(batch)
 
 
@@ -342,7 +342,7 @@ def test_nan_of_unlabelled_examples_is_noticed(small):
     [
         ("unlabeled", None, r"batch\['unlabeled'\] is None.*max_size_cycle"),
         ("labeled", None, r"batch\['labeled'\] is None.*max_size_cycle"),
-        ("unlabeled", (X, torch.full((6,), -100)), "No row of the unlabelled part counts.*Leave the labels out"),
+        ("unlabeled", (X, torch.full((6,), -100)), "No row of the unlabeled part counts.*Remove the labels"),
         ("unlabeled", (X, X, X), "a tuple of 3 elements.*override"),
     ],
 )

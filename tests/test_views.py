@@ -272,14 +272,14 @@ class Graph:
 )
 def test_what_cannot_be_doubled_is_refused_by_its_place(value, kind):
     with pytest.raises(
-        TypeError, match=rf"batch\['deep'\]\[1\], a {kind}, cannot be doubled.*tensor.*rdrop_passes=\"separate\""
+        TypeError, match=rf"batch\['deep'\]\[1\], a {kind}, cannot be duplicated.*tensor.*rdrop_passes=\"separate\""
     ):
         duplicate({"x": torch.ones(2), "deep": (torch.ones(2), value)}, 2)
 
 
 def test_packed_sequences_are_no_examples():
     packed = pack_sequence([torch.ones(3), torch.ones(2)])
-    with pytest.raises(TypeError, match=r"batch\[1\]\[0\], a PackedSequence, cannot be doubled"):
+    with pytest.raises(TypeError, match=r"batch\[1\]\[0\], a PackedSequence, cannot be duplicated"):
         duplicate([torch.ones(2), (packed, packed)], 2)
 
 
@@ -298,7 +298,7 @@ IMAGES = [torch.ones(3, 5, 5), torch.ones(3, 4, 6), torch.ones(3, 5, 5), torch.o
 
 @pytest.mark.parametrize("target", [torch.zeros(4), torch.zeros(4, 2), [{"boxes": torch.ones(2, 4)}] * 4])
 def test_images_in_a_list_are_not_read_as_their_channels(target):
-    message = r"cannot be doubled: it holds one tensor for each of 4 targets, such as an image \(3, 5, 5\).*"
+    message = r"cannot be duplicated: it has one tensor for each of 4 targets, such as an image \(3, 5, 5\).*"
     with pytest.raises(TypeError, match=f"batch, a list, {message}"):
         batch_size(IMAGES, target)
     with pytest.raises(TypeError, match=rf"batch\['x'\]\[0\], a tuple, {message}.*separate"):
@@ -336,12 +336,12 @@ def test_an_empty_batch_has_no_views():
 @pytest.mark.parametrize("shape", [(4, 3), (6, 3), ()])
 def test_a_prediction_with_another_number_of_rows_is_refused(shape):
     rows = shape[0] if shape else 0
-    with pytest.raises(ValueError, match=f"returned {rows} rows .* for 2 views of 4 examples, where 8"):
+    with pytest.raises(ValueError, match=f"returned {rows} rows .* for 2 views of 4 examples, but must return 8"):
         split(torch.ones(shape), 2, 4)
 
 
 def test_a_prediction_that_is_no_tensor_is_refused():
-    with pytest.raises(TypeError, match=r"The prediction, a dict, holds no tensor.*\.logits.*rdrop_predict"):
+    with pytest.raises(TypeError, match=r"The prediction, a dict, contains no tensor.*\.logits.*rdrop_predict"):
         split({"logits": None}, 2, 2)
 
 

@@ -271,7 +271,7 @@ def test_impossible_weights(value):
 
 def test_a_later_negative_weight_is_found(fit):
     data = rows_of(torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]))
-    with pytest.raises(ValueError, match=r"target of batch 1 holds a value that is impossible.*a negative weight"):
+    with pytest.raises(ValueError, match=r"target of batch 1 contains a value that is invalid.*a negative weight"):
         fit(Tokens(rdrop_distance=Weighted(Categorical())), DataLoader(data, 4), log_every_n_steps=1, max_epochs=2)
     with pytest.raises(ValueError, match=r"The weight holds -1.0; a weight is"):
         fit(Tokens(rdrop_distance=Weighted(Categorical())), DataLoader(data[::-1], 4))
@@ -285,7 +285,7 @@ def test_an_impossible_mask():
 
 @pytest.mark.parametrize("shape", [(), (1,), (4, 5), (5,), (4, 6, 1), (6, 4)])
 def test_weights_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"does not fit rows of shape \(4, 6\): give one for each example, \(4,\)"):
+    with pytest.raises(ValueError, match=r"does not fit rows of shape \(4, 6\): pass one for each example, \(4,\)"):
         Weighted(Categorical()).to_target(
             torch.zeros(4, 6, 3), (torch.zeros(4, 6, dtype=torch.long), torch.ones(shape))
         )
@@ -307,7 +307,7 @@ def test_one_of_several_predictions_is_weighted():
     assert terms.ce == (3 * 1 + 4) / 4 + 1
     assert terms.parts["a"].rows == 4
     assert not distance.invalid({name: part[0] for name, part in one.items()}, target)
-    with pytest.raises(TypeError, match=r"its rows cannot be weighted.*of Together's parts each has a weight"):
+    with pytest.raises(TypeError, match=r"its rows cannot be weighted.*with Together, weight each part"):
         Weighted(Together({"b": Gaussian()})).to_target({"b": torch.zeros(2)}, ({"b": torch.zeros(2)}, torch.ones(2)))
 
 

@@ -1,4 +1,4 @@
-"""What would make a training silently wrong: looked for on its first batch, and wherever a log is due."""
+"""The guard: find what would make training silently wrong, on the first batch and whenever the Trainer logs."""
 
 from lightning_rdrop.guard.agreement import diagnose, same
 from lightning_rdrop.guard.explanation import explain, explain_dead, explain_negligible

@@ -1,4 +1,4 @@
-"""Whether the views of a batch differ: compare them, and draw again before concluding that they cannot."""
+"""Check whether the views of a batch differ; if they do not, draw them again before reporting it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lightning_rdrop.probe import untouched
 
 _REDRAWS = 16
 _TINY = 1e-4
-"""The largest number of a parameter through which dropout is not seen yet."""
+"""If all values of a parameter are at most this large, it may hide the dropout before it."""
 
 
 def same(first: Tensor, second: Tensor) -> bool:
     """Whether two predictions agree up to rounding.
 
-    The same row at two places of a batch may differ in its last bits, because the tail of a matrix product is summed
-    in another order. Two numbers agree within a tolerance relative to themselves, or to the median of what differs
-    (which a few classes masked with -1e9 do not move): 100 eps, 1e-5 in float32, where deep networks show 2e-6; 2 eps
-    in half precision, whose products are summed in float32 and rounded once. Dropout makes differences of per cents.
-    NaN equals NaN, and an infinity itself.
+    The same row at two positions of a batch may differ in its last bits, because the tail of a matrix product is summed
+    in another order. Two numbers agree within a tolerance relative to their own size, or to the median of the numbers
+    that differ (which a few classes masked with -1e9 do not change): 100 eps, 1e-5 in float32, where deep networks
+    reach 2e-6; 2 eps in half precision, whose products are summed in float32 and rounded once. Dropout causes
+    differences of several percent. NaN equals NaN, and infinities equal themselves.
 
     Args:
-        first, second: of any shape; those of two shapes do not agree.
+        first, second: tensors of any shape; tensors of different shapes do not agree.
 
     Example:
         >>> from torch import tensor
@@ -40,7 +40,7 @@ def same(first: Tensor, second: Tensor) -> bool:
     """
     if first.shape != second.shape:
         return False
-    # in pieces: a real difference shows in the first one, and the logits of a vocabulary fill the memory as it is
+    # in chunks: a real difference shows in the first one, and logits of a large vocabulary already fill the memory
     pieces = (torch.split(tensor.detach().flatten(), 2**20) for tensor in (first, second))
     return all(torch.equal(one, other) or _close(one, other) for one, other in zip(*pieces, strict=True))
 
@@ -48,20 +48,20 @@ def same(first: Tensor, second: Tensor) -> bool:
 def diagnose(
     network: nn.Module, draw: Callable[[], Any], predictions: Any, on_all_ranks: Callable[[bool], bool] = bool
 ) -> str | None:
-    """Whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
+    """Check whether randomness reaches the prediction: ``None`` if it does, else the reason why not.
 
-    Equal views can be chance (one row, a small p, LayerDrop), and a weight that starts at zero (LoRA, a zero head)
-    hides the dropout before it on the first batch, as does a LayerScale of 1e-6. So they are drawn again, up to 16
-    times, with noise in the place of trained parameters that are zero or tiny throughout. Parameters, buffers such as
-    the statistics of BatchNorm, and random states are as before, and what ``forward`` logs is not logged. What it
-    keeps elsewhere, in a list or a metric, is not put back.
+    Views can be equal by chance (one row, a small p, LayerDrop), and a weight that is initialized with zero (LoRA, a
+    zero head) or a LayerScale of 1e-6 hides the dropout before it on the first batch. So they are drawn again, up to 16
+    times, with noise in place of trained parameters whose values are all zero or tiny. Parameters, buffers such as the
+    statistics of BatchNorm, and random states are restored, and ``forward`` logs nothing meanwhile. Other state that it
+    changes, such as a list or a metric, is not restored.
 
     Args:
-        network: the module whose parts the reason names.
+        network: the module whose submodules the reason names.
         draw: predicts the same batch again, (K, N, ...).
-        predictions: those at hand, (K, N, ...).
-        on_all_ranks: whether a decision is the same, True, on all ranks. One that drew again alone would wait forever
-            in the collectives of a SyncBatchNorm or of sharded weights.
+        predictions: the views to check, (K, N, ...).
+        on_all_ranks: returns whether a decision is True on all ranks. A rank that drew again alone would wait forever
+            for the collectives of a SyncBatchNorm or of sharded weights.
 
     Example:
         >>> network, batch = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.ones(2, 3, 4)
@@ -90,7 +90,7 @@ def agree(predictions: Any) -> bool:
 
 
 def _same_tensors(first: Any, second: Any) -> bool:
-    """Whether two predictions have the same tensors, up to rounding."""
+    """Whether two predictions have the same tensors up to rounding."""
     one, other = ([tensor for _, tensor in tensors_of(part)] for part in (first, second))
     return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
 
@@ -109,27 +109,27 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 @contextmanager
 def noise_for_tiny(network: nn.Module, *, sharded: bool = True) -> Iterator[None]:
-    """A context with noise in the place of trained parameters that are zero, or tiny, throughout.
+    """Context with noise in place of trained parameters whose values are all zero or tiny.
 
-    Such are LoRA's, a zero head's, and a LayerScale's of 1e-6. The originals are put aside, not written back: the
-    graph of the step still holds them (but no sharded one).
+    Examples are those of LoRA, of a zero head, and a LayerScale of 1e-6. The originals are swapped out instead of
+    overwritten, because the graph of the step still needs them; only sharded ones are overwritten and restored.
 
     Args:
-        network: whose parameters are replaced.
-        sharded: whether those that are sharded across ranks are, too.
+        network: the network whose parameters are replaced.
+        sharded: whether parameters that are sharded across ranks are replaced as well.
     """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     overwritten: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for module in network.modules():
             for name, parameter in module._parameters.items():
-                # an empty parameter is one that is sharded away
+                # a parameter is empty if its shard is on another rank
                 if parameter is None or not (parameter.requires_grad and parameter.numel()):
                     continue
                 if (is_sharded(parameter) and not sharded) or (parameter.abs() > _TINY).any():
                     continue
                 noise = 0.1 * torch.randn_like(parameter)
-                if is_sharded(parameter):  # a forward gathers it, whatever stands in its place
+                if is_sharded(parameter):  # forward gathers the original, even if it is replaced
                     overwritten.append((parameter, parameter.clone()))
                     parameter.copy_(noise)
                 else:

@@ -1,4 +1,4 @@
-"""Views that have become equal: noted in every step, read where it is asked for."""
+"""Detect views that have become equal; recorded in every step, read on demand."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lightning_rdrop.guard.agreement import agree
 from lightning_rdrop.nesting import tensors_of
 
 _EQUAL = 1e-9
-"""A kl, in nats, as only rounding makes it; dropout makes 1e-7 and more."""
+"""A kl, in nats, that is only rounding; dropout causes 1e-7 or more."""
 _STEPS = 16
-"""So many steps in a row are no chance, as they are for a batch of one row with a small p."""
+"""This many equal steps in a row are not chance; fewer may be, with one row per batch and a small p."""
 KEPT = 1024
-"""So many steps are kept until they are read."""
+"""The number of steps that are kept until they are read."""
 _SAMPLE = 1024
-"""So many numbers of a row are compared: a kl of 0 may also be that of views which are both sure of a class."""
+"""The number of values compared per row: kl may also be 0 because both views are certain of a class."""
 
 
 class EqualWatch:
-    """Whether views that differed once have been equal for some steps.
+    """Detects views that used to differ and have been equal for some steps.
 
-    Views that never differed are not its business: the first batch tells whether that is a fault.
+    Views that never differed are checked on the first batch instead.
 
     Example:
         >>> watch = EqualWatch()
@@ -40,7 +40,7 @@ class EqualWatch:
         self._sample: list[Tensor] = []
 
     def look(self, predictions: Any) -> None:
-        """Keep the beginning of each of the K views (K, N, ...), without waiting for the device."""
+        """Keep the first values of each of the K views (K, N, ...), without waiting for the device."""
         tensors = (tensor.detach() for _, tensor in tensors_of(predictions) if tensor.dim())
         self._sample = [tensor[:, :1].flatten(1)[:, :_SAMPLE].clone() for tensor in tensors]
 
@@ -49,7 +49,7 @@ class EqualWatch:
         self._noted.append(kl.detach())
 
     def died(self) -> bool:
-        """Whether they did, as far as is known; it is said once. Waits for the device."""
+        """Whether the views have become equal; True only once. Waits for the device."""
         for kl in torch.stack(tuple(self._noted)).tolist() if self._noted else []:
             equal = kl <= _EQUAL
             self._alive = self._alive or not equal

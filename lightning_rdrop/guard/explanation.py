@@ -1,4 +1,4 @@
-"""Why the views of a batch agree, and the line to write."""
+"""Explain why the views of a batch agree, and how to fix it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_rdrop.dropout import StochasticLayer, dead_layers, stochastic_lay
 from lightning_rdrop.submodules import few
 
 ALIKE_IN_DATA = (
-    "The Views that the batch was unpacked into hold the same inputs, and nothing random makes them differ: give each "
-    "view an augmentation of its own, or dropout. "
+    "The Views that the batch was unpacked into have the same inputs, and nothing random makes them differ: use a "
+    "different augmentation for each view, or dropout. "
 )
-"""Comes before the reason where the views come with the data."""
+"""Precedes the reason if the views come with the data."""
 
 
 def explain_dead(network: nn.Module) -> str | None:
-    """Names the dead layers (see :func:`dead_layers`) and the line that wakes them; ``None`` if there are none.
+    """Name the dead layers (see :func:`dead_layers`) and the call that switches them on; ``None`` if there are none.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)).eval()
@@ -25,15 +25,15 @@ def explain_dead(network: nn.Module) -> str | None:
         True
     """
     dead = dead_layers(network)
-    return _wake(network, dead) if dead else None
+    return _how_to_switch_on(network, dead) if dead else None
 
 
 def explain(network: nn.Module, *, shared: bool = False) -> str:
-    """Why the views of a batch agree: the names of the layers, and the line to write.
+    """Explain why the views of a batch agree: the layers responsible, and the fix.
 
     Args:
-        network: as it stood when the views were drawn.
-        shared: two passes differed although the views of each agreed, so that all rows share their random numbers.
+        network: in the state in which the views were drawn.
+        shared: whether two passes differed although the views of each agreed, so all rows share random numbers.
 
     Example:
         >>> "no stochastic layer" in explain(nn.Linear(4, 2))
@@ -43,46 +43,46 @@ def explain(network: nn.Module, *, shared: bool = False) -> str:
     layers = stochastic_layers(network)
     if shared and (at := getattr(network, "rdrop_duplicate_at", None)):
         return (
-            f"{agree}Two passes differ, the views of one pass do not: everything random lies before "
-            f"rdrop_duplicate_at={at!r}, or is shared by the whole batch as LayerDrop is. Name a submodule before the "
+            f"{agree}Two passes differ, but the views of one pass do not: everything random runs before "
+            f"rdrop_duplicate_at={at!r}, or is shared by the whole batch, as in LayerDrop. Name a submodule before the "
             "first dropout, or 'auto'; or train without rdrop_duplicate_at."
         )
     if shared:
         culprits = few(layer.name for layer in layers if layer.scope == "batch" and layer.active)
         return (
-            f"{agree}Two passes differ, the views of one pass do not: the whole batch shares the random numbers of "
-            f'{culprits or "some layer"}. Give each view a pass of its own: rdrop_passes="separate".'
+            f"{agree}Two passes differ, but the views of one pass do not: the whole batch shares the random numbers of "
+            f'{culprits or "some layer"}. Use one pass for each view: rdrop_passes="separate".'
         )
-    usable = [layer for layer in layers if layer.p > 0 or layer.scope == "element"]  # LayerDrop is mostly 0 on purpose
+    usable = [layer for layer in layers if layer.p > 0 or layer.scope == "element"]  # LayerDrop is often 0 on purpose
     bare = _without_dropout(network)
     if not usable:
         return agree + (
             bare
-            or "The network has no stochastic layer. Put nn.Dropout(0.3) in front of its head, or train it plainly: "
+            or "The network has no stochastic layer. Add nn.Dropout(0.3) before its head, or train without R-Drop: "
             "rdrop_views=1."
         )
     reasons = [bare] if bare else []
     if asleep := [each for each in usable if each.trained and not each.module.training and not (bare and each.p == 0)]:
-        reasons.append(_wake(network, asleep))
+        reasons.append(_how_to_switch_on(network, asleep))
     zero = few(layer.name for layer in usable if layer.trained and layer.p == 0)
     if zero and not bare:
-        reasons.append(f"With p = 0: {zero}. Write lightning_rdrop.dropout.set_probability(model, 0.3).")
+        reasons.append(f"With p = 0: {zero}. Call lightning_rdrop.dropout.set_probability(model, 0.3).")
     if frozen := few(layer.name for layer in usable if not layer.trained and not layer.active):
-        reasons.append(f"Off inside a frozen part, which is left as it is: {frozen}.")
+        reasons.append(f"Off inside a frozen part, where switch_on does not change it: {frozen}.")
         if not bare:
-            reasons.append("Put nn.Dropout(0.3) into a part that is trained, for instance in front of the head.")
+            reasons.append("Add nn.Dropout(0.3) to a trained part, for example before the head.")
     if idle := few(layer.name for layer in usable if layer.active):
-        reasons.append(f"On, but without any effect on the prediction: {idle}. Does the prediction come from there?")
+        reasons.append(f"On, but without effect on the prediction: {idle}. Does the prediction depend on it?")
     return agree + " ".join(reasons)
 
 
 def explain_negligible(network: nn.Module, share: float, steps: int) -> str:
-    """What to raise where the views have differed too little to matter.
+    """Explain what to increase if the views differ too little to matter.
 
     Args:
-        network: that is trained.
-        share: the largest kl of the first steps, as a share of ce.
-        steps: how many they were.
+        network: the network that is trained.
+        share: the largest kl of the first steps, as a fraction of ce.
+        steps: the number of these steps.
 
     Example:
         >>> "Raise the dropout: 0 (p = 0.01)." in explain_negligible(nn.Sequential(nn.Dropout(0.01)), 1e-6, 100)
@@ -94,26 +94,26 @@ def explain_negligible(network: nn.Module, share: float, steps: int) -> str:
     if _lora(network):
         reasons.append("Adapt more layers (target_modules='all-linear'), or raise the learning rate.")
     return (
-        f"In the first {steps} steps kl was at most {share:.0e} of ce: R-Drop costs a second pass and adds almost "
-        f"nothing. {' '.join(reasons)}"
+        f"In the first {steps} steps kl was at most {share:.0e} of ce: R-Drop costs a second pass but has almost no "
+        f"effect. {' '.join(reasons)}"
     )
 
 
 def _lora(network: nn.Module) -> dict[str, nn.ModuleDict]:
-    """The dropout of each layer that peft has wrapped in a LoRA, by the name of the layer."""
+    """The dropout of each layer that peft has wrapped with LoRA, by the name of the layer."""
     found = {name: getattr(part, "lora_dropout", None) for name, part in network.named_modules()}
     return {name: dropout for name, dropout in found.items() if isinstance(dropout, nn.ModuleDict)}
 
 
 def _without_dropout(network: nn.Module) -> str:
-    """What to say of LoRA without dropout of its own; empty if there is none."""
+    """The message for LoRA layers without their own dropout; empty if there are none."""
     bare = few(name for name, dropout in _lora(network).items() if not stochastic_layers(dropout))
     return bare and (
-        f"LoRA without a dropout of its own: {bare}. Give lora_dropout=0.1 to LoraConfig, or to the argument peft."
+        f"LoRA without its own dropout: {bare}. Pass lora_dropout=0.1 to LoraConfig, or to the argument peft."
     )
 
 
-def _wake(network: nn.Module, layers: list[StochasticLayer]) -> str:
+def _how_to_switch_on(network: nn.Module, layers: list[StochasticLayer]) -> str:
     asleep = {path for path, module in network.named_modules() if not module.training}
     calls = {}
     for layer in layers:
@@ -122,8 +122,8 @@ def _wake(network: nn.Module, layers: list[StochasticLayer]) -> str:
         owner = re.sub(r"\.(\d+)", r"[\1]", f"self.{outermost}") if outermost else "model"
         calls[f"{owner}.train()"] = layer
     return (
-        f"In eval mode inside a part that is being trained: {few(layer.name for layer in layers)}. "
-        "Since Lightning 2.2, fit keeps each submodule's mode, and from_pretrained hands models out in eval mode. "
-        f"Write {few(calls)} before the training, or lightning_rdrop.dropout.switch_on(model), which leaves "
-        "BatchNorm and frozen parts as they are."
+        f"In eval mode inside a trained part: {few(layer.name for layer in layers)}. "
+        "Since Lightning 2.2, fit keeps the mode of each submodule, and from_pretrained returns models in eval mode. "
+        f"Call {few(calls)} before training, or lightning_rdrop.dropout.switch_on(model), which does not change "
+        "BatchNorm and frozen parts."
     )

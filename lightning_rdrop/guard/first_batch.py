@@ -1,4 +1,4 @@
-"""What is wrong with a first batch, and with the moment at which it comes."""
+"""Checks of the first batch, and of when it is drawn."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
-    """Why a network learns nothing where each target that counts is the token at its own position; else ``None``.
+    """Report targets that are each the token at their own position, from which nothing is learned; else ``None``.
 
-    So it looks where the labels of a causal language model were not shifted: cross-entropy falls to 0 on noise.
+    This happens if the labels of a causal language model were not shifted: cross-entropy then falls to 0 even on noise.
 
     Example:
         >>> from torch import tensor
@@ -28,17 +28,17 @@ def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
     if tokens.dim() < 2 or tokens.is_floating_point() or not counted.any() or (tokens != target)[counted].any():
         return None
     return (
-        "Every target is the token at its own position, which a network only has to copy: the labels of a causal "
-        "language model were not shifted. Override rdrop_unpack(self, batch) to return inputs that end before the "
-        "last token, and targets that begin with the second."
+        "Every target is the token at its own position, so the network only has to copy it: the labels of a causal "
+        "language model were not shifted. Override rdrop_unpack(self, batch) to return inputs without the last token "
+        "and targets without the first."
     )
 
 
 def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
-    """Which Hugging Face seq2seq model got no decoder inputs; ``None`` if none did.
+    """Report a Hugging Face seq2seq model without decoder inputs; ``None`` if there is none.
 
-    BART and its kin feed the source to the decoder then, and train happily on the wrong task. A classifier on such a
-    model does so by design, and is left in peace.
+    BART and similar models then feed the source to the decoder and train on the wrong task. A classifier on such a
+    model does so by design and is not reported.
     """
     if not isinstance(inputs, Mapping) or any(key.startswith("decoder_input") for key in inputs):
         return None
@@ -46,15 +46,15 @@ def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
         head = getattr(module, "get_output_embeddings", None)
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and head and head() is not None:
             return (
-                f"{name or type(module).__name__}, a {type(module).__name__}, got no decoder inputs, and would feed "
-                "the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the inputs; "
-                "model.prepare_decoder_input_ids_from_labels(labels) makes them."
+                f"{name or type(module).__name__}, a {type(module).__name__}, got no decoder inputs and would feed "
+                "the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the inputs, "
+                "made by model.prepare_decoder_input_ids_from_labels(labels)."
             )
     return None
 
 
 def none_counts(target: Any, ignore_index: int = -100) -> str | None:
-    """Why nothing is learned from unlabelled rows all of which are marked as not counting; else ``None``.
+    """Report an unlabeled part in which no row counts; else ``None``.
 
     Example:
         >>> from torch import tensor
@@ -64,13 +64,13 @@ def none_counts(target: Any, ignore_index: int = -100) -> str | None:
     if not isinstance(target, Tensor) or (target != ignore_index).any():
         return None
     return (
-        f"No row of the unlabelled part counts: its labels, or its attention mask, mark all of them as padding, "
-        f"{ignore_index}. Leave the labels out of this part, and all its rows count."
+        f"No row of the unlabeled part counts: its labels or its attention mask mark all rows as padding, "
+        f"{ignore_index}. Remove the labels from this part to count all rows."
     )
 
 
 def in_evaluation(trainer: Any) -> str | None:
-    """Why views cannot be drawn now; ``None`` where a Trainer trains, or where there is none.
+    """Report views drawn outside of training; ``None`` if the Trainer trains, or if there is none.
 
     Example:
         >>> import pytorch_lightning as pl
@@ -80,8 +80,8 @@ def in_evaluation(trainer: Any) -> str | None:
     for stage in ("sanity_checking", "validating", "testing", "predicting"):
         if getattr(trainer, stage, False):
             return (
-                f"The views of a batch are drawn while the Trainer is {stage.replace('_', ' ')}, where dropout is off "
-                "and they cannot differ. Predict once there: inputs, target = self.rdrop_unpack(batch); prediction = "
-                "self.rdrop_predict(inputs)."
+                f"The views of a batch are drawn while the Trainer is {stage.replace('_', ' ')}: dropout is off, so "
+                "they cannot differ. Use a single pass instead: inputs, target = self.rdrop_unpack(batch); prediction "
+                "= self.rdrop_predict(inputs)."
             )
     return None

@@ -1,4 +1,4 @@
-"""The guard of a training: from the start of a fit, over its first batch, to every log."""
+"""The guard of a fit: checks its first batch, and reports what later batches recorded whenever the Trainer logs."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
 
 _EVERY = 50
-"""So many steps lie between two looks where there is no Trainer; it is the Trainer's default."""
-_PARTS = {"labeled": "", "unlabeled": " of the unlabelled part"}
+"""Steps between two reports without a Trainer; the Trainer's default for logging."""
+_PARTS = {"labeled": "", "unlabeled": " of the unlabeled part"}
 
 
 class Guarded(Protocol):
-    """What the guard asks of a module."""
+    """What the guard requires of a module."""
 
     rdrop_guard: Literal["error", "warn", "off"]
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
-        """What is wrong with a first batch."""
+        """What is wrong with the first batch, or None."""
 
 
 class Guard:
-    """Finds what would make a training silently wrong, and says it as the module's ``rdrop_guard`` says.
+    """Finds what would make training silently wrong, and raises or warns according to the module's ``rdrop_guard``.
 
-    It lives as long as a fit: :meth:`begin` forgets all that was found before. Values are looked at on the first batch,
-    and again when a submodule has changed its mode, a dropout has been switched on or off by its p, or alpha has risen
-    from 0, which waits for the device. A part that is frozen or unfrozen is searched for dead dropout. Every other
-    batch is only noted there, and read where a log is due (every 50 steps without a Trainer), at the end of an epoch,
-    and before so much is noted that some of it would be forgotten.
+    Its state belongs to one fit: :meth:`begin` resets it. Values are compared on the first batch, and again after a
+    submodule has changed its mode, a dropout probability has changed from or to 0, or alpha has risen from 0; this
+    waits for the device. Freezing or unfreezing a part starts another search for dead dropout. Other batches are only
+    recorded on the device, and read whenever the Trainer logs (every 50 steps without a Trainer), at the end of an
+    epoch, and before records are lost.
     """
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the verdicts of an earlier fit."""
+        """Reset the state of an earlier fit."""
         self._drawn = self._batch_ended = self._must_differ = False
         self._warned: set[str] = set()
         self._alone: set[str] = set()
@@ -70,20 +70,20 @@ class Guard:
     def part_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str
     ) -> None:
-        """On the first batch of several examples, before a joint pass: does each row have a prediction of its own?
+        """Check before a joint pass, on the first batch with several examples, that each row is predicted by itself.
 
-        It takes no decision of all ranks, each of which looks for itself. Only where they share the weights, and so
-        must make the same passes, it is the first batch that is looked at, whatever it holds.
+        Each rank checks by itself. Only if ranks share the weights, so that all must run the same passes, the very
+        first batch is checked, whatever its size.
 
         Args:
             module: the LightningModule that is trained.
-            predict: the prediction (N, ...) for some inputs.
-            inputs: those of B examples.
+            predict: returns the prediction (N, ...) for some inputs.
+            inputs: inputs of B examples.
             examples: B.
-            part: the part of the batch that this is.
+            part: the part of the batch.
 
         Raises:
-            ValueError: the rows of a doubled batch depend on each other, where ``rdrop_guard="error"``.
+            ValueError: the rows of a duplicated batch depend on each other, and ``rdrop_guard="error"``.
         """
         network = cast(nn.Module, module)
         if module.rdrop_guard == "off" or part in self._parted:
@@ -108,20 +108,20 @@ class Guard:
         *,
         must_differ: bool,
     ) -> None:
-        """Look at one batch.
+        """Check or record one batch.
 
         Args:
             module: the LightningModule that is trained.
             predictions: its K views, (K, N, ...).
             redraw: predicts the same inputs again.
-            inputs: those of the batch, or :class:`~lightning_rdrop.Views` of them.
-            target: theirs, or None.
-            part: the part of the batch that this is; each has a first batch of its own.
-            switches: those of the module; what they decide is looked at again where they have changed.
-            must_differ: whether equal views are a fault.
+            inputs: inputs of the batch, or :class:`~lightning_rdrop.Views` of them.
+            target: their target, or None.
+            part: the part of the batch; each part has its own first batch.
+            switches: the switches of the module; checks that depend on them are repeated after they change.
+            must_differ: whether equal views are an error.
 
         Raises:
-            ValueError: what was found, where ``rdrop_guard="error"``.
+            ValueError: a check failed, and ``rdrop_guard="error"``.
         """
         self._drawn = True
         if module.rdrop_guard == "off":
@@ -145,76 +145,76 @@ class Guard:
                 self.complain(module, reason)
                 return
             self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
-        given = isinstance(inputs, Views)  # which differ with dropout or without it
-        # an alpha may rise from 0 later
+        given = isinstance(inputs, Views)  # these differ even without dropout
+        # alpha may rise from 0 later
         if must_differ and modes != self._compared.get(part) and self._all_have(network, part):
             self._compared[part] = modes
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
             self.complain(module, reason and (ALIKE_IN_DATA if given else "") + reason)
         if must_differ and not given and state not in self._searched:
-            self._searched.add(state)  # of all, as some freeze a part in every other step
+            self._searched.add(state)  # all states seen, as some modules freeze a part in every other step
             if reason is None:
-                self._warn(explain_dead(network))  # a live head hides a dead backbone
+                self._warn(explain_dead(network))  # dropout in the head hides that it is off in the backbone
 
     def pass_by(self, module: Guarded, part: str, switches: Switches, *, must_differ: bool) -> None:
-        """In the place of :meth:`watch`, where a part of the batch is empty on this rank.
+        """Replace :meth:`watch` if a part of the batch is empty on this rank.
 
-        The others may be about to compare their views, for which all ranks have to decide together: it is put off to
-        the next step in which each of them has examples.
+        The other ranks may be about to compare their views, which all ranks have to decide together: this postpones it
+        to the next step in which each of them has examples.
         """
         compares = must_differ and switches.random() != self._compared.get(part)
         if compares and module.rdrop_guard != "off" and not in_evaluation(trainer_of(module)):
             self._all_have(cast(nn.Module, module), part, False)
 
     def _all_have(self, network: nn.Module, part: str, examples: bool = True) -> bool:
-        """Whether a part has examples on every rank; the labelled one always has."""
+        """Whether a part has examples on every rank; the labeled part always has."""
         return part == "labeled" or on_all_ranks(network, examples)
 
     def note(self, kl: Tensor, ce: Tensor | None = None) -> None:
-        """Keep the terms of a step, in which views are seen that become equal, or differ too little.
+        """Keep the terms of a step, to detect views that become equal or differ too little.
 
         Args:
-            kl: or another distance of the views, which is 0 where they are equal.
-            ce: beside which kl should not be negligible; None where it may be.
+            kl: kl, or another distance that is 0 if the views are equal.
+            ce: the task loss, compared to which kl should not be negligible; None if it may be.
         """
         self._equal.note(kl)
         if ce is not None:
             self._negligible.note(kl, ce)
 
     def note_target(self, module: Guarded, invalid: Tensor | None) -> None:
-        """Keep whether a target held an impossible value, as :meth:`~lightning_rdrop.Distance.invalid` says.
+        """Keep whether a target has an invalid value, according to :meth:`~lightning_rdrop.Distance.invalid`.
 
-        On the CPU nothing needs to be waited for, and the loss would fail with a class that does not exist.
+        On the CPU it is reported at once, before the loss fails on a class that does not exist.
 
         Raises:
-            ValueError: it did, on the CPU, where ``rdrop_guard="error"``.
+            ValueError: the target is invalid and on the CPU, and ``rdrop_guard="error"``.
         """
         self._targets.note(invalid)
         if invalid is not None and is_readable(invalid) and invalid:
             self.complain(module, self._targets.reason())
 
     def batch_ends(self, module: Guarded) -> None:
-        """Say, after the first training batch, that it drew no views: a ``training_step`` hides that of the mixin."""
+        """Warn after the first training batch if it drew no views, because another ``training_step`` replaces ours."""
         hidden = not (self._drawn or self._batch_ended) and module.rdrop_guard != "off"
         self._batch_ended = True
         if hidden:
             warnings.warn(
-                f"{type(module).__name__} has a training_step of its own, which hides the mixin's, and never calls "
+                f"{type(module).__name__} has its own training_step, which overrides the mixin's and never calls "
                 "rdrop_step: it trains without R-Drop. Delete it, or begin it with terms = self.rdrop_step(batch).",
                 stacklevel=2,
             )
 
     def epoch_ends(self, module: Guarded) -> None:
-        """Read what was noted since the last log: in a short training none is due after the first batch.
+        """Report what was recorded since the last log: short trainings may not log again after the first batch.
 
         Raises:
-            ValueError: what was found, where ``rdrop_guard="error"``.
+            ValueError: a check failed, and ``rdrop_guard="error"``.
         """
         if module.rdrop_guard != "off" and not searches_learning_rate(trainer_of(module)):
             self._read(module)
 
     def complain(self, module: Guarded, reason: str | None) -> None:
-        """Raise, or warn once, where there is a reason."""
+        """Raise, or warn once, if there is a reason."""
         if reason is not None and module.rdrop_guard == "error":
             raise ValueError(reason)
         self._warn(reason)
@@ -225,9 +225,9 @@ class Guard:
             warnings.warn(reason, stacklevel=5)
 
     def _read(self, module: Guarded) -> None:
-        """Say what the watches have noted; waits for the device."""
+        """Report what the watches have recorded; waits for the device."""
         network = cast(nn.Module, module)
-        self.complain(module, self._targets.reason())  # first: NaN in a target soon is NaN everywhere
+        self.complain(module, self._targets.reason())  # first: NaN in a target soon spreads to everything else
         for nan in self._nan.values():
             self.complain(module, nan.reason())
         if self._must_differ and self._equal.died():

@@ -1,4 +1,4 @@
-"""A prediction that is NaN: noted in every batch, read where it is asked for."""
+"""Detect predictions that are NaN; recorded in every batch, read on demand."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_rdrop.nesting import tensors_of
 
 
 class NanWatch:
-    """Since which batch a view is NaN: written on the device in every batch, read only where it is asked for.
+    """Records on the device since which batch a view is NaN.
 
-    It is forgotten when a view is a number again: a search for a learning rate goes on until the loss diverges, and
-    puts the weights back; a GradScaler leaves out the steps in which float16 overflows.
+    It is reset when the view is no longer NaN: the learning rate finder continues until the loss diverges and then
+    restores the weights, and GradScaler skips steps in which float16 overflows.
 
     Args:
-        part: the part of the batch that is watched, for the message; all of it, if there is but one.
+        part: the part of the batch, for the message; empty for the labeled part.
 
     Example:
         >>> watch = NanWatch()
@@ -33,7 +33,7 @@ class NanWatch:
         self._since: Tensor | None = None
 
     def look(self, predictions: Any) -> None:
-        """Note which of the K views (K, N, ...) are NaN, without waiting for the device."""
+        """Record which of the K views (K, N, ...) are NaN, without waiting for the device."""
         sums = [_sums(tensor) for _, tensor in tensors_of(predictions) if tensor.dim()]
         nan = sums[0].isnan() if len(sums) == 1 else torch.stack(sums).isnan().any(0)
         since = torch.full_like(nan, -1, dtype=torch.long) if self._since is None else self._since.to(nan.device)
@@ -41,17 +41,17 @@ class NanWatch:
         self.batches += 1
 
     def reason(self) -> str | None:
-        """What to say of a view that is NaN; ``None`` if none is. Waits for the device."""
+        """The message for a view that is NaN; ``None`` if none is. Waits for the device."""
         for view, batch in enumerate([] if self._since is None else self._since.tolist()):
             if batch >= 0:
                 return (
-                    f"The prediction of view {view}{self.part} is NaN since batch {batch}. Too high a learning rate, "
-                    "a row of the attention mask without a token, or an overflow in half precision are usual causes."
+                    f"The prediction of view {view}{self.part} is NaN since batch {batch}. Usual causes are a high "
+                    "learning rate, an attention mask with a row of zeros, or an overflow in half precision."
                 )
         return None
 
 
 def _sums(views: Tensor) -> Tensor:
-    """One number a view: an infinite logit masks a class, so that it may be infinite, and NaN is NaN in any sum."""
+    """One number per view, NaN if any value is. Infinite logits are allowed, since they mask classes."""
     rows = views.detach().flatten(1)
     return rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""A kl that never was more than a rounding beside ce: noted in the first steps, read where it is asked for."""
+"""Detect a kl that has always been negligible compared to ce; recorded in the first steps, read on demand."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 STEPS = 100
-"""So many steps are looked at: an adapter that starts at zero has begun to act by then."""
+"""The number of steps that are recorded: by then an adapter initialized with zero has an effect."""
 _NEGLIGIBLE = 1e-4
-"""The share of ce below which a kl does nothing. A weak dropout makes 1e-3, that of a trained network 1e-2 and more."""
+"""Below this fraction of ce, kl has no effect. Weak dropout reaches 1e-3, a trained network 1e-2 or more."""
 
 
 class NegligibleWatch:
-    """Whether kl has been negligible beside ce since the training began.
+    """Detects a kl that has been negligible compared to ce since the start of training.
 
-    A kl that was larger once, and is small because R-Drop has done its work, is not its business.
+    A kl that was larger before and is now small because of R-Drop is not reported.
 
     Example:
         >>> from torch import tensor
         >>> watch = NegligibleWatch()
         >>> for _ in range(STEPS):
         ...     watch.note(tensor(8e-6), tensor(4.0))
-        >>> f"{watch.share():.0e}", watch.share()  # it is said once
+        >>> f"{watch.share():.0e}", watch.share()  # returned only once
         ('2e-06', None)
     """
 
@@ -35,7 +35,7 @@ class NegligibleWatch:
             self._noted.append((kl.detach(), ce.detach()))
 
     def share(self) -> float | None:
-        """The largest kl as a share of its ce, where all are negligible and enough are known; waits for the device."""
+        """The largest kl as a fraction of its ce, once, if all recorded steps are negligible; waits for the device."""
         if len(self._noted) < STEPS:
             return None
         kl, ce = (torch.stack(terms).double().cpu() for terms in zip(*self._noted, strict=True))

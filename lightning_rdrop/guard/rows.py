@@ -1,4 +1,4 @@
-"""Whether the rows of a doubled batch meet: a joint pass is right only where each row is predicted by itself."""
+"""Check whether the rows of a duplicated batch affect each other: then a joint pass is wrong."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from lightning_rdrop.probe import untouched
 from lightning_rdrop.submodules import few
 
 _TOLERANCES = {"highest": 1e-3, "high": 1e-2, "medium": 0.1}
-"""By precision (float32, TF32, bfloat16). Rounding stays far below, what one row learns of another far above."""
+"""By precision (float32, TF32, bfloat16). Rounding is far below, and the effect of other rows far above."""
 _BY_CHANCE = 0.05
-"""So many rows may differ: where experts or a top k are chosen, rounding decides a tie now and then."""
+"""The fraction of rows that may differ: if experts or a top k are chosen, rounding may decide ties."""
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def rows_meet(
     network: nn.Module, predict: Callable[[Any], Any], inputs: Any, examples: int, device: torch.device
 ) -> str | None:
-    """What was seen where the rows of a doubled batch depend on each other; ``None`` where they do not.
+    """Report that the rows of a duplicated batch depend on each other; ``None`` if they do not.
 
-    In eval mode, the prediction for [x'; x] is compared with that for x, where x' is the last row B times, and x stands
-    in reverse: [x; x] would hide attention between the examples. That is two passes over 3B rows together, without
-    gradients, of which as little remains as of :func:`~lightning_rdrop.guard.diagnose`. A difference is an error of a
-    row, its root mean square, beyond the rounding of the precision.
+    In eval mode, the prediction for [x'; x] is compared with that for x, where x' repeats the last row B times and x is
+    reversed: [x; x] would hide attention between the examples. This takes two passes, 3B rows in total, without
+    gradients, and with as few side effects as :func:`~lightning_rdrop.guard.diagnose`. Rows differ if their root mean
+    square error exceeds the rounding of the precision.
 
-    Silent are networks in which rows meet by design (a BatchNorm without running statistics, experts with a
-    capacity), and those whose eval mode tells nothing: it fails, predicts something else in every pass, or returns
-    other shapes than training.
+    Not reported are networks whose rows affect each other by design (a BatchNorm without running statistics, experts
+    with a capacity), and those whose eval mode is inconclusive: it fails, predicts something else in every pass, or
+    returns other shapes than in training.
 
     Args:
         network: the module that predicts.
-        predict: the prediction (N, ...) for some inputs.
-        inputs: those of B >= 2 examples; of one example there is no other x'.
+        predict: returns the prediction (N, ...) for some inputs.
+        inputs: inputs of B >= 2 examples; a single example has no other x'.
         examples: B.
-        device: of the inputs.
+        device: the device of the inputs.
 
     Example:
-        >>> network, cpu = nn.LSTM(4, 3), torch.device("cpu")  # (T, B, 4): time would be doubled
+        >>> network, cpu = nn.LSTM(4, 3), torch.device("cpu")  # (T, B, 4): time would be duplicated
         >>> "batch_first=False" in rows_meet(network, lambda x: network(x)[0], torch.randn(5, 2, 4), 5, cpu)
         True
         >>> network = nn.LSTM(4, 3, batch_first=True)
@@ -64,7 +64,7 @@ def rows_meet(
             again = _tensors(predict(inputs))
         with untouched(network, device):
             trained = _tensors(predict(doubled))
-    except Exception:  # if it is not eval mode that fails, drawing the views says why
+    except Exception:  # if it also fails outside of eval mode, drawing the views raises
         return None
     repeatable = _shapes(again) == _shapes(single) and all(
         _same(one.reshape(1, -1), other.reshape(1, -1), tolerance) for one, other in zip(again, single, strict=True)
@@ -72,18 +72,18 @@ def rows_meet(
     if seen is None or not repeatable or _shapes(trained) != _shapes(both) or _meet_by_design(network):
         return None
     return (
-        f"The rows of a doubled batch depend on each other: with dropout off, {seen}. {_usual_reasons(network)} Give "
-        'each view a forward pass of its own: rdrop_passes="separate".'
+        f"The rows of a duplicated batch depend on each other: with dropout off, {seen}. {_usual_reasons(network)} Use "
+        'one forward pass for each view: rdrop_passes="separate".'
     )
 
 
 def shares_weights(network: nn.Module) -> bool:
-    """Whether ranks hold parts of its weights, so that all of them must make the same passes."""
+    """Whether its weights are sharded across ranks, so that all ranks must run the same passes."""
     return any(is_sharded(parameter) or not parameter.numel() for parameter in network.parameters())
 
 
 def passes_meet(network: nn.Module) -> bool:
-    """Whether its passes are those of all ranks together, as far as can be seen: each has to make as many."""
+    """Whether its passes communicate between ranks (sharded weights or SyncBatchNorm), so each must run as many."""
     return shares_weights(network) or any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
 
 
@@ -92,38 +92,38 @@ def _tolerance(network: nn.Module, device: torch.device) -> float:
         return _TOLERANCES["medium"]
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by the newer names of torch.backends, for each backend
+    except RuntimeError:  # set per backend, with the newer names in torch.backends
         precision = "medium"
-    return max(_TOLERANCES[precision], _TOLERANCES["high" if device.type == "cuda" else "highest"])  # cuDNN takes TF32
+    return max(_TOLERANCES[precision], _TOLERANCES["high" if device.type == "cuda" else "highest"])  # cuDNN uses TF32
 
 
 def _difference(single: list[Tensor], both: list[Tensor], examples: int, tolerance: float) -> str | None:
     if len(single) != len(both):
-        return "twice as many examples are predicted by another number of tensors"
+        return "the prediction for twice as many examples has another number of tensors"
     for own, doubled in zip(single, both, strict=True):
         if len(doubled) != 2 * len(own) or doubled.shape[1:] != own.shape[1:]:
             return (
-                f"{examples} examples are predicted with the shape {tuple(own.shape)}, and twice as many with "
-                f"{tuple(doubled.shape)}"
+                f"the prediction for {examples} examples has the shape {tuple(own.shape)}, and that for twice as many "
+                f"has {tuple(doubled.shape)}"
             )
         if len(own) % examples:
-            continue  # which rows are whose cannot be told, as drawing the views says
-        rows = own.reshape(examples, -1)  # models that make rows of tokens have several for an example
+            continue  # unclear which rows belong to which example; drawing the views raises
+        rows = own.reshape(examples, -1)  # a model that flattens tokens into rows has several per example
         expected = torch.cat([rows[-1:].expand_as(rows), rows.flip(0)])
         if not _same(expected, doubled.reshape(2 * examples, -1), tolerance):
-            return "the prediction for a row is another one when other examples stand beside it"
+            return "the prediction for a row depends on the other examples in the batch"
     return None
 
 
 def _same(first: Tensor, second: Tensor, tolerance: float) -> bool:
-    """Whether nearly all rows of two matrices are the same."""
-    rows = max(1, 2**20 // first.shape[1])  # the logits of a vocabulary fill the memory as it is
+    """Whether nearly all rows of two matrices agree."""
+    rows = max(1, 2**20 // first.shape[1])  # in chunks: logits of a large vocabulary already fill the memory
     apart = [_apart(*pair, tolerance) for pair in zip(torch.split(first, rows), torch.split(second, rows), strict=True)]
     return int(torch.cat(apart).sum()) <= _BY_CHANCE * len(first)
 
 
 def _apart(first: Tensor, second: Tensor, tolerance: float) -> Tensor:
-    """Which rows differ: by the root mean square of what differs, relative to its median in the row, or in all rows."""
+    """Which rows differ, by the root mean square of differing values relative to their median in the row or overall."""
     differs = (first != second) & ~(first.isnan() & second.isnan())
     if not first.is_floating_point():
         return differs.any(1)
@@ -153,10 +153,10 @@ def _meet_by_design(network: nn.Module) -> bool:
 
 
 def _usual_reasons(network: nn.Module) -> str:
-    others = "attention, or scores, between the examples of a batch; and indices that point into the batch"
+    others = "attention or scores between the examples of a batch, and indices that point into the batch"
     modules = network.named_modules()
     if first := few(name or type(part).__name__ for name, part in modules if getattr(part, "batch_first", 1) is False):
         return (
-            f"With batch_first=False, where the sequence comes first, and is doubled: {first}. Else look for {others}."
+            f"With batch_first=False, so that the time dimension is duplicated: {first}. Otherwise look for {others}."
         )
-    return f"Usual reasons are a batch that is not the first dimension; {others}."
+    return f"Usual reasons are a batch dimension that is not the first, {others}."

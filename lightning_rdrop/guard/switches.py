@@ -1,4 +1,4 @@
-"""What switches randomness, and training, on and off in a network: compared in every step."""
+"""What switches randomness and training on and off in a network; compared in every step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning_rdrop.dropout import stochastic_layers
 
 
 class Switches:
-    """The switches of a network, read from lists: a walk through its modules would take far longer.
+    """The modes, dropout probabilities and frozen parameters of a network, read from lists to save time.
 
     Args:
-        network: as it is now; a module that is put into it later is not seen.
+        network: the network; modules added to it later are not included.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0))
@@ -30,7 +30,7 @@ class Switches:
     def random(self) -> list[bool]:
         """Whether each module is in training mode, and whether each stochastic layer has p > 0.
 
-        A p that goes from one value above 0 to another changes no verdict.
+        A change between two probabilities above 0 needs no new check.
         """
         return [module.training for module in self._modules] + [layer.p > 0 for layer in self._layers]
 

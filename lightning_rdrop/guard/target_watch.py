@@ -1,4 +1,4 @@
-"""Targets that hold impossible values: noted in every step, read where it is asked for."""
+"""Detect targets with invalid values; recorded in every step, read on demand."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_rdrop.guard.equal_watch import KEPT
 
 
 class TargetWatch:
-    """Which batch's target held a value that its distance cannot take.
+    """Records which batch had a target with a value that the distance does not accept.
 
     Example:
         >>> watch = TargetWatch()
         >>> for invalid in (False, True, False):
         ...     watch.note(torch.tensor(invalid))
         >>> print(watch.reason())
-        The target of batch 1 holds a value that is impossible for the distance: ...
+        The target of batch 1 contains a value that is invalid for the distance: ...
     """
 
     def __init__(self) -> None:
@@ -26,21 +26,21 @@ class TargetWatch:
         self._noted: deque[tuple[int, Tensor]] = deque(maxlen=KEPT)
 
     def note(self, invalid: Tensor | None) -> None:
-        """Keep what was found in a batch, without waiting for the device; None is nothing to be found."""
+        """Keep whether the target of a batch is invalid, without waiting for the device; None if it cannot be."""
         if invalid is not None:
             self._noted.append((self._batches, invalid))
         self._batches += 1
 
     def reason(self) -> str | None:
-        """What to say of the first such batch since the last look; ``None`` if there is none. Waits for the device."""
+        """The message for the first such batch since the last call; ``None`` if there is none. Waits for the device."""
         noted = [*self._noted]
         self._noted.clear()
         flags = torch.stack([invalid for _, invalid in noted]).tolist() if noted else []
         for (batch, _), invalid in zip(noted, flags, strict=True):
             if invalid:
                 return (
-                    f"The target of batch {batch} holds a value that is impossible for the distance: a class out of "
-                    "range, a label outside [0, 1], a negative weight, more tokens than frames, or NaN. Mend the data, "
-                    "or mark what does not count by the distance's ignore_index or ignore_value."
+                    f"The target of batch {batch} contains a value that is invalid for the distance: a class out of "
+                    "range, a label outside [0, 1], a negative weight, more tokens than frames, or NaN. Fix the data, "
+                    "or mark what should not count with the distance's ignore_index or ignore_value."
                 )
         return None

@@ -1,4 +1,4 @@
-"""Double a batch in the middle of a forward pass, so that what lies before the first dropout runs once."""
+"""Duplicate a batch in the middle of a forward pass, so that everything before the first dropout runs once."""
 
 from lightning_rdrop.late_duplication.duplicate_at import Split
 from lightning_rdrop.late_duplication.find_split import LateDuplication, find_split

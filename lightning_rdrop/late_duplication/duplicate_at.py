@@ -1,4 +1,4 @@
-"""Double a batch in the middle of a forward pass: the submodules before the split run once for all views."""
+"""Duplicate a batch in the middle of a forward pass: the submodules before the split run once for all views."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_rdrop.nesting import parts_of, tensors_of, with_parts
 
 Predict = Callable[[Any], Any]
 KeyPath = tuple[Any, ...]
-"""The keys that lead to a tensor in a nested container."""
+"""The path of keys to a tensor in a nested container."""
 Call = tuple[str, int]
 """The name of a submodule and the index of the call, counted from 0 in each forward pass."""
 
 
 class UnforeseenError(Exception):
-    """A submodule is called with tensors that were not there when the split was found, such as a mask."""
+    """A submodule is called with tensors that it did not get when the split was found, such as a mask."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where the batch is doubled in a forward pass.
+    """Where the batch is duplicated in a forward pass.
 
     Args:
-        at: the submodules before which it is doubled.
-        places: the tensors among the arguments (args, kwargs), by submodule and index of the call, and whether each is
-            to be doubled: those of ``at``, and those of later submodules that come from before the split. Submodules
-            that may be given a further tensor another time are there also where nothing is doubled.
-        share: the FLOPs of a forward pass relative to those of a batch doubled at the entrance (matrix products only).
+        at: the submodules before which it is duplicated.
+        places: the tensors among the arguments (args, kwargs), by submodule and index of the call, and whether to
+            duplicate each: those of ``at``, and those that later submodules get from before the split. Submodules that
+            might get a further tensor in another batch are included even if nothing is duplicated.
+        share: the FLOPs of a forward pass, as a fraction of those with duplicated inputs (matrix products only).
         shared: a random submodule before the split, whose random numbers all views share; None if there is none.
     """
 
@@ -43,22 +43,24 @@ class Split:
     shared: str | None = None
 
     def __str__(self) -> str:
-        return f"The batch is doubled before {', '.join(self.at)}; a forward pass takes {self.share:.0%} of the FLOPs."
+        return (
+            f"The batch is duplicated before {', '.join(self.at)}; a forward pass takes {self.share:.0%} of the FLOPs."
+        )
 
     def predict(self, network: nn.Module, predict: Predict, inputs: Any, views: int) -> Any:
         """The prediction for K views of the inputs, K * B rows.
 
         Args:
-            network: the module whose submodules are named.
+            network: the module whose submodules ``at`` names.
             predict: calls the network.
-            inputs: those of B examples, not doubled.
+            inputs: inputs of B examples, not duplicated.
             views: K.
 
         Raises:
             ValueError: the forward pass never reached the split.
-            UnforeseenError: a call has tensors of which the split does not know whether they carry the batch.
+            UnforeseenError: a call has tensors for which it is unknown whether to duplicate them.
         """
-        double, reached = Doubling(views), False
+        duplicator, reached = Duplicator(views), False
 
         def change(call: Call, arguments: Any) -> Any:
             nonlocal reached
@@ -70,19 +72,19 @@ class Split:
             known = calls[index] if index in calls else _of_a_further_call(calls)
             if any(path not in known for path, _ in tensors_of(arguments)):
                 raise UnforeseenError(f"{name} is called with other tensors than before.")
-            return double(arguments, [path for path, carries in known.items() if carries])
+            return duplicator(arguments, [path for path, carries in known.items() if carries])
 
         with before_calls({name: network.get_submodule(name) for name in self.places}, change):
             prediction = predict(inputs)
         if not reached:
             raise ValueError(
                 f"rdrop_duplicate_at: {', '.join(self.at)} was not called in this forward pass, so nothing was "
-                "doubled. Name a submodule that every forward pass calls, which LayerDrop never skips."
+                "duplicated. Name a submodule that every forward pass calls and LayerDrop never skips."
             )
         return prediction
 
     def with_places_of(self, other: Split) -> Split:
-        """This split, which knows the calls of another batch as well."""
+        """This split with the calls of another batch added."""
         places = {name: dict(calls) for name, calls in self.places.items()}
         for name, calls in other.places.items():
             for index, known in calls.items():
@@ -91,25 +93,25 @@ class Split:
         return replace(self, places=places)
 
 
-class Doubling:
-    """K copies of tensors, made once per forward pass however many submodules are called with the same tensor."""
+class Duplicator:
+    """Repeats tensors K times, only once per forward pass even if several submodules get the same tensor."""
 
     def __init__(self, views: int) -> None:
         self._views = views
         self._copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, value: Any, paths: Collection[KeyPath]) -> Any:
-        """The same container with the tensors under these keys doubled; keys that are not there are skipped."""
+        """The same container with the tensors at these paths duplicated; missing paths are skipped."""
         if isinstance(value, Tensor):
-            if value.is_inference():  # has no version
+            if value.is_inference():  # inference tensors have no version
                 return torch.cat([value] * self._views)
-            key = id(value), value._version  # an in-place operation between two calls changes it
+            key = id(value), value._version  # changed by in-place operations between two calls
             if key not in self._copies:
                 self._copies[key] = value, torch.cat([value] * self._views)
             return self._copies[key][1]
         below = defaultdict(list)
         for path in paths:
-            if path:  # else a tensor was here in another batch
+            if path:  # else another batch had a tensor here
                 below[path[0]].append(path[1:])
         parts = parts_of(value) or {}
         changed = {key: self(parts[key], inner) for key, inner in below.items() if key in parts}
@@ -117,7 +119,7 @@ class Doubling:
 
 
 def _of_a_further_call(calls: Mapping[int, Mapping[KeyPath, bool]]) -> dict[KeyPath, bool]:
-    """What is known of a call that was not made before, as in a loop over time: none is doubled if none ever was."""
+    """What is known of a call beyond those seen, as in a loop over time: not duplicated if no earlier call was."""
     if any(carries for known in calls.values() for carries in known.values()):
         return {}
     return {path: False for known in calls.values() for path in known}
@@ -125,7 +127,7 @@ def _of_a_further_call(calls: Mapping[int, Mapping[KeyPath, bool]]) -> dict[KeyP
 
 @contextmanager
 def before_calls(modules: Mapping[str, nn.Module], change: Callable[[Call, Any], Any]) -> Iterator[None]:
-    """Inside the context, ``change`` makes the arguments (args, kwargs) with which these submodules are called."""
+    """Context in which ``change`` replaces the arguments (args, kwargs) of each call of these submodules."""
     calls: Counter[str] = Counter()
 
     def hook_of(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Find where a batch can be doubled late, on the first batch of its kind."""
+"""Find where a batch can be duplicated late, on the first batch of each structure."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lightning_rdrop.probe import random_states, untouched
 from lightning_rdrop.views import batch_size, duplicate
 
 _NOTHING_SAVED = 0.995
-"""A share of the FLOPs that is 100 % when rounded."""
+"""Shares of the FLOPs above this are 100 % when rounded."""
 
 
 class LateDuplication:
-    """The splits of a module, each found when inputs of its kind first come.
+    """The splits of a module, each found on the first inputs of a structure.
 
     Args:
-        at: a submodule, by its dotted name or the end of it; several; or a glob. ``"auto"`` is the latest place before
+        at: a submodule, by its dotted name or the end of it; several; or a glob. ``"auto"`` is the latest point before
             which nothing is random.
         views: K.
 
     Raises:
-        ValueError: no name at all.
+        ValueError: ``at`` is empty or not made of names.
     """
 
     def __init__(self, at: str | Sequence[str], views: int) -> None:
         if not at or not all(isinstance(name, str) for name in at):
             raise ValueError(
-                f"rdrop_duplicate_at must be the name of a submodule, several, 'auto' or None, got {at!r}."
+                f"rdrop_duplicate_at must be the name of a submodule, a list of names, 'auto' or None, got {at!r}."
             )
         self.at = at
         self.views = views
@@ -47,7 +47,7 @@ class LateDuplication:
         self._modes: list[bool] = []
 
     def forget(self) -> None:
-        """Drop all splits, so that each is looked for again."""
+        """Drop all splits, so that each is searched again."""
         self._splits.clear()
 
     def split(
@@ -58,24 +58,24 @@ class LateDuplication:
         modes: list[bool],
         on_all_ranks: Callable[[bool], bool] = bool,
     ) -> tuple[Split | None, bool]:
-        """The split for inputs of this structure, and whether it has just been found.
+        """The split for inputs of this structure, searched if it is not known yet.
 
         Args:
             network, predict, inputs, on_all_ranks: see :func:`find_split`.
-            modes: what switches the randomness of the network on and off; where it changes, all splits are dropped.
+            modes: the state that switches randomness in the network; if it changes, all splits are dropped.
 
         Returns:
-            the split, or None where the batch is doubled at the entrance; and whether it is new.
+            The split, or None if the inputs are to be duplicated; and whether it is new.
 
         Raises:
             ValueError: the views come with the data, so that no submodule can run once for all.
         """
         if isinstance(inputs, Views):
             raise ValueError(
-                f"rdrop_duplicate_at={self.at!r} runs what lies before it once for all views, and the Views of this "
-                "batch differ from the first layer on. Train without it."
+                f"rdrop_duplicate_at={self.at!r} runs everything before it once for all views, but the Views of this "
+                "batch differ from the first layer on. Train without rdrop_duplicate_at."
             )
-        if modes != self._modes:  # a part that was frozen or switched off may be random now
+        if modes != self._modes:  # a part that was switched off may be random now
             self.forget()
             self._modes = modes
         structure = _structure(inputs)
@@ -85,17 +85,17 @@ class LateDuplication:
         return self._splits[structure], new
 
     def predict(self, network: nn.Module, predict: Predict, inputs: Any, views: int) -> Any:
-        """The prediction by the split that has been found; it learns what is new in the calls of this batch.
+        """Predict with the known split, and update it if submodules are called differently in this batch.
 
-        A network may be called otherwise for other values, as attention is without a mask where nothing is padded. Then
-        the split is looked for again, and the batch is predicted once more, under the same dropout masks.
+        The calls may depend on values: attention gets no mask if nothing is padded, for example. Then the split is
+        searched again, and the batch is predicted once more, under the same dropout masks.
 
         Args:
             network, predict, inputs, views: see :meth:`Split.predict`.
 
         Raises:
-            ValueError: the batch cannot be doubled there, or something is new where the ranks share the weights, and
-                would have to make the same passes.
+            ValueError: the batch cannot be duplicated there; or the calls differ and the ranks share the weights, so
+                that they would have to run the same passes.
         """
         structure = _structure(inputs)
         split = self._splits[structure]
@@ -105,16 +105,16 @@ class LateDuplication:
             return split.predict(network, predict, inputs, views)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a network may raise anything where B rows meet K * B
+        except Exception as error:  # a network may raise anything if B rows are combined with K * B
             if shares_weights(network):
                 if not isinstance(error, UnforeseenError):
                     raise
                 raise ValueError(
-                    f"rdrop_duplicate_at: {error} Where ranks share the weights, none can look at them by itself: let "
-                    "the first batch have all that comes later, such as a mask, or train without rdrop_duplicate_at."
+                    f"rdrop_duplicate_at: {error} If ranks share the weights, a rank cannot test them alone: make sure "
+                    "that the first batch has all of them, such as a mask, or train without rdrop_duplicate_at."
                 ) from None
             put_back()
-            # of this rank alone: another one may never see such a batch
+            # on this rank alone: the others may never see such a batch
             found = find_split(network, predict, inputs, views, self.at)
             if found is not None and found.at == split.at:
                 found = split.with_places_of(found)
@@ -132,37 +132,37 @@ def find_split(
     at: str | Sequence[str],
     on_all_ranks: Callable[[bool], bool] = bool,
 ) -> Split | None:
-    """Try to double a batch late, with dropout off, and compare the prediction with that of a batch doubled early.
+    """Duplicate a batch late with dropout off, and compare the prediction with that for duplicated inputs.
 
-    Which arguments carry the batch is found by one pass of B rows and one of K * B: theirs are the tensors that grow
-    K-fold. No size is ever compared with B. A last pass, in the modes of training, shows whether forward calls its
-    submodules there as it does with dropout off.
+    The arguments that carry the batch are found by one pass over B rows and one over K * B rows: they are the tensors
+    that grow K-fold. Sizes are never compared with B. A last pass, in the modes of training, checks that forward calls
+    its submodules there as it does with dropout off.
 
     Args:
-        network: the module whose submodules are named.
-        predict: the prediction (N, ...) for some inputs.
-        inputs: those of B examples.
+        network: the module whose submodules ``at`` names.
+        predict: returns the prediction (N, ...) for some inputs.
+        inputs: inputs of B examples.
         views: K.
         at: see :class:`LateDuplication`.
         on_all_ranks: as for :func:`lightning_rdrop.guard.diagnose`.
 
     Returns:
-        the split; None for ``"auto"`` if nothing is random, if the first submodule already is, or if what lies before
-        is no work, such as an embedding.
+        The split; None for ``"auto"`` if nothing is random, if the first submodule already is, or if everything before
+        it takes no work, such as an embedding.
 
     Raises:
-        ValueError: a submodule that does not exist, or before which the batch cannot be doubled.
+        ValueError: a submodule does not exist, or the batch cannot be duplicated before it.
 
     Example:
         >>> import torch
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2))
         >>> print(find_split(network, network, torch.ones(5, 4), 2, "auto"))
-        The batch is doubled before 1; a forward pass takes 67% of the FLOPs.
+        The batch is duplicated before 1; a forward pass takes 67% of the FLOPs.
     """
     _refuse_hidden_calls(network)
     patterns = [at] if isinstance(at, str) else at
     chosen = None if at == "auto" else submodules.matching("rdrop_duplicate_at", network, patterns)
-    if batch_size(inputs) == 1:  # the tensors of one row would broadcast against those of two, unnoticed
+    if batch_size(inputs) == 1:  # tensors with one row would silently broadcast against those with two
         inputs = duplicate(inputs, 2)
     device = _device(inputs)
     with untouched(network, device):
@@ -188,8 +188,8 @@ def _refuse_hidden_calls(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if module.training and getattr(module, "gradient_checkpointing", False) is True:
             raise ValueError(
-                f"rdrop_duplicate_at: {name} computes its activations again in the backward pass, where nothing is "
-                "doubled. Train without gradient checkpointing, or without rdrop_duplicate_at."
+                f"rdrop_duplicate_at: {name} recomputes its activations in the backward pass, where nothing is "
+                "duplicated. Train without gradient checkpointing, or without rdrop_duplicate_at."
             )
         if is_compiled(module):
             raise ValueError(

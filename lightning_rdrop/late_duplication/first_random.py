@@ -1,4 +1,4 @@
-"""Find where randomness begins in a forward pass."""
+"""Find where randomness starts in a forward pass."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _REDRAWS = 16
 def first_random(
     network: nn.Module, predict: Predict, inputs: Any, device: torch.device, on_all_ranks: Callable[[bool], bool]
 ) -> tuple[list[Call], int | None]:
-    """The calls of a pass, and the index of the first whose arguments are random; None if there is none.
+    """The calls of a pass, and the index of the first with random arguments; None if there is none.
 
-    Random arguments differ between two passes. But they may agree by chance, and LayerDrop draws a number even when it
-    drops nothing. So passes are repeated until the first call that differed is the first before which any random
-    number was drawn.
+    Random arguments differ between two passes. But they may agree by chance, and LayerDrop draws a number even if it
+    drops nothing. So passes are repeated until the first call that differed is also the first before which a random
+    number was drawn, or up to 16 times.
 
     Args:
         network, predict, inputs, on_all_ranks: see :func:`lightning_rdrop.late_duplication.find_split.find_split`.
-        device: of the inputs.
+        device: the device of the inputs.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 2))
         >>> calls, index = first_random(network, network, torch.ones(5, 4), torch.device("cpu"), bool)
-        >>> calls[index]  # of the prediction itself the name would be empty
+        >>> calls[index]  # the name would be empty for the prediction itself
         ('2', 0)
     """
 

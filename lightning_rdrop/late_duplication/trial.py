@@ -1,4 +1,4 @@
-"""Try a split on a batch, and compare the prediction with that of a batch doubled at the entrance."""
+"""Try a split on a batch, and compare the prediction with that for duplicated inputs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_rdrop import guard, submodules
-from lightning_rdrop.late_duplication.duplicate_at import Call, Doubling, KeyPath, Predict, Split, before_calls
+from lightning_rdrop.late_duplication.duplicate_at import Call, Duplicator, KeyPath, Predict, Split, before_calls
 from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.views import batch_size, duplicate, merge
 from lightning_rdrop.views import split as split_views
 
 
 class Trial:
-    """Passes of a batch doubled late, compared with those of the batch itself and of the batch doubled early.
+    """Compares passes of a batch duplicated late with passes of the batch itself and with duplicated inputs.
 
     Args:
         network: in the modes of training; it is left in eval mode.
@@ -39,8 +39,9 @@ class Trial:
         self._expected = merge(split_views(expected, views, batch_size(inputs)))
 
     def split(self, at: Sequence[str]) -> Split:
-        """The split before these submodules, once its prediction is found to be right."""
-        waiting, places, double = set(at), defaultdict[str, dict[int, dict[KeyPath, bool]]](dict), Doubling(self._views)
+        """The split before these submodules, after checking its prediction."""
+        waiting, places = set(at), defaultdict[str, dict[int, dict[KeyPath, bool]]](dict)
+        duplicator = Duplicator(self._views)
 
         def change(call: Call, arguments: Any) -> Any:
             name, index = call
@@ -49,12 +50,12 @@ class Trial:
             if here and not (single or doubled):
                 raise ValueError(f"{name} gets no tensor with the batch.")
             waiting.discard(name)
-            # behind the last split everything is doubled; before it, only what meets something doubled
+            # after the last of these submodules everything is duplicated; before it, only next to duplicated tensors
             if not (here or doubled or not waiting):
                 return arguments
             places[name][index] = dict.fromkeys(self._in_training.get(call, ()), False)
             places[name][index] |= {path: path in single for path, _ in tensors_of(arguments)}
-            return double(arguments, single)
+            return duplicator(arguments, single)
 
         try:
             with before_calls(self._modules, change), FlopCounterMode(display=False) as counter:
@@ -62,12 +63,12 @@ class Trial:
             if waiting:
                 raise ValueError(f"{', '.join(sorted(waiting))} is not called.")
             if not _same(found, self._expected):
-                raise ValueError("The prediction is not that of a batch which is doubled at the entrance.")
+                raise ValueError("The prediction is not that for duplicated inputs.")
         except Exception as error:  # a network may raise anything when shapes do not match
             raise ValueError(
-                f"rdrop_duplicate_at: the batch cannot be doubled before {', '.join(at)}. {_sentence(error)} Name the "
-                "beginning of a block: inside a residual connection, or where forward itself combines a tensor from "
-                "before the split with one from behind it, B rows would meet K * B rows."
+                f"rdrop_duplicate_at: the batch cannot be duplicated before {', '.join(at)}. {_sentence(error)} Name "
+                "the beginning of a block: inside a residual connection, or if forward itself combines tensors from "
+                "before and after the split, B rows would be combined with K * B rows."
             ) from error
         share = counter.get_total_flops() / self._work if self._work else 1.0
         watched = {name: calls for name, calls in places.items() if self._may_change(name, calls)}
@@ -76,7 +77,7 @@ class Trial:
         return split
 
     def _rehearse(self, split: Split) -> None:
-        """Run the split in the modes of training, where forward may take another path than with dropout off."""
+        """Run the split in the modes of training, in which forward may take another path than with dropout off."""
         waiting = set(split.at)
 
         def look(call: Call, arguments: Any) -> Any:
@@ -84,17 +85,17 @@ class Trial:
             waiting.discard(name)
             if index in split.places.get(name, {}) and _in_checkpoint():
                 raise ValueError(
-                    f"{name} runs inside torch.utils.checkpoint, which computes it again in the backward pass, where "
-                    "nothing is doubled: train without checkpointing it."
+                    f"{name} runs inside torch.utils.checkpoint, which recomputes it in the backward pass, where "
+                    "nothing is duplicated: train without checkpointing it."
                 )
             rows = {path: tensor.shape[:1] for path, tensor in tensors_of(arguments)}
-            expected = self._in_training.get(call)  # a call that LayerDrop left out is not there
+            expected = self._in_training.get(call)  # None if LayerDrop skipped the call
             if not waiting and expected is not None and rows != {path: shape[:1] for path, shape in expected.items()}:
-                raise ValueError(f"{name} is called with other tensors there, which are not doubled.")
+                raise ValueError(f"{name} is called with other tensors there, which are not duplicated.")
             return arguments
 
         def watched(inputs: Any) -> Any:
-            with before_calls(self._modules, look):  # after the hooks that double
+            with before_calls(self._modules, look):  # after the hooks that duplicate
                 return self._predict(inputs)
 
         for module, mode in self._modes:
@@ -103,20 +104,20 @@ class Trial:
             split.predict(self._network, watched, self._inputs, self._views)
         except Exception as error:  # as above
             raise ValueError(
-                f"rdrop_duplicate_at: the batch can be doubled before {', '.join(split.at)} in eval mode, but not in "
-                f"training. {_sentence(error)} Name another submodule, or train without rdrop_duplicate_at."
+                f"rdrop_duplicate_at: the batch can be duplicated before {', '.join(split.at)} in eval mode, but not "
+                f"in training. {_sentence(error)} Name another submodule, or train without rdrop_duplicate_at."
             ) from error
         finally:
             self._network.eval()
 
     def _may_change(self, name: str, calls: Mapping[int, Mapping[KeyPath, bool]]) -> bool:
-        """Whether a call has something to double, or may have in another batch: no layer of one argument does."""
+        """Whether a call duplicates something, or may in another batch, which takes several arguments."""
         parameters = inspect.signature(self._modules[name].forward).parameters.values()
         several = len(parameters) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
         return several or any(carries for known in calls.values() for carries in known.values())
 
     def latest(self, calls: Sequence[Call]) -> Split | None:
-        """The split before the last of these calls or, where that fails, before the nearest submodule around it."""
+        """The split before the last of these calls or, if that fails, before the nearest enclosing submodule."""
         called = {name for name, _ in calls}
         parts = calls[-1][0].split(".") if calls else []
         for end in range(len(parts), 0, -1):
@@ -128,7 +129,7 @@ class Trial:
         return None
 
     def _shapes(self, inputs: Any) -> tuple[dict[Call, dict[KeyPath, torch.Size]], Any, int]:
-        """The shapes of all arguments in a pass, the prediction, and the FLOPs."""
+        """The shapes of all arguments in a pass, the prediction, and the number of FLOPs."""
         shapes = {}
 
         def look(call: Call, arguments: Any) -> Any:
@@ -140,7 +141,7 @@ class Trial:
         return shapes, prediction, counter.get_total_flops()
 
     def _sort(self, call: Call, arguments: Any) -> tuple[list[KeyPath], bool]:
-        """The tensors that carry the batch and are not doubled yet, and whether there are others that are."""
+        """The tensors that carry the batch and are not duplicated yet, and whether others are already."""
         once, twice = self._once.get(call), self._twice.get(call)
         tensors = dict(tensors_of(arguments))
         if once is None or twice is None or not once.keys() == twice.keys() == tensors.keys():
@@ -168,7 +169,7 @@ def _same_rows(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
     if found.dtype in (torch.float16, torch.bfloat16):
-        # the rows before the split are rounded in a batch of another size, and later layers amplify the difference
+        # before the split, rows are rounded in a batch of another size, and later layers amplify the difference
         return bool((found - expected).nan_to_num().float().norm() <= 0.05 * expected.nan_to_num().float().norm())
     return guard.same(found, expected)
 
@@ -178,7 +179,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _in_checkpoint() -> bool:
-    """Whether the caller runs inside a function that is checkpointed."""
+    """Whether the caller runs inside a checkpointed function."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
         frame = frame.f_back

@@ -70,7 +70,7 @@ class AlphaScheduler(ModuleValue):
         self._training_steps: int | None = None
 
     def value_at(self, step: int) -> float:
-        """The scheduled value after ``step`` optimizer steps; only shares need a training in progress."""
+        """The scheduled value after ``step`` optimizer steps. Shares and ``peak=None`` need a training in progress."""
         delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
         shape = self.shape if callable(self.shape) else SHAPES[self.shape]
         if shape is cyclical and 0 < ramp <= 1:

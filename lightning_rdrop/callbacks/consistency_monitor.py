@@ -115,7 +115,7 @@ class ConsistencyMonitor(Callback):
             inputs = first_view(inputs)
             prediction = module.rdrop_predict(inputs)
             predictions = dropout_passes(module, inputs, self.passes, training=training)
-        if not trainer.sanity_checking:  # the training modes are not known yet
+        if not trainer.sanity_checking:  # which does not know the training modes yet
             self._measured = True
             self._warn_of_equal_passes(module, predictions)
         for name, average in _averages(module.rdrop_distance, predictions, prediction, target).items():

@@ -1,4 +1,4 @@
-"""Cross-entropy plus symmetric KL of K views, of logits or of hidden states, computed in the fastest way."""
+"""Cross-entropy plus symmetric KL of K views, from logits or hidden states, computed in the fastest way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rdrop_cross_entropy(
     chunk: int | None = None,
     compile: bool = False,
 ) -> Terms:
-    r"""Cross-entropy plus alpha times the symmetric KL of K views, with the gradient made in the forward pass.
+    r"""Cross-entropy plus alpha times the symmetric KL of K views, with the gradient computed in the forward pass.
 
     .. math::
         \text{loss} = \operatorname*{mean}_{k,n} -\log p_{kn}(y_n)
@@ -38,26 +38,26 @@ def rdrop_cross_entropy(
         \tfrac12 (p - y) + \tfrac\alpha4 [p - q + p (d - a)] \quad\text{and}\quad
         \tfrac12 (q - y) + \tfrac\alpha4 [q - p - q (d - b)]
 
-    so that a chunk of rows is read once and its gradient written once, while both are in cache; nothing else as large
-    as the logits is ever allocated. Half precision is computed in float32. Inside a step that is compiled as a whole
-    the gradient is made in the backward pass, of the logits and a few numbers a row. Where neither applies (more or
-    fewer views, class probabilities as target, ``torch.func``, second derivatives), the same value comes from the
-    formula above and autograd.
+    so each chunk of rows is read once and its gradient written once, while both are in cache, and nothing else as large
+    as the logits is allocated. Half precision is computed in float32. Inside a compiled step the gradient is computed
+    in the backward pass, from the logits and a few numbers per row. In all other cases (K other than 2, class
+    probabilities as target, ``torch.func``, second derivatives), autograd computes it from the formula.
 
     Args:
         logits: shape (K, N, C), views first. A class may be masked with -inf in all views.
         target: shape (N,) of class indices, or (N, C) of class probabilities.
         alpha: the weight of kl, a number or a scalar tensor.
-        ignore_index: a row with this target counts in neither term; nor do probabilities that are all 0, or all this.
+        ignore_index: rows with this target are ignored in both terms; so are rows of class probabilities that are all
+            0 or all ``ignore_index``.
         label_smoothing: in [0, 1), in the cross-entropy only.
-        weight: shape (C,), one weight a class, in the cross-entropy only.
-        chunk: the number of logits that are processed at once; by default what suits the device.
-        compile: compute by a kernel that ``torch.compile`` makes on first use, in some ten seconds, for any number of
-            rows and any alpha. Fewer than some ten thousand logits are faster without it on a CPU, and computed so;
-            and where no compiler is found a warning says so, and all are.
+        weight: shape (C,), one weight per class, in the cross-entropy only.
+        chunk: the number of logits processed at once; None chooses it by the device.
+        compile: use a kernel that ``torch.compile`` builds on first use, in about ten seconds, for any number of rows
+            and any alpha. It is not used for fewer than about 30,000 logits on a CPU, where it would be slower, nor if
+            no compiler is found, which is a warning.
 
     Raises:
-        ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of its range.
+        ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of range.
 
     Source: Liang et al. 2021, arXiv 2106.14448.
 
@@ -94,13 +94,13 @@ def linear_rdrop_cross_entropy(
     chunk: int | None = None,
     compile: bool = False,
 ) -> Terms:
-    r"""The same for logits that are a linear map of hidden states, of which only a chunk is ever held.
+    r"""Same loss for logits that are a linear map of hidden states; only a chunk of the logits is stored at a time.
 
     .. math:: \text{logits} = \text{hidden} \cdot \text{weight}^\top + \text{bias}
 
-    The gradients of hidden states, weight and bias are made chunk by chunk in the forward pass, so that a head over a
-    large vocabulary takes hardly more memory than its weight. Under autocast the products are in its dtype, as those
-    of a linear layer are.
+    The gradients of hidden states, weight and bias are computed chunk by chunk in the forward pass, so a head over a
+    large vocabulary takes little more memory than its weight. Under autocast the matrix products use its dtype, as in
+    a linear layer.
 
     Args:
         hidden: shape (K, N, D), views first.
@@ -109,15 +109,15 @@ def linear_rdrop_cross_entropy(
         alpha: the weight of kl, a number or a scalar tensor.
         bias: shape (C,).
         ignore_index, label_smoothing: as for :func:`rdrop_cross_entropy`.
-        class_weight: shape (C,), one weight a class, in the cross-entropy only.
-        chunk: the number of logits that are held at once; by default what suits the device.
+        class_weight: shape (C,), one weight per class, in the cross-entropy only.
+        chunk: the number of logits stored at once; None chooses it by the device.
         compile: as for :func:`rdrop_cross_entropy`.
 
     Returns:
-        terms without a prediction, which would be the logits.
+        terms whose ``prediction`` is None, since it would be the full logits.
 
     Raises:
-        ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of its range.
+        ValueError: shapes or dtypes that do not match, fewer than two classes, an argument out of range.
         TypeError: a weight that is sharded across ranks (a DTensor).
 
     Example:
@@ -154,7 +154,7 @@ class Head(NamedTuple):
     bias: Tensor | None = None
 
     def like_logits(self, hidden: Tensor) -> Tensor:
-        """A tensor with the shape of the logits of hidden states (..., D), which takes no memory."""
+        """A placeholder with the shape of the logits of hidden states (..., D), which takes no memory."""
         return hidden[..., :1].expand(*hidden.shape[:-1], len(self.weight))
 
 
@@ -171,25 +171,25 @@ def checked_terms(
     """The terms, without a prediction, of states and a target whose shapes have been checked.
 
     Args:
-        states: logits (K, N, C); or hidden states (K, N, D), of which the head makes them.
+        states: logits (K, N, C); or, with a head, hidden states (K, N, D).
         head: the output layer, or None.
-        target: shape (N,) of class indices; without a head, or (N, C) of class probabilities.
+        target: shape (N,) of class indices; without a head also (N, C) of class probabilities.
         alpha: the weight of kl.
         labels: the other arguments of the cross-entropy.
-        weights: how often each row counts.
+        weights: the weight of each row in each term.
         chunk, compile: as for :func:`rdrop_cross_entropy`.
 
     Raises:
-        ValueError: class weights of another shape, or a chunk out of its range.
+        ValueError: class weights of another shape, or a chunk out of range.
         TypeError: a head that is sharded across ranks.
     """
     if chunk is not None:
         chunk = arguments.whole("chunk", chunk, meaning=", the number of logits processed at once, or None")
     if head is not None and not _is_plain(head.weight):
         raise TypeError(
-            f"weight is a {type(head.weight).__name__}, sharded across ranks: no chunk of plain hidden states can be "
-            "multiplied with it. Under FSDP2 pass weight.full_tensor(grad_placements=[Partial('avg')]), which gathers "
-            "it, and averages its gradient over the ranks as FSDP2 does; full_tensor() alone would not."
+            f"weight is a {type(head.weight).__name__}, sharded across ranks: it cannot be multiplied with plain "
+            "hidden states. Under FSDP2 pass weight.full_tensor(grad_placements=[Partial('avg')]), which gathers it "
+            "and averages its gradient over the ranks as FSDP2 does; full_tensor() alone would not average."
         )
     labels.check(states.shape[2] if head is None else len(head.weight))
     device = states.device.type
@@ -201,7 +201,7 @@ def checked_terms(
         fuses = (
             states.shape[0] == 2
             and target.dim() == 1
-            and not weights.learned  # the sweep makes no gradient for them
+            and not weights.learned  # the sweep computes no gradient for row weights
             and _is_plain(states)
             and not _compat.is_transformed()
         )
@@ -213,7 +213,7 @@ def checked_terms(
 
 
 def _checked(target: Tensor, rows: int, classes: int) -> Tensor:
-    """The target, with class indices as int64, so that no comparison overflows."""
+    """Check the target and return it, with class indices as int64 to avoid overflow in comparisons."""
     arguments.tensor("target", target)
     indices = target.shape == (rows,) and not (target.is_floating_point() or target.is_complex())
     if not indices and not (target.shape == (rows, classes) and target.is_floating_point()):

@@ -1,4 +1,4 @@
-"""The arguments of a cross-entropy besides logits and target, and the R-Drop loss written out for autograd."""
+"""The arguments of cross-entropy other than logits and target, and the R-Drop loss as a formula for autograd."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from lightning_rdrop.terms import Average, Terms
 
 @dataclass(frozen=True)
 class Labels:
-    """The arguments of ``F.cross_entropy`` besides logits and target.
+    """The arguments of ``F.cross_entropy`` other than logits and target.
 
     Args:
-        ignore_index: a row with this target does not count; nor do probabilities that are all 0, or all this.
+        ignore_index: rows with this target do not count; nor do rows of class probabilities that are all 0 or all
+            ``ignore_index``.
         label_smoothing: in [0, 1).
-        weight: shape (C,), one weight a class.
+        weight: shape (C,), one weight per class.
 
     Raises:
-        TypeError: a weight that is no tensor.
-        ValueError: a label smoothing out of its range, or a weight that requires a gradient.
+        TypeError: a weight that is not a tensor.
+        ValueError: a label smoothing out of range, or a weight that requires a gradient.
     """
 
     ignore_index: int = -100
@@ -37,28 +38,28 @@ class Labels:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
         if self.weight is not None and arguments.tensor("The class weight", self.weight).requires_grad:
-            raise ValueError("The class weight requires a gradient, and a cross-entropy has none for it: detach() it.")
+            raise ValueError("The class weight requires a gradient, which cross-entropy does not compute: detach() it.")
 
     def check(self, classes: int) -> None:
-        """Refuse class weights that do not belong to this number of classes.
+        """Check that there is one class weight per class.
 
         Raises:
-            ValueError: they are more or fewer.
+            ValueError: there are more or fewer.
         """
         if self.weight is not None and self.weight.shape != (classes,):
             raise ValueError(f"The class weight must have the shape ({classes},), got {tuple(self.weight.shape)}.")
 
     def counted(self, target: Tensor) -> Tensor:
-        """A mask (N, ...) of the rows that count, of class indices (N, ...) or class probabilities (N, C, ...).
+        """Mask (N, ...) of the rows that count, for class indices (N, ...) or class probabilities (N, C, ...).
 
-        Probabilities do not count where all of a row are 0, or ``ignore_index``.
+        A row of probabilities that are all 0 or all ``ignore_index`` does not count.
         """
         if not target.is_floating_point():
             return target != self.ignore_index
         return ~((target == 0).all(1) | (target == self.ignore_index).all(1))
 
     def average(self, logits: Tensor, target: Tensor, counted: Tensor) -> Average:
-        """The cross-entropy of logits (N, C, ...), blank in rows that do not count, to indices or probabilities.
+        """The cross-entropy of logits (N, C, ...), 0 in rows that do not count, to indices or probabilities.
 
         Example:
             >>> labels, target = Labels(), torch.tensor([0, -100])
@@ -77,13 +78,13 @@ class Labels:
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
-        if probabilities or weight is None:  # it divides those of probabilities by their number, whatever the weights
+        if probabilities or weight is None:  # with probabilities, F.cross_entropy divides by the number of rows
             return Average.of(values, counted)
         return Average.over(values, weight[target.where(counted, 0)].where(counted, 0))
 
 
 def blank_rows(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
-    """The logits, with 0 in the rows that do not count, so that no infinity or NaN of theirs reaches a gradient.
+    """Set the logits to 0 in rows that do not count, so that no inf or NaN from there reaches a gradient.
 
     Args:
         logits: shape (N, C, ...).
@@ -96,12 +97,12 @@ def blank_rows(logits: Tensor, counted: Tensor, dim: int = 1) -> Tensor:
 
 
 class RowWeights(NamedTuple):
-    """How often each row counts in each term: as often as its weight says where there is one, else once.
+    """The weight of each row in each term; None is 1.
 
     Args:
         ce: shape (N,), or None.
         kl: shape (N,), or None.
-        everywhere: kl is over all rows, whatever their target is.
+        everywhere: whether kl covers all rows, whatever their target is.
     """
 
     ce: Tensor | None = None
@@ -110,23 +111,23 @@ class RowWeights(NamedTuple):
 
     @property
     def given(self) -> bool:
-        """Whether a row may count otherwise than once, or in one term alone."""
+        """Whether rows may have other weights than 1, or count in one term only."""
         return self.everywhere or self.ce is not None or self.kl is not None
 
     @property
     def learned(self) -> bool:
-        """Whether a gradient is asked for a weight."""
+        """Whether a weight requires a gradient."""
         return any(weight is not None and weight.requires_grad for weight in (self.ce, self.kl))
 
 
 EVENLY = RowWeights()
-"""Every row that counts counts once, in both terms."""
+"""Weight 1 in both terms for every row that counts."""
 
 
 def composite(
     logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels, weights: RowWeights = EVENLY
 ) -> Terms:
-    r"""The R-Drop loss by its formula and autograd: for any number of views, any target and any transform of torch.
+    r"""The R-Drop loss by its formula and autograd, for any number of views, any target and any torch transform.
 
     .. math::
         \operatorname*{mean}_{k,n} -\log p_{kn}(y_n)
@@ -137,7 +138,7 @@ def composite(
         target: shape (N,) of class indices, or (N, C) of class probabilities.
         alpha: the weight of kl.
         labels: the other arguments of the cross-entropy.
-        weights: how often each row counts.
+        weights: the weight of each row in each term.
 
     Example:
         >>> from torch import tensor

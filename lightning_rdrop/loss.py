@@ -1,4 +1,4 @@
-"""The R-Drop loss: views of a prediction, a target and alpha become the terms of a loss."""
+"""The R-Drop loss as a module."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class RDropLoss(nn.Module):
 
     Both means are per row, so the loss has the scale of the plain task loss and alpha is that of the paper's formula:
     with two views and :class:`~lightning_rdrop.Categorical` this is exactly half of
-    :math:`CE_1 + CE_2 + \tfrac\alpha2 [KL_{12} + KL_{21}]`. One view is ordinary training, kl = 0.
+    :math:`CE_1 + CE_2 + \tfrac\alpha2 [KL_{12} + KL_{21}]`. A single view is ordinary training, with kl = 0.
 
-    The distance computes it, in its own fastest way: :class:`~lightning_rdrop.Categorical` makes the gradient in the
-    forward pass, as :func:`~lightning_rdrop.rdrop_cross_entropy` does; others leave it to autograd.
+    The distance computes the loss in its fastest way: :class:`~lightning_rdrop.Categorical` computes the gradient in
+    the forward pass, as :func:`~lightning_rdrop.rdrop_cross_entropy` does; others use autograd.
 
     Args:
         distance: D; ``None`` is :class:`~lightning_rdrop.Categorical`.
-        compile: compile the arithmetic of a distance that has some to compile, :class:`~lightning_rdrop.Categorical`
-            alone or within another, as ``compile=True`` of :func:`~lightning_rdrop.rdrop_cross_entropy` does.
+        compile: as for :func:`~lightning_rdrop.rdrop_cross_entropy`; it affects only
+            :class:`~lightning_rdrop.Categorical`, alone or within another distance.
 
     Shapes:
         predictions (K, N, ...), views first; target (N, ...), what the distance takes. With a ``head``, a linear
-        output layer, hidden states (K, N, ..., D) take the place of the predictions, which are never held.
+        output layer, pass hidden states (K, N, ..., D) instead of predictions, which are then never stored.
 
     Source: Liang et al. 2021, arXiv 2106.14448; Su Jianlin, spaces.ac.cn/archives/8496.
 
@@ -54,13 +54,13 @@ class RDropLoss(nn.Module):
             return self.distance.terms(predictions, target, alpha, head)
 
     def consistency(self, predictions: Tensor, alpha: float | Tensor, target: Tensor | None = None) -> Terms:
-        """The terms of unlabelled rows, which have no ce: loss = alpha kl.
+        """The terms of unlabeled rows, which have no ce: loss = alpha kl.
 
         Args:
             predictions: shape (K, N, ...), views first.
             alpha: the weight of kl.
-            target: shape (N, ...), tells which rows count, by the ``ignore_index`` of the distance, and nothing else;
-                without it all do.
+            target: shape (N, ...), only tells which rows count, by the ``ignore_index`` or ``ignore_value`` of the
+                distance; all if not given.
 
         Example:
             >>> from torch import tensor

@@ -1,4 +1,4 @@
-"""Predict with dropout on: several passes, and the model average that they are a sample of."""
+"""Prediction with dropout on: several passes, and the model average that they sample."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lightning_rdrop.probe import untouched
 from lightning_rdrop.simcse import SimCSEMixin
 
 
-@dataclass  # not frozen: the Trainer makes copies on the CPU
+@dataclass  # not frozen: the Trainer copies it to the CPU
 class MCPrediction:
-    """The prediction of a model average, and how far the models agree.
+    """The prediction of a model average, and how much the models agree.
 
     Args:
-        mean: the mean over the passes of what they expect: the probabilities of classes or labels, or a number.
-        std: its standard deviation over the passes, of the same shape.
-        entropy: of the mean probabilities, nats per row: all uncertainty there is. None without classes.
-        mutual_information: of prediction and dropout mask, nats per row: the part of the entropy that comes from the
-            models' disagreement, and that more data would remove. None without classes.
-        average: as the network would predict it, for metrics that take its predictions: log-probabilities of classes,
-            logits of labels, or a mean and its log-variance. None where the distance knows no average.
+        mean: the mean over the passes of the expected values: probabilities of classes or labels, or a number.
+        std: the standard deviation over the passes, same shape.
+        entropy: of the mean probabilities, nats per row: the total uncertainty. None without classes.
+        mutual_information: of prediction and dropout mask, nats per row: the part of the entropy that comes from
+            disagreement of the models, which more data would remove. None without classes.
+        average: in the format of the network's predictions, for metrics that take these: log-probabilities of classes,
+            logits of labels, or a mean, with its log-variance if predicted. None if the distance cannot average.
     """
 
     mean: Tensor
@@ -42,23 +42,23 @@ class MCPrediction:
 
 
 def mc_predict(module: RDropMixin, inputs: Any, passes: int = 16) -> Any:
-    r"""Predict with the average of the models that dropout trains, known as Monte Carlo dropout.
+    r"""Predict with the average of the models that dropout trains (Monte Carlo dropout).
 
     .. math::
         \bar p = \operatorname*{mean}_k p_k, \qquad H(\bar p) = -\sum_c \bar p_c \log \bar p_c, \qquad
         I = H(\bar p) - \operatorname*{mean}_k H(p_k) = \operatorname*{mean}_k KL(p_k \| \bar p)
 
     Args:
-        module: with the mixin; how its predictions are read, its ``rdrop_distance`` says.
-        inputs: those of B examples, as ``rdrop_predict`` takes them.
+        module: a module with the mixin; its ``rdrop_distance`` defines how its predictions are read.
+        inputs: the inputs of B examples, as ``rdrop_predict`` takes them.
         passes: K >= 2.
 
     Returns:
-        an :class:`MCPrediction`; several by name where the module predicts several.
+        an :class:`MCPrediction`; a mapping of them by name if the module makes several predictions.
 
     Raises:
         ValueError: fewer than two passes.
-        TypeError: the distance does not know what to expect of a prediction, or the module learns embeddings.
+        TypeError: the distance has no expectation, or the module learns embeddings.
 
     Source: Gal and Ghahramani 2016, arXiv 1506.02142; the mutual information is that of Houlsby et al. 2011,
     arXiv 1112.5745.
@@ -77,14 +77,14 @@ def mc_predict(module: RDropMixin, inputs: Any, passes: int = 16) -> Any:
 def dropout_passes(
     module: RDropMixin, inputs: Any, passes: int = 8, *, training: Mapping[nn.Module, bool] | None = None
 ) -> Any:
-    """K predictions (K, N, ...) of the same inputs with dropout on, outside of training.
+    """Make K predictions (K, N, ...) of the same inputs with dropout on, outside of training.
 
-    Nothing else changes: they take no gradient, BatchNorm uses its running statistics, and afterwards modes, buffers
-    and random states are what they were. As many passes are made at once as the memory of a GPU allows.
+    Nothing else changes: no gradient is computed, BatchNorm uses its running statistics, and modes, buffers and random
+    states are restored afterwards. As many passes are batched together as fit in GPU memory.
 
     Args:
-        module: with the mixin.
-        inputs: those of B examples, as ``rdrop_predict`` takes them.
+        module: a module with the mixin.
+        inputs: the inputs of B examples, as ``rdrop_predict`` takes them.
         passes: K >= 2.
         training: the modes in which the module was trained; see :func:`~lightning_rdrop.dropout.set_dropout_modes`.
 
@@ -99,7 +99,7 @@ def dropout_passes(
         >>> predictions.shape, list(dropout_kl(predictions))
         (torch.Size([8, 5, 3]), ['dropout_kl'])
     """
-    passes = whole("passes", passes, 2, ", of which an average can be made")
+    passes = whole("passes", passes, 2)
     separate = module.rdrop_passes == "separate"
     examples = 0 if separate else views.batch_size(inputs)
     with untouched(module, module.device):
@@ -121,14 +121,14 @@ def dropout_passes(
 
 
 def refuse_embeddings(what: str, module: RDropMixin) -> None:
-    """Refuse a module whose predictions are embeddings.
+    """Reject a module whose predictions are embeddings.
 
     Raises:
-        TypeError: it is one.
+        TypeError: the module learns embeddings by SimCSE.
     """
     if isinstance(module, SimCSEMixin):
         raise TypeError(
-            f"{what} reads what a module predicts of a target, and {type(module).__name__} learns embeddings by SimCSE."
+            f"{what} needs a module that predicts a target, but {type(module).__name__} learns embeddings by SimCSE."
         )
 
 
@@ -146,5 +146,5 @@ def _summary(distance: Distance, predictions: Any) -> Any:
         return MCPrediction(mean, std, average=average)
     log_p, log_mean = views.split(distance.log_probabilities(merged), passes, rows), distance.log_probabilities(average)
     entropy = torch.special.entr(log_mean.exp()).sum(-1)
-    information = kl(log_p, log_mean.expand_as(log_p)).mean(0).clamp(min=0)  # rounded, it may be just below
+    information = kl(log_p, log_mean.expand_as(log_p)).mean(0).clamp(min=0)  # rounding may make it negative
     return MCPrediction(mean, std, entropy, information, average)

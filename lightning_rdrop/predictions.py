@@ -1,4 +1,4 @@
-"""Predictions as a table: what went in, and what came out, row by row."""
+"""Predictions as a table: input and output, row by row."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_rdrop.predict import MCPrediction
 
 
 class PredictionTable(BasePredictionWriter):
-    """Writes what ``Trainer.predict`` finds as a table, in the order of the input, from however many processes.
+    """Writes the predictions of ``Trainer.predict`` to a table, in input order, for any number of processes.
 
-    A row has the columns of the input, ``prediction``, and for classes ``probability``, that of the prediction. With
-    ``mc_passes`` it has ``entropy`` and ``mutual_information`` too, in nats, or the ``std`` of a number. The file
-    appears when it is complete, and takes the place of an older one.
+    A row has the columns of the input, ``prediction``, and for classes its ``probability``. With ``mc_passes`` it also
+    has ``entropy`` and ``mutual_information`` in nats, or the ``std`` of a number. The file appears when it is complete
+    and replaces an older one.
 
     Args:
         path: a ``.csv`` or ``.jsonl`` file.
@@ -46,17 +46,17 @@ class PredictionTable(BasePredictionWriter):
         self._found: dict[int, Row] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the prediction what would fail after it."""
+        """Reject before prediction what would fail after it."""
         super().setup(trainer, pl_module, stage)
         data = getattr(trainer, "datamodule", None)
         if stage != "predict" or not isinstance(data, TextDataModule):
             return
         source = data.tables["predict"]
         if source is not None and self.path.exists() and self.path.samefile(source):
-            raise ValueError(f"predictions={str(self.path)!r} is the table of the input: give another file.")
+            raise ValueError(f"predictions={str(self.path)!r} is the input table: choose another file.")
         taken = {"prediction", "probability", "probabilities"} & {*(data.rows("predict") or [{}])[0]}
         if taken:
-            raise ValueError(f"The input has a column {min(taken)!r}, and so would the predictions: rename it.")
+            raise ValueError(f"The input has a column {min(taken)!r}, which the predictions would add: rename it.")
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._found = {}
@@ -71,9 +71,9 @@ class PredictionTable(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Keep the cells of a batch, which are small, and not its tensors."""
+        """Keep the table cells of a batch, which are small, instead of its tensors."""
         if dataloader_idx:
-            raise ValueError("predictions are one table: predict with one data loader at a time.")
+            raise ValueError("predictions are written to one table: predict with one data loader at a time.")
         prediction = move_data_to_device(prediction, torch.device("cpu"))
         if isinstance(pl_module, Task):
             rows = _cells(pl_module, prediction, self.all_probabilities)
@@ -98,7 +98,7 @@ class PredictionTable(BasePredictionWriter):
             rows = [{**row, **new} for row, new in zip(given, data.align(given, cells), strict=True)]
         else:
             rows = [dict(row) for row in cells]
-        older = " in the place of an older file" if self.path.exists() else ""
+        older = ", replacing an older file" if self.path.exists() else ""
         self._write(rows)
         rank_zero_info(f"predictions: {self.path}, {len(rows)} rows{older}")
 
@@ -114,7 +114,7 @@ class PredictionTable(BasePredictionWriter):
 
 
 def _cells(module: Task, prediction: Any, all_probabilities: bool) -> list[dict[str, Any]]:
-    """Those of a batch; of a model average also how far its models agree, in nats, or as a standard deviation."""
+    """The table cells of a batch; for a model average also the disagreement of its models."""
     if not isinstance(prediction, MCPrediction):
         return module.readable(prediction, all_probabilities=all_probabilities)
     if prediction.entropy is None or prediction.mutual_information is None:  # a number
@@ -131,7 +131,7 @@ def _cells(module: Task, prediction: Any, all_probabilities: bool) -> list[dict[
 
 
 def _gathered(found: dict[int, Row]) -> dict[int, Row]:
-    """Those of all processes; a row that a sampler gave to several of them counts once."""
+    """The rows of all processes; a row that a sampler gave to several of them is kept once."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return found
     parts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -151,7 +151,7 @@ def _write_csv(file: TextIO, rows: list[dict[str, Any]]) -> None:
 
 
 def _flat(column: str, cell: Any) -> Iterator[tuple[str, Any]]:
-    """The probabilities in a column for each class, and other lists and mappings as JSON."""
+    """Write probabilities as one column per class, and other lists and mappings as JSON."""
     if column == "probabilities" and isinstance(cell, dict):
         yield from ((f"probability of {name}", value) for name, value in cell.items())
     else:

@@ -1,4 +1,4 @@
-"""The alpha of other codes: how they weigh the two terms, and the alpha that weighs them alike here."""
+"""Conversion of alpha from other implementations, which weight the two terms differently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_rdrop.arguments import non_negative
 
 
 class _Source(NamedTuple):
-    """Another code's total loss: ``ce * CE + alpha * j * J``, where J may be multiplied by B or divided by C."""
+    """Total loss of another implementation: ``ce * CE + alpha * j * J``, where J may be times B or divided by C."""
 
     ce: float
     j: float
@@ -33,14 +33,14 @@ _SOURCES = {
 
 
 def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, num_classes: int | None = None) -> float:
-    r"""The alpha here that weighs the two terms as another code's alpha does there.
+    r"""Convert the alpha of another implementation to the one that gives the same ratio of the two terms here.
 
     With J the mean over examples of :math:`KL_{12} + KL_{21}` and CE the mean over the rows of both views, the loss
     here is :math:`CE + \tfrac\alpha4 J`. A source whose total is :math:`c\,CE + \alpha\,k\,J` therefore has
 
     .. math:: \alpha_\text{here} = 4\,\frac{k}{c}\,\alpha
 
-    Its total is c times the loss here: with plain SGD, multiply the learning rate by c.
+    The source's total is c times the loss here: with plain SGD, multiply its learning rate by c.
 
     ============================================================================  ==================
     source                                                                        its total loss
@@ -58,10 +58,10 @@ def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, n
     ============================================================================  ==================
 
     Args:
-        alpha: the weight in the source's code, >= 0.
-        source: a name of the table.
-        batch_size: B, the examples of a batch (not of its views), where the table has B.
-        num_classes: C, where the table has C.
+        alpha: the weight in the source, >= 0.
+        source: a name from the table.
+        batch_size: B, the number of examples in a batch (not of views), needed if the table has B.
+        num_classes: C, needed if the table has C.
 
     Raises:
         ValueError: an unknown source, an alpha out of range, or a missing size.
@@ -75,7 +75,7 @@ def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, n
     if source not in _SOURCES:
         near = difflib.get_close_matches(source, _SOURCES, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"source {source!r} is unknown: {hint}There are {', '.join(_SOURCES)}.")
+        raise ValueError(f"source {source!r} is unknown: {hint}It must be one of {', '.join(_SOURCES)}.")
     non_negative("alpha", alpha)
     ce, j, size = _SOURCES[source]
     factor = 4 * j / ce
@@ -83,5 +83,5 @@ def convert_alpha(alpha: float, source: str, *, batch_size: int | None = None, n
         return factor * alpha
     value = batch_size if size == "batch_size" else num_classes
     if value is None or value < 1:
-        raise ValueError(f"The alpha of {source!r} depends on {size}: give {size}=..., an int >= 1, got {value!r}.")
+        raise ValueError(f"The alpha of {source!r} depends on {size}: pass {size}=..., an int >= 1, got {value!r}.")
     return factor * alpha * value if size == "batch_size" else factor * alpha / value

@@ -1,6 +1,6 @@
 r"""The shapes of a schedule: pure functions from progress t in [0, 1] to a factor in [0, 1].
 
-Every shape ends at 1. A shape depends on nothing but t, so a resumed run takes the same values.
+Every shape ends at 1. A shape depends only on t, so a resumed run gets the same values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def linear(progress: float) -> float:
 def sigmoid(progress: float) -> float:
     r""":math:`\exp(-5 (1 - t)^2)`: from 0.0067 to 1 in an S-curve.
 
-    Source: Laine and Aila, Temporal Ensembling, 2017 (arXiv 1610.02242), who ramp up a consistency term by it.
+    Source: Laine and Aila, Temporal Ensembling, 2017 (arXiv 1610.02242), who ramp up a consistency term with it.
 
     Example:
         >>> round(sigmoid(0.5), 4)  # exp(-1.25)
@@ -56,7 +56,7 @@ def cosine(progress: float) -> float:
 
 
 def cyclical(progress: float) -> float:
-    r""":math:`\min(1, 2t)`: one cycle, which rises in its first half and stays at 1 in its second.
+    r""":math:`\min(1, 2t)`: one cycle, which rises in the first half and stays at 1 in the second.
 
     :class:`~lightning_rdrop.AlphaScheduler` repeats it.
 

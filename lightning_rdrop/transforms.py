@@ -1,4 +1,4 @@
-"""Transforms of batches in training."""
+"""Batch transforms for training."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 class RandomReplacement:
-    """Replaces some of the decoder's input tokens by other tokens of the same text, against exposure bias.
+    """Replaces some of the decoder's input tokens with other tokens of the same text, against exposure bias.
 
-    In training a decoder reads the target; in generation, its own output, mistakes included. So a share of the texts
-    is changed, and in these each token with a given probability, to a token drawn from the same text: a model tends to
-    write the right words in the wrong places. The labels stay.
+    In training a decoder reads the target; in generation it reads its own output, including errors. So in some of the
+    texts each token is replaced, with a given probability, by a token drawn from the same text: a model tends to write
+    the right words in the wrong places. The labels do not change.
 
     Args:
-        probability: that a token of a changed text is replaced, in [0, 1].
-        examples: that a text is changed, in [0, 1].
-        special: tokens that are neither replaced nor drawn, such as padding. The first position, the decoder's start
-            token, never changes.
+        probability: the probability that a token of a changed text is replaced, in [0, 1].
+        examples: the probability that a text is changed, in [0, 1].
+        special: tokens that are neither replaced nor drawn, such as padding. The same holds for the first position,
+            the decoder's start token.
 
     Raises:
-        ValueError: a probability out of its range.
+        ValueError: a probability out of range.
 
     Source: Su Jianlin, spaces.ac.cn/archives/7259, whose values are the defaults.
 
@@ -42,7 +42,7 @@ class RandomReplacement:
         self.special = tuple(special)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, T) with some of them replaced, as a new tensor."""
+        """Replace some of the tokens (N, T), and return a new tensor."""
         free = ~torch.isin(tokens, tokens.new_tensor(self.special))
         free[:, 0] = False
         changed = torch.rand_like(tokens[:, :1], dtype=torch.float) < self.examples

@@ -291,8 +291,8 @@ def test_a_peak_out_of_reach_is_said_once(fit, small, rows, arguments, until, la
     with pytest.warns(UserWarning, match="never reaches its peak") as warned:
         fit(small(), rows, [AlphaScheduler(**arguments)])
     (text,) = (str(warning.message) for warning in warned if "its peak" in str(warning.message))
-    assert f"rdrop_alpha rises until step {until}, and the training has 8 steps" in text
-    assert f"in the last of which it is {last:.3g} instead of 4. Write delay and ramp as shares of training" in text
+    assert f"rdrop_alpha rises until step {until}, but the training has 8 steps" in text
+    assert f"in the last step it is {last:.3g} instead of 4. Set delay and ramp to shares of training" in text
 
 
 class Stop(pl.Callback):
@@ -308,18 +308,18 @@ class Stop(pl.Callback):
 @pytest.mark.parametrize(
     ("arguments", "epochs", "text"),
     [
-        ({"shape": "linear", "ramp": 0.5}, 1000, "4000, and the training, planned to have 8000 steps, ended after 20 "),
-        ({"shape": "linear", "ramp": 40}, 1000, "40, and the training, planned to have 8000 steps, ended after 20 "),
-        ({"shape": "linear", "ramp": 40}, -1, "40, and the training ended after 20 "),
-        ({"shape": "cyclical", "ramp": 99}, 1000, "99, and the training, planned to have 8000 steps, ended after 20 "),
+        ({"shape": "linear", "ramp": 0.5}, 1000, "4000, but the training, planned to have 8000 steps, ended after 20 "),
+        ({"shape": "linear", "ramp": 40}, 1000, "40, but the training, planned to have 8000 steps, ended after 20 "),
+        ({"shape": "linear", "ramp": 40}, -1, "40, but the training ended after 20 "),
+        ({"shape": "cyclical", "ramp": 99}, 1000, "99, but the training, planned to have 8000 steps, ended after 20 "),
     ],
 )
 def test_a_training_that_ended_within_the_rise_is_said_once(fit, small, rows, arguments, epochs, text, recwarn):
     watch = Watch()
     fit(small(), rows, [AlphaScheduler(**arguments), watch, Stop(20)], max_epochs=epochs)
     (said,) = (str(warning.message) for warning in recwarn if "its peak" in str(warning.message))
-    assert f"did not reach its peak: rdrop_alpha rises until step {text}steps, in the last of which it is " in said
-    assert f"it is {watch.alphas[-1]:.3g} instead of 4. Write delay and ramp as numbers of optimizer steps" in said
+    assert f"did not reach its peak: rdrop_alpha rises until step {text}steps; in the last step it is " in said
+    assert f"it is {watch.alphas[-1]:.3g} instead of 4. Set delay and ramp to numbers of optimizer steps" in said
     assert "such as ramp=2." in said
 
 
@@ -381,7 +381,7 @@ def test_a_shape_that_leaves_0_to_1_is_refused():
 
 
 def test_a_module_without_the_mixin_is_refused(fit, rows):
-    with pytest.raises(TypeError, match="AlphaScheduler works on a module that inherits RDropMixin, and BoringModel"):
+    with pytest.raises(TypeError, match="AlphaScheduler needs a module that inherits RDropMixin, but BoringModel"):
         fit(BoringModel(), rows, [AlphaScheduler()])
 
 

@@ -388,7 +388,7 @@ class Embeddings(SimCSEMixin, pl.LightningModule):
 
 
 def test_modules_that_it_cannot_measure(fit):
-    with pytest.raises(TypeError, match="works on a module that inherits RDropMixin"):
+    with pytest.raises(TypeError, match="needs a module that inherits RDropMixin"):
         fit(BoringModel(), table(), [ConsistencyMonitor()])
     with pytest.raises(TypeError, match="Embeddings learns embeddings by SimCSE"):
         fit(Embeddings(), table(), [ConsistencyMonitor()])

@@ -103,9 +103,9 @@ def test_half_precision_is_computed_in_float32():
 @pytest.mark.parametrize(
     ("frames", "tokens", "lengths", "message"),
     [
-        (FRAMES, TOKENS.where(TOKENS != 3, 5), LENGTHS, "Example 0 .* none of the 5 classes 0 to 4"),
-        (FRAMES, TOKENS.where(TOKENS != 4, 0), LENGTHS, "Example 1 .* or is the blank, 0"),
-        (FRAMES, TOKENS.where(TOKENS != 4, -100), None, "Example 1 .*Padding comes after the tokens, as -100"),
+        (FRAMES, TOKENS.where(TOKENS != 3, 5), LENGTHS, "Example 0 .* not one of the 5 classes, 0 to 4"),
+        (FRAMES, TOKENS.where(TOKENS != 4, 0), LENGTHS, "Example 1 .* is the blank, 0"),
+        (FRAMES, TOKENS.where(TOKENS != 4, -100), None, "Example 1 .*Put padding after the tokens, as -100"),
         (FRAMES + 1, TOKENS, LENGTHS, "Example 0 .* has a length outside 0 to 7, the number of frames"),
         (FRAMES, TOKENS, LENGTHS + 1, "Example 0 .* has a target length outside 0 to 4"),
         (
@@ -156,7 +156,7 @@ def test_an_infinite_loss_may_count_as_zero():
         ((torch.zeros(4, 7, 5), FRAMES[:2]), TOKENS, ValueError, r"shape \(N,\) = \(4,\), got \(2,\)"),
         (torch.zeros(4, 5), TOKENS, ValueError, r"CTC takes logits \(N, T, C\).* got \(4, 5\)"),
         (torch.zeros(4, 7, 1), TOKENS, ValueError, "at least 2 classes"),
-        ({"x": torch.zeros(4, 7, 5)}, TOKENS, TypeError, "The prediction is a dict, and CTC takes.*rdrop_predict"),
+        ({"x": torch.zeros(4, 7, 5)}, TOKENS, TypeError, "The prediction is a dict, but CTC takes.*rdrop_predict"),
         (
             torch.zeros(4, 7, 5),
             TOKENS[:2],
@@ -176,12 +176,12 @@ def test_what_has_another_form_is_refused(prediction, target, error, message):
 def test_a_blank_is_a_class(blank):
     with pytest.raises(ValueError, match="blank must be an int >= 0, the index of a class"):
         CTC(blank)
-    with pytest.raises(ValueError, match="the blank, 5, among them"):
+    with pytest.raises(ValueError, match="including the blank, 5"):
         CTC(5).to_target(torch.zeros(4, 7, 5), TOKENS)
 
 
 def test_a_softmax_is_noticed():
-    assert "softmax already: its rows sum to 1. CTC takes" in CTC().suspicious((numbers()[0].softmax(-1), FRAMES))
+    assert "already a softmax: its rows sum to 1. CTC takes" in CTC().suspicious((numbers()[0].softmax(-1), FRAMES))
     assert CTC().suspicious((numbers()[0], FRAMES)) is None
 
 

@@ -117,12 +117,12 @@ def test_a_training_that_ends_before_the_first_log_is_said_before(fit, small, ro
             seen.append(len(warned))
             return super().training_step(batch, batch_idx)
 
-    message = f"the Trainer logs every {every} steps and makes 8. Write Trainer\\(log_every_n_steps=1\\)"
+    message = f"the Trainer logs every {every} steps, but makes 8. Use Trainer\\(log_every_n_steps=1\\)"
     with pytest.warns(UserWarning, match=message) as warned:
         fit(Watched(), rows, [Curves()], logger=CSVLogger(tmp_path), log_every_n_steps=every)
     assert seen[0] > 0
     # the means of the epoch are logged all the same, but are no default panel
-    assert any("Curves made no picture. ValueError" in str(warning.message) for warning in warned)
+    assert any("Curves could not plot. ValueError" in str(warning.message) for warning in warned)
 
 
 def test_a_training_that_logs_is_no_warning(fit, small, rows, tmp_path, recwarn):
@@ -143,7 +143,7 @@ def test_a_training_that_logs_is_no_warning(fit, small, rows, tmp_path, recwarn)
     ],
 )
 def test_a_picture_that_fails_is_a_warning_and_the_training_is_over(fit, small, rows, tmp_path, arguments, message):
-    with pytest.warns(UserWarning, match=f"Curves made no picture. {message}"):
+    with pytest.warns(UserWarning, match=f"Curves could not plot. {message}"):
         trainer = fit(small(), rows, [Curves(**arguments)], logger=CSVLogger(tmp_path), log_every_n_steps=1)
     assert trainer.state.finished
 

@@ -89,47 +89,47 @@ IMPOSSIBLE = {
     "a class too many": (
         Categorical(),
         torch.tensor([0, 3]),
-        "holds the class 3, and.*3 classes 0 to 2.*ignore_index=-100",
+        "contains the class 3, but.*3 classes, 0 to 2.*ignore_index=-100",
     ),
     "a negative class": (Categorical(ignore_index=0), torch.tensor([0, -100]), "class -100.*ignore_index=0"),
     "a class too many in uint8": (Categorical(), torch.tensor([0, 156], dtype=torch.uint8), "the class 156"),
     "multi-hot rows": (
         Categorical(),
         MULTI_HOT,
-        r"\[1.0, 1.0, 0.0\], which are no probabilities.*sum to 2, not 1.*Bernoulli",
+        r"\[1.0, 1.0, 0.0\], which are not probabilities.*got the sum 2\..*Bernoulli",
     ),
-    "scores": (Categorical(), SCORES, "no probabilities: they are negative"),
-    "scores between views": (JensenShannon(), SCORES, "no probabilities: they are negative"),
+    "scores": (Categorical(), SCORES, "not probabilities: they must be >= 0"),
+    "scores between views": (JensenShannon(), SCORES, "not probabilities: they must be >= 0"),
     "padding within a row": (
         Categorical(),
         torch.tensor([[-100.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
-        "-99, not 1.*all -100",
+        "sum -99.*all -100",
     ),
-    "NaN among probabilities": (Categorical(), NOT_A_NUMBER, "no probabilities"),
-    "-1 of Bernoulli": (Bernoulli(), torch.tensor([[0.0, -1.0, 1.0]]), r"target holds -1.0; a label.*ignore_value=..."),
-    "NaN of Bernoulli": (Bernoulli(), NOT_A_NUMBER, "The target holds nan; a label of Bernoulli"),
-    "2 beside an unknown label": (Bernoulli(ignore_value=-1), torch.tensor([[-1.0, 2.0, 1.0]]), "target holds 2.0"),
+    "NaN among probabilities": (Categorical(), NOT_A_NUMBER, "not probabilities"),
+    "-1 of Bernoulli": (Bernoulli(), torch.tensor([[0.0, -1.0, 1.0]]), r"contains -1.0; a label.*ignore_value=..."),
+    "NaN of Bernoulli": (Bernoulli(), NOT_A_NUMBER, "The target contains nan; a label of Bernoulli"),
+    "2 beside an unknown label": (Bernoulli(ignore_value=-1), torch.tensor([[-1.0, 2.0, 1.0]]), "target contains 2.0"),
     "NaN of Gaussian": (
         Gaussian(),
         NOT_A_NUMBER,
-        r"The target holds nan; Gaussian takes finite.*ignore_value=float\('nan'\)",
+        r"The target contains nan; Gaussian takes finite.*ignore_value=float\('nan'\)",
     ),
     "infinity beside an unknown number": (
         Gaussian(ignore_value=NAN),
         torch.tensor([[NAN, inf, 1.0]]),
-        "target holds inf",
+        "target contains inf",
     ),
-    "NaN of Cosine": (Cosine(), NOT_A_NUMBER, "The target holds nan; Cosine takes vectors of finite numbers"),
-    "a vector known in part": (Cosine(ignore_value=NAN), NOT_A_NUMBER, "The target holds nan; Cosine"),
+    "NaN of Cosine": (Cosine(), NOT_A_NUMBER, "The target contains nan; Cosine takes vectors of finite numbers"),
+    "a vector known in part": (Cosine(ignore_value=NAN), NOT_A_NUMBER, "The target contains nan; Cosine"),
     "a negative count": (
         FromDistribution(lambda x: distributions.Poisson(x.exp())),
         torch.tensor([[1.0, -2.0, 3.0]]),
-        r"The target holds -2.0, outside the support of Poisson.*ignore_value",
+        r"The target contains -2.0, outside the support of Poisson.*ignore_value",
     ),
     "no point of a simplex": (
         FromDistribution(lambda x: distributions.Dirichlet(x.exp(), validate_args=False)),
         torch.tensor([[0.5, 0.7, 0.1]]),
-        r"The target holds \[0.5.*outside the support of Dirichlet",
+        r"The target contains \[0.5.*outside the support of Dirichlet",
     ),
 }
 
@@ -179,7 +179,7 @@ def test_images_are_looked_at_along_their_classes():
     soft[1, :, 2, 3] = 0
     distance.check(prediction, soft)
     soft[1, 0, 2, 3] = 3
-    with pytest.raises(ValueError, match=r"holds the numbers \[3.0, 0.0, 0.0\].*sum to 3, not 1"):
+    with pytest.raises(ValueError, match=r"contains \[3.0, 0.0, 0.0\].*got the sum 3\."):
         distance.check(prediction, soft)
 
 
@@ -195,8 +195,8 @@ def test_a_prediction_that_is_a_softmax_already_is_told_from_logits():
     logits = torch.randn(2, 4, 3)
     for distance in (Categorical(), JensenShannon()):
         name = type(distance).__name__
-        assert f"a softmax already: its rows sum to 1. {name} takes logits" in distance.suspicious(logits.softmax(-1))
-        assert "a softmax already" in distance.suspicious(logits.bfloat16().softmax(-1))
+        assert f"already a softmax: its rows sum to 1. {name} takes logits" in distance.suspicious(logits.softmax(-1))
+        assert "already a softmax" in distance.suspicious(logits.bfloat16().softmax(-1))
         for right in (logits, logits.log_softmax(-1), torch.zeros(4, 3), logits.sigmoid(), logits.abs() / 5):
             assert distance.suspicious(right) is None
     images = Categorical(class_dim=1)
@@ -219,7 +219,7 @@ def test_a_prediction_that_is_a_softmax_already_is_told_from_logits():
 def test_a_prediction_that_comes_out_of_a_sigmoid_is_told_from_logits(reach):
     layer = torch.nn.Linear(5, 3)
     logits = layer(torch.randn(8, 5))
-    assert "comes out of a sigmoid, and Bernoulli takes logits" in Bernoulli().suspicious(reach(logits.sigmoid()))
+    assert "is the output of a sigmoid, but Bernoulli takes logits" in Bernoulli().suspicious(reach(logits.sigmoid()))
     for right in (logits, logits.sigmoid() * 5, logits.sigmoid().logit(), layer(logits.sigmoid()[:, [0, 1, 2, 0, 1]])):
         assert Bernoulli().suspicious(reach(right)) is None
     assert Bernoulli().suspicious(torch.rand(4, 3)) is None  # nothing tells where it comes from
@@ -256,7 +256,7 @@ def test_a_distribution_that_tells_no_support_takes_finite_numbers():
 
 
 def test_probabilities_that_sum_to_1_may_not_be_negative():
-    with pytest.raises(ValueError, match=r"\[1\.5, -0\.5\], which are no probabilities"):
+    with pytest.raises(ValueError, match=r"\[1\.5, -0\.5\], which are not probabilities"):
         Categorical().check(torch.randn(2, 2), torch.tensor([[0.5, 0.5], [1.5, -0.5]]))
 
 
@@ -267,13 +267,13 @@ def test_which_class_indices_are_impossible():
 
 def test_logits_that_sum_to_1_are_no_softmax():
     assert Categorical().suspicious(torch.tensor([[1.5, -0.5], [0.5, 0.5]])) is None
-    assert "softmax already" in Categorical().suspicious(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    assert "already a softmax" in Categorical().suspicious(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
 
 
 @pytest.mark.parametrize("distance", [Categorical(), Bernoulli(), Gaussian(), Cosine()])
 def test_a_prediction_that_is_no_tensor(distance):
     prediction = {"scores": torch.randn(4, 3)}
-    with pytest.raises(TypeError, match=rf"The prediction is a dict, and {type(distance).__name__} measures one"):
+    with pytest.raises(TypeError, match=rf"The prediction is a dict, but {type(distance).__name__} takes one"):
         distance.to_target(prediction, torch.zeros(4, 3))
 
 

@@ -78,7 +78,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("function", [symmetric_kl, kl, symmetric_bernoulli_kl, jensen_shannon])
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (3, 1)])
 def test_nothing_broadcasts(function, shape):
-    message = rf"{function.__name__} compares.*first \(3, 4\) and second {re.escape(str(shape))}; nothing broadcasts"
+    message = rf"{function.__name__} takes.*first \(3, 4\) and second {re.escape(str(shape))}; nothing broadcasts"
     with pytest.raises(ValueError, match=message):
         function(torch.zeros(3, 4), torch.zeros(shape))
 

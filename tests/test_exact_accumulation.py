@@ -122,5 +122,5 @@ class KeepsGradients(SingleDeviceStrategy):
 
 
 def test_gradients_out_of_reach_are_refused(fit):
-    with pytest.raises(ValueError, match="KeepsGradients, keeps them to itself, as DeepSpeed does"):
+    with pytest.raises(ValueError, match="KeepsGradients hides gradients, as DeepSpeed does"):
         fit(Tagger(), DataLoader(ragged(5, 4), 2), [ExactAccumulation()], strategy=KeepsGradients(torch.device("cpu")))

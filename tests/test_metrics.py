@@ -393,10 +393,10 @@ def test_plot(kind):
         (lambda: dropout_kl(logits(2, 3, 4), classes(4)), ValueError, r"target of shape \(4,\)"),
         (lambda: DropoutKL("kl"), TypeError, "distance must be a Distance, .* got 'kl'"),
         (lambda: DropoutKL(Together({"one": Gaussian()})), TypeError, r"distance\.part\(name\)"),
-        (lambda: DropoutDisagreement(Gaussian()), TypeError, r"compares predicted classes, and Gaussian\(\)"),
-        (lambda: AverageGap(Cosine()), TypeError, r"Cosine\(\) knows no average"),
-        (lambda: average_gap(logits(2, 3, 4), logits(3, 4), distance=Cosine()), TypeError, "the method model_average"),
-        (lambda: dropout_disagreement(logits(2, 3), None, Gaussian()), TypeError, "the method log_probabilities"),
+        (lambda: DropoutDisagreement(Gaussian()), TypeError, r"needs a distance with classes, got Gaussian\(\)"),
+        (lambda: AverageGap(Cosine()), TypeError, r"can average predictions, got Cosine\(\)"),
+        (lambda: average_gap(logits(2, 3, 4), logits(3, 4), distance=Cosine()), TypeError, "implement model_average"),
+        (lambda: dropout_disagreement(logits(2, 3), None, Gaussian()), TypeError, "implement log_probabilities"),
     ],
 )
 def test_what_cannot_be_measured_is_said(call, error, message):

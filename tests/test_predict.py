@@ -169,8 +169,8 @@ class Embeddings(SimCSEMixin, pl.LightningModule):
 @pytest.mark.parametrize(
     ("module", "passes", "error", "message"),
     [
-        (Small, 1, ValueError, "passes must be an int >= 2, .* got 1"),
-        (lambda: Small(rdrop_distance=Cosine()), 2, TypeError, "Cosine knows no expectation"),
+        (Small, 1, ValueError, "passes must be an int >= 2, got 1"),
+        (lambda: Small(rdrop_distance=Cosine()), 2, TypeError, "Cosine has no expectation"),
         (Embeddings, 2, TypeError, "Embeddings learns embeddings by SimCSE"),
     ],
 )

@@ -204,7 +204,7 @@ def test_what_no_table_can_hold(tmp_path, gpt2):
 
 def test_an_input_is_never_overwritten(tmp_path):
     table = write(tmp_path / "in.csv", ROWS)
-    with pytest.raises(ValueError, match="is the table of the input"):
+    with pytest.raises(ValueError, match="is the input table"):
         predict(classifier(), Letters("none", predict=table), tmp_path / "in.csv")
     assert read(tmp_path / "in.csv") == ROWS
     write(tmp_path / "in.csv", [row | {"prediction": "x"} for row in ROWS])

@@ -421,7 +421,7 @@ class Twice(nn.Module):
         ("network.wrds", ValueError, r"at='network\.wrds' is not a submodule of Net\. Did you mean network\.words"),
         ("", ValueError, r"at='' is not a submodule of Net\. Its submodules are network, network\.positions"),
         ("network.unused", ValueError, r"network\.unused, .*was not called in a forward pass"),
-        ("network.lstm", TypeError, r"network\.lstm, .*gives a tuple, where a tensor of floats"),
+        ("network.lstm", TypeError, r"network\.lstm, .*gives a tuple, but only a floating-point tensor"),
         (None, ValueError, r"network\.positions, .*gives the shape \(5, 8\) for 4 examples.*at='\.\.\.'"),
     ],
 )
@@ -434,10 +434,10 @@ def test_a_place_that_is_none(at, error, message):
 
 
 def test_inputs_without_a_place_or_without_examples():
-    with pytest.raises(ValueError, match=r"No place for a perturbation is found.*has no embedding.*at='\.\.\.'"):
+    with pytest.raises(ValueError, match=r"No place for the perturbation was found.*has no embedding.*at='\.\.\.'"):
         Passes(Net(nn.Linear(2, 2)), {"x": torch.ones(2, 2), "z": torch.ones(2, 2)}, None)
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
-    with pytest.raises(TypeError, match="A perturbation has a norm for each example, which cannot be told here"):
+    with pytest.raises(TypeError, match="A perturbation has a norm per example, whose number is unknown here"):
         Passes(Net(nn.LSTM(2, 2)), packed, "network")
 
 

@@ -38,11 +38,11 @@ def test_convert_alpha_weighs_the_terms_as_the_source_does(source):
     ("arguments", "message"),
     [
         ((1.0, "offical-sum"), "'offical-sum' is unknown: did you mean official-sum"),
-        ((1.0, "zzz"), "There are paper, fairseq"),
+        ((1.0, "zzz"), "It must be one of paper, fairseq"),
         ((-1.0, "su"), r"alpha must be a finite number >= 0, got -1\.0"),
         ((math.nan, "su"), "alpha must be"),
-        ((1.0, "official-sum"), "depends on batch_size: give batch_size="),
-        ((1.0, "bert4torch"), "depends on num_classes: give num_classes="),
+        ((1.0, "official-sum"), "depends on batch_size: pass batch_size="),
+        ((1.0, "bert4torch"), "depends on num_classes: pass num_classes="),
     ],
 )
 def test_convert_alpha_refuses(arguments, message):

@@ -280,20 +280,20 @@ def test_other_names_are_refused(prediction, target, message):
     tokens, targets = batch_of()
     if target is not None:
         targets = {name: targets[name] for name in target} or targets["intent"]
-    with pytest.raises(ValueError, match=f"There are distances for intent, slots, and {message}"):
+    with pytest.raises(ValueError, match=f"There are distances for intent, slots, but {message}"):
         Other().rdrop_step((tokens, targets))
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"distances": {}}, ValueError, "must map names to distances, one at least"),
+        ({"distances": {}}, ValueError, "must map at least one name to a distance"),
         *(
             ({"distances": {name: Gaussian()}}, ValueError, re.escape(f"distances has the name {name!r}, which no"))
             for name in ("type", "training", "_modules", "a.b", "", 1)
         ),
         ({"distances": {"a": 1}}, TypeError, r"distances\['a'\] must be a Distance, got 1"),
-        ({"weights": {"b": 1.0}}, ValueError, "weights has 'b'; there are distances for a"),
+        ({"weights": {"b": 1.0}}, ValueError, "weights has 'b', but there are distances for a"),
         ({"alphas": {"a": -1.0}}, ValueError, r"alphas\['a'\] must be a finite number >= 0"),
     ],
 )
@@ -349,9 +349,9 @@ def test_every_part_is_looked_at_by_its_own_distance():
     assert distance.suspicious(logits) is None
     for name, wrong in (("first", torch.tensor([0, 3])), ("second", torch.full((2, 3), 7.0))):
         assert distance.invalid(logits, target | {name: wrong})
-        with pytest.raises(ValueError, match="holds"):
+        with pytest.raises(ValueError, match="contains"):
             distance.check(logits, target | {name: wrong})
-    assert "softmax already" in distance.suspicious(logits | {"first": logits["first"].softmax(-1)})
+    assert "already a softmax" in distance.suspicious(logits | {"first": logits["first"].softmax(-1)})
     assert "sigmoid" in distance.suspicious(logits | {"second": logits["second"].requires_grad_().sigmoid()})
     assert Together({"own": Silent()}).invalid({"own": torch.zeros(2)}, {"own": torch.zeros(2)}) is None
     for ask in (distance.invalid, lambda logits, target: distance.terms(logits, target, 1.0)):

@@ -143,7 +143,7 @@ def test_two_loaders_in_a_trainer(fit, small, rows, kind, tmp_path):
 
 
 def test_a_schedule_of_what_no_batch_has_is_a_warning(fit, small, rows):
-    with pytest.warns(UserWarning, match="no unlabelled part") as warned:
+    with pytest.warns(UserWarning, match="no unlabeled part") as warned:
         fit(small(), rows, [UnlabeledWeightScheduler()])
     assert len([warning for warning in warned if "UnlabeledWeightScheduler has no effect" in str(warning.message)]) == 1
 
@@ -157,7 +157,7 @@ def test_a_schedule_of_unlabelled_examples_is_no_warning(fit, small, rows, made_
     both = {"labeled": rows, "unlabeled": DataLoader(torch.randn(30, 8), 4)}
     module, loader = (small(), both) if made_by == "loader" else (Making(), rows)
     fit(module, loader, [UnlabeledWeightScheduler(ramp=0.5)])
-    assert not [warning for warning in recwarn if "unlabelled" in str(warning.message)]
+    assert not [warning for warning in recwarn if "unlabeled" in str(warning.message)]
 
 
 def test_the_weight_is_put_back_and_resumed(fit, small, tmp_path):
@@ -375,7 +375,7 @@ def test_a_fused_head_is_refused(small):
 
 
 def test_exact_accumulation_is_refused(fit, small, rows):
-    with pytest.raises(ValueError, match="one denominator, but labelled and unlabelled examples are two means"):
+    with pytest.raises(ValueError, match="one denominator, but labeled and unlabeled examples are two means"):
         fit(small(), {"labeled": rows, "unlabeled": rows}, [ExactAccumulation()])
 
 

@@ -260,12 +260,12 @@ def test_both_in_one():
 def test_impossible_weights(value):
     weight = torch.tensor([1.0, 0.0, value])
     prediction, target = torch.zeros(3, 2), torch.tensor([0, 1, 0])
-    with pytest.raises(ValueError, match=f"The weight holds {value}; a weight is a finite number >= 0"):
+    with pytest.raises(ValueError, match=f"The weight contains {value}; a weight is a finite number >= 0"):
         Weighted(Categorical()).check(prediction, (target, weight))
     assert Weighted(Categorical()).invalid(prediction, (target, weight))
     assert not Weighted(Categorical()).invalid(prediction, (target, weight.clamp(0, 1).nan_to_num()))
     assert Weighted(Categorical()).invalid(prediction, (target + 1, torch.ones(3)))
-    with pytest.raises(ValueError, match="The target holds the class 2"):
+    with pytest.raises(ValueError, match="The target contains the class 2"):
         Weighted(Categorical()).check(prediction, (target + 1, torch.ones(3)))
 
 
@@ -273,12 +273,12 @@ def test_a_later_negative_weight_is_found(fit):
     data = rows_of(torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(ValueError, match=r"target of batch 1 contains a value that is invalid.*a negative weight"):
         fit(Tokens(rdrop_distance=Weighted(Categorical())), DataLoader(data, 4), log_every_n_steps=1, max_epochs=2)
-    with pytest.raises(ValueError, match=r"The weight holds -1.0; a weight is"):
+    with pytest.raises(ValueError, match=r"The weight contains -1.0; a weight is"):
         fit(Tokens(rdrop_distance=Weighted(Categorical())), DataLoader(data[::-1], 4))
 
 
 def test_an_impossible_mask():
-    with pytest.raises(ValueError, match=r"The mask holds 0.5; a mask is bool, or 0 and 1.*Weighted"):
+    with pytest.raises(ValueError, match=r"The mask contains 0.5; a mask is bool, or 0 and 1.*Weighted"):
         MaskedConsistency(Gaussian()).check(torch.zeros(2), (torch.zeros(2), torch.tensor([1, 0.5])))
     assert MaskedConsistency(Gaussian()).invalid(torch.zeros(2), (torch.zeros(2), torch.tensor([1, 0.5])))
 
@@ -293,7 +293,7 @@ def test_weights_of_another_shape_are_refused(shape):
 
 @pytest.mark.parametrize("target", [torch.zeros(3), (torch.zeros(3),), (torch.zeros(3), [1, 1, 1])])
 def test_what_is_no_pair_is_refused(target):
-    with pytest.raises(TypeError, match=r"Weighted takes the target \(target, weight\), the latter a tensor, got a"):
+    with pytest.raises(TypeError, match=r"Weighted takes a target \(target, weight\) whose second part is a tensor"):
         Weighted(Gaussian()).to_target(torch.zeros(3), target)
     with pytest.raises(TypeError, match="distance must be a Distance"):
         Weighted(Categorical)
@@ -361,7 +361,7 @@ def test_names_and_a_description():
     assert getattr(Weighted(Gaussian()), "ignore_index", None) is None
     assert spell(describe(distance)) == "Weighted(distance=Focal(gamma=1.5))"
     assert rebuild(describe(distance), Distance).distance.gamma == 1.5
-    assert "softmax already" in distance.suspicious(torch.full((2, 2), 0.5))
+    assert "already a softmax" in distance.suspicious(torch.full((2, 2), 0.5))
 
 
 def test_ctc_is_weighted_by_example():

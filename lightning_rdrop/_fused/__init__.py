@@ -1,4 +1,4 @@
-"""Both terms and their gradient in one pass over the logits, or over hidden states without logits."""
+"""Both terms and their gradient in one pass over the logits, or over hidden states without storing the logits."""
 
 from lightning_rdrop._fused.compiled import compiled_loss
 from lightning_rdrop._fused.function import fused, without_autocast

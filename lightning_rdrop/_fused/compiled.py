@@ -1,4 +1,4 @@
-"""The arithmetic of a chunk, compiled: once for any number of rows and any alpha, twice for any number of classes."""
+"""The arithmetic of a chunk, compiled once for all numbers of rows and alphas, and again if C changes."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from lightning_rdrop import _compat
 from lightning_rdrop._fused.chunk import Factors, blanked, gradient_of, normalized, terms_of
 from lightning_rdrop._fused.rows import Rows
 
-_ASKED: ContextVar[bool] = ContextVar("_ASKED", default=False)
+_ENABLED: ContextVar[bool] = ContextVar("_ENABLED", default=False)
 _COMPILED: dict[tuple[object, ...], bool] = {}
-"""Whether a kind of chunk could be compiled; one that could not is not tried again."""
+"""Whether each kind of chunk could be compiled; one that failed is not tried again."""
 
 
 def compiled_loss(compile: bool = True) -> AbstractContextManager[None]:
-    """A context in which losses compile their arithmetic, as ``compile=True`` of the functions does.
+    """A context in which losses compile their arithmetic, like ``compile=True`` of the functions.
 
-    Inside a step that is compiled as a whole there is nothing to ask for.
+    Inside a compiled step it does nothing.
     """
-    return nullcontext() if torch.compiler.is_compiling() else _asking(compile)
+    return nullcontext() if torch.compiler.is_compiling() else _enabled(compile)
 
 
 @contextmanager
-def _asking(compile: bool) -> Iterator[None]:
-    token = _ASKED.set(compile)
+def _enabled(compile: bool) -> Iterator[None]:
+    token = _ENABLED.set(compile)
     try:
         yield
     finally:
-        _ASKED.reset(token)
+        _ENABLED.reset(token)
 
 
-def is_asked() -> bool:
-    """Whether a loss is to compile its arithmetic."""
-    return _ASKED.get()
+def is_enabled() -> bool:
+    """Whether losses compile their arithmetic in this context."""
+    return _ENABLED.get()
 
 
 def compiled(
     logits: Tensor, rows: Rows, class_weight: Tensor | None, ce_weight: Tensor, kl_weight: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """What some rows add to ce and kl; the gradient of ``ce_weight * ce + kl_weight * kl`` is written to ``out``.
+    """What n rows add to ce and kl; the gradient of ``ce_weight * ce + kl_weight * kl`` is written to ``out``.
 
-    Returns None where there is no compiler, or it fails, of which a warning tells once.
+    Returns None if there is no compiler or it fails, and warns about that once.
 
     Args:
         logits: shape (2, n, C).
-        rows: how they count.
+        rows: their factors.
         class_weight: shape (C,), or None.
         ce_weight, kl_weight: shape ().
         out: same shape as the logits, but not the same memory.
     """
     factors = rows.factors(class_weight, ce_weight.dtype)
     kind = (logits.device.type, logits.dtype, out.dtype, logits.shape[2], *(part is None for part in factors))
-    if len(factors.label) < 2 or not _COMPILED.get(kind, True):  # one row would be a graph of its own
+    if len(factors.label) < 2 or not _COMPILED.get(kind, True):  # a single row would need its own graph
         return None
-    # detached, so that no guard looks at the tensor of which a chunk is a view
+    # detached, so that no guard depends on the tensor that a chunk is a view of
     by_row = [part.detach() for part in (*map(Tensor.contiguous, logits.unbind(0)), *out.unbind(0))]
     columns = [None if part is None else part.detach() for part in factors[:-1]]
     if kind not in _COMPILED:
@@ -72,7 +72,7 @@ def compiled(
     except Exception as error:
         _COMPILED[kind] = False
         warnings.warn(
-            f"The loss could not be compiled, and is computed without: {' '.join(str(error).split())[:300]}",
+            f"The loss could not be compiled and is computed in eager mode: {' '.join(str(error).split())[:300]}",
             stacklevel=2,
         )
         return None

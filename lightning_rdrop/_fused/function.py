@@ -1,4 +1,4 @@
-"""The terms of two views as a function of autograd, whose gradient is made in the forward pass."""
+"""The terms of two views as an autograd function whose gradient is computed in the forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rdrop import _compat
-from lightning_rdrop._fused.compiled import is_asked
+from lightning_rdrop._fused.compiled import is_enabled
 from lightning_rdrop._fused.rows import Counted, counted
 from lightning_rdrop._fused.sweep import Sweep
 from lightning_rdrop.labels import Labels, RowWeights, composite
@@ -30,32 +30,32 @@ def fused(
     chunk: int | None,
     compile: bool,
 ) -> Terms:
-    """The terms of two views, with the gradient of the loss made in the forward pass.
+    """The terms of two views, with the gradient of the loss computed in the forward pass.
 
     Args:
         inputs: logits (2, N, C); or hidden states (2, N, D), a weight (C, D), and a bias (C,) or None.
         target: shape (N,) of class indices.
         alpha: the weight of kl.
         labels: the other arguments of the cross-entropy.
-        weights: how often each row counts.
-        chunk: the number of logits that are processed at once; None is what suits the device.
-        compile: whether the arithmetic is compiled; it is as well within :func:`compiled_loss`.
+        weights: the weight of each row in each term.
+        chunk: the number of logits processed at once; None chooses it by the device.
+        compile: whether to compile the arithmetic, also enabled by :func:`compiled_loss`.
     """
     classes = inputs[0].shape[2] if len(inputs) == 1 else len(inputs[1])
     known = counted(target, labels, weights, classes, torch.promote_types(inputs[0].dtype, torch.float32))
-    problem = _Problem(target, alpha, labels, weights, known, chunk, compile or is_asked())
+    problem = _Problem(target, alpha, labels, weights, known, chunk, compile or is_enabled())
     sweep = problem.sweep(1.0, alpha)
     loss, ce, kl = _Fused.apply(problem, sweep, alpha, *inputs)  # type: ignore[no-untyped-call]
     return known.terms(loss, ce, kl)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context in which a type of device casts nothing."""
+    """A context without autocast on a device type."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Problem(NamedTuple):
-    """All that defines the loss, except its inputs."""
+    """Everything that defines the loss except its inputs."""
 
     target: Tensor
     alpha: float | Tensor
@@ -66,12 +66,12 @@ class _Problem(NamedTuple):
     compile: bool
 
     def sweep(self, ce_weight: float | Tensor, kl_weight: float | Tensor) -> Sweep:
-        """A sweep that makes the gradient of ``ce_weight * ce + kl_weight * kl``."""
+        """A sweep that computes the gradient of ``ce_weight * ce + kl_weight * kl``."""
         return Sweep(self.counted, ce_weight, kl_weight, self.chunk, self.compile)
 
     def by_formula(self, inputs: Sequence[Any], upstream: Gradients, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """The gradients for alpha and the inputs that are wanted, by autograd of the formula."""
-        again = torch.is_grad_enabled()
+        """The wanted gradients for alpha and the inputs, by autograd of the formula."""
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad(), without_autocast(inputs[0].device.type):
             logits = inputs[0] if len(inputs) == 1 else F.linear(*inputs)
             terms = composite(logits, self.target, self.alpha, self.labels, self.weights)
@@ -79,13 +79,13 @@ class _Problem(NamedTuple):
         outputs = [*compress((terms.loss, terms.ce, terms.kl), asked)]
         sources = [*compress((self.alpha, *inputs), wanted)]
         found = torch.autograd.grad(
-            outputs, sources, [*compress(upstream, asked)], create_graph=again, allow_unused=True
+            outputs, sources, [*compress(upstream, asked)], create_graph=create_graph, allow_unused=True
         )
         remaining = iter(found)
         return [next(remaining) if want else None for want in wanted]
 
     def by_sweep(self, inputs: Sequence[Any], upstream: Gradients, wanted: Sequence[bool]) -> Gradients:
-        """The gradients for the inputs that are wanted, by another sweep."""
+        """The wanted gradients for the inputs, by another sweep."""
         to_loss, to_ce, to_kl = upstream
         through_loss = None if to_loss is None or is_off(self.alpha) else self.alpha * to_loss
         with without_autocast(inputs[0].device.type):
@@ -93,17 +93,17 @@ class _Problem(NamedTuple):
 
 
 class _Fused(torch.autograd.Function):
-    """loss, ce and kl, with the gradient of the loss made in the forward pass, and scaled in the backward pass.
+    """loss, ce and kl, with the gradient of the loss computed in the forward pass and scaled in the backward pass.
 
-    The gradients of ce and kl are made in the backward pass, by another sweep, if they are asked for. The first sweep
-    is not kept until then: it holds the terms, which hold this function, a cycle that nothing would free.
+    If the gradients of ce or kl are needed, another sweep computes them in the backward pass. The first sweep is not
+    kept until then: it holds the terms, which hold this function, a reference cycle that would never be freed.
     """
 
     @staticmethod
     def forward(
         ctx: Any, problem: _Problem, sweep: Sweep, alpha: float | Tensor, *inputs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if inputs[0].dtype == torch.float16:  # 1 / n would vanish: n times the gradient is kept until the backward pass
+        if inputs[0].dtype == torch.float16:  # 1 / n would underflow: store n times the gradient until backward
             sweep.grad_scale = problem.counted.n_labels.clamp(min=1)
         gradients = sweep.over(ctx.needs_input_grad[3:], *inputs)
         ce, kl = sweep.terms()
@@ -137,7 +137,7 @@ def _sum(*parts: Tensor | None) -> float | Tensor:
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor) -> Tensor | None:
-    """The product; in place where the gradient cannot be asked for again."""
+    """The product; in place unless the graph is kept for another backward pass."""
     if gradient is None:
         return None
     if _compat.graph_is_kept():

@@ -1,7 +1,7 @@
-"""The arithmetic of a chunk for eager mode, by hand in the memory of few tensors.
+"""The arithmetic of a chunk for eager mode, in place in the memory of few tensors.
 
-The pure functions of :mod:`lightning_rdrop._fused.chunk` are the same, and take 1.5 to 3 times as long where no
-compiler makes one loop of them.
+Without a compiler that fuses them, the equivalent pure functions of :mod:`lightning_rdrop._fused.chunk` take 1.5 to 3
+times as long.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from lightning_rdrop._fused.rows import Rows
 from lightning_rdrop.terms import is_off
 
 _FEW_CLASSES = 512
-"""Up to here log-softmax and exp are fastest; beyond, a softmax and the logarithm of its largest value are."""
+"""Below, log-softmax followed by exp is fastest; from here on, a softmax and the logarithm of its largest value."""
 
 
 class Scratch(NamedTuple):
-    """Memory that chunks of one shape share: made anew for each of them, it would be torn into pieces."""
+    """Memory shared by chunks of one shape: allocating it for each chunk would fragment it."""
 
     both: Tensor | None = None  # (2, n, C)
     one: Tensor | None = None  # (n, C)
@@ -27,11 +27,11 @@ class Scratch(NamedTuple):
 
     @classmethod
     def like(cls, logits: Tensor) -> Scratch:
-        """That for logits (2, n, C)."""
+        """Memory for logits (2, n, C)."""
         return cls(torch.empty_like(logits), torch.empty_like(logits[0]), torch.empty_like(logits[0]))
 
     def fits(self, logits: Tensor) -> bool:
-        """Whether it is there, and for logits of this shape."""
+        """Whether it is allocated, for logits of this shape."""
         return self.both is not None and self.both.shape == logits.shape
 
 
@@ -44,16 +44,15 @@ def in_place(
     out: Tensor | None,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """What some rows add to ce and kl; the gradient of ``ce_weight * ce + kl_weight * kl`` is written to ``out``.
+    """What n rows add to ce and kl; the gradient of ``ce_weight * ce + kl_weight * kl`` is written to ``out``.
 
     Args:
         logits: shape (2, n, C), in the dtype of the factors.
-        rows: how they count.
+        rows: their factors.
         class_weight: shape (C,), or None.
-        ce_weight: a number or a tensor ().
-        kl_weight: likewise.
-        out: same shape and dtype as the logits, and may be these; None where no gradient is wanted.
-        scratch: of the shape of the logits, or none.
+        ce_weight, kl_weight: a number or a tensor ().
+        out: same shape and dtype as the logits, may be the logits themselves; None if no gradient is needed.
+        scratch: for the shape of the logits, or empty.
     """
     if logits.shape[2] < _FEW_CLASSES:
         log_probs = _blank(torch.log_softmax(logits, -1, out=scratch.both), rows.ignored)
@@ -72,16 +71,16 @@ def in_place(
     if rows.smoothing is not None:
         weighted = log_probs if class_weight is None else log_probs * class_weight
         ce += _sum(weighted.sum(-1, keepdim=True), rows.smoothing, rows)
-    # a class that neither view allows has no part in the sum
+    # -inf - -inf is NaN: leave out classes that both views mask
     log_ratio = torch.sub(log_p, log_q, out=scratch.one).nan_to_num_(0.0, torch.inf, -torch.inf)
     difference = torch.sub(p, q, out=scratch.other)
     if rows.weighted:
-        log_ratio.masked_fill_(torch.as_tensor(rows.kl == 0), 0)  # however far the views of such a row are
+        log_ratio.masked_fill_(torch.as_tensor(rows.kl == 0), 0)  # even if it is infinite
         kl = (torch.linalg.vecdot(difference, log_ratio).unsqueeze(-1) * rows.kl).sum()
     else:
         kl = difference.flatten().dot(log_ratio.flatten()) * rows.kl
     if out is not None:
-        # the gradient for log p and log q takes their place, and then passes through the softmax
+        # overwrite log p and log q with their gradients, then backpropagate through the softmax
         if is_off(kl_weight):
             log_probs.zero_()
         else:
@@ -101,12 +100,12 @@ def in_place(
 
 
 def _blank(values: Tensor, ignored: Tensor | None) -> Tensor:
-    """In place: 0 for the rows that do not count, whatever stands there."""
+    """Set ignored rows to 0 in place, even if inf or NaN."""
     return values if ignored is None else values.masked_fill_(ignored, 0)
 
 
 def _sum(values: Tensor, factor: Tensor | float, rows: Rows) -> Tensor:
-    """Of the products, to which a row of factor 0 adds nothing, whatever stands there."""
+    """The sum of the products, to which rows with factor 0 add nothing, even if inf or NaN."""
     if not isinstance(factor, Tensor):
         return values.sum() * factor
     products = values * factor

@@ -1,4 +1,4 @@
-"""How each row counts in the two terms, as factors that have the means in them."""
+"""Factors of the rows in the two terms, which include the division by the number of rows."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning_rdrop.terms import Terms
 
 
 class Rows(NamedTuple):
-    """How n rows count."""
+    """Factors of n rows in the two terms."""
 
-    ignored: Tensor | None  # (n, 1), those that count in neither term; None where all count
-    label: Tensor  # (n, 1); 0 where a row has none
-    nll: Tensor | float  # the factor of log p(y) of each view in ce, not positive; (n, 1), or one for all rows
-    smoothing: Tensor | float | None  # that of w_c log p_c for every c, likewise; None without label smoothing
-    kl: Tensor | float  # that of J in kl; a scalar for all that count, or (n, 1) where they are weighted
+    ignored: Tensor | None  # (n, 1), the rows ignored in both terms; None if there are none
+    label: Tensor  # (n, 1); 0 for rows without a label
+    nll: Tensor | float  # the factor of log p(y) of each view in ce, <= 0; (n, 1), or one for all rows
+    smoothing: Tensor | float | None  # the factor of w_c log p_c for every c in ce; None without label smoothing
+    kl: Tensor | float  # the factor of J in kl; a scalar for all rows that count, or (n, 1) with row weights
 
     @property
     def weighted(self) -> bool:
-        """Whether a row may count in one of the terms alone."""
+        """Whether rows have weights, so that a row may count in one term only."""
         return isinstance(self.kl, Tensor) and self.kl.dim() > 0
 
     def factors(self, class_weight: Tensor | None, dtype: torch.dtype) -> Factors:
-        """The same for the pure functions: each a column, with memory of its own for each row."""
+        """The same factors for the pure functions, each as a contiguous column."""
 
         def column(part: Tensor | float) -> Tensor:
             if not isinstance(part, Tensor):
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
         )
 
     def of(self, start: int, stop: int) -> Rows:
-        """Those from ``start`` to ``stop``."""
+        """The rows from ``start`` to ``stop``."""
         if stop - start >= len(self.label):
             return self
         parts: list[Any] = [part[start:stop] if isinstance(part, Tensor) and part.dim() else part for part in self]
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """The rows of a target, and over how many each term is a mean."""
+    """The rows of a target, and the number of rows that each term is a mean over."""
 
     rows: Rows
     class_weight: Tensor | None  # (C,)
@@ -63,19 +63,19 @@ class Counted(NamedTuple):
     kl_rows: Tensor
 
     def terms(self, loss: Tensor, ce: Tensor, kl: Tensor) -> Terms:
-        """The terms, with the rows that each is a mean over; those of kl where they are others."""
+        """The terms with the number of rows that each is a mean over; ``kl_rows`` only if it may differ."""
         return Terms(loss, ce, kl, rows=self.ce_rows, kl_rows=None if self.kl_rows is self.ce_rows else self.kl_rows)
 
 
 def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, dtype: torch.dtype) -> Counted:
-    """How the rows of a target (N,) of class indices count.
+    """The factors of the rows of a target, and the number of rows that count.
 
     Args:
-        target: shape (N,).
-        labels: what the cross-entropy is told of it.
-        weights: how often each row counts.
+        target: shape (N,) of class indices.
+        labels: the other arguments of the cross-entropy.
+        weights: the weight of each row in each term.
         classes: C.
-        dtype: that of the factors.
+        dtype: of the factors.
     """
     n = target.numel()
     label = target.unsqueeze(-1)

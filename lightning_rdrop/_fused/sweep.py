@@ -1,4 +1,4 @@
-"""One pass over the rows of two views, chunk by chunk, while a chunk is in cache."""
+"""One pass over the rows of two views, in chunks that fit in the cache."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lightning_rdrop._fused.in_place import Scratch, in_place
 from lightning_rdrop._fused.rows import Counted, Rows
 
 _CACHED = 2**19
-"""Logits of a chunk on a CPU: 2 MiB of float32, which stay in its cache while they are processed."""
+"""Logits per chunk on a CPU: 2 MiB of float32, which stay in its cache while they are processed."""
 
 _COMPILED = 2**20
-"""Those of a chunk whose arithmetic is compiled, where the call takes more of the time."""
+"""Logits per compiled chunk on a CPU, where the overhead of a call is larger."""
 
 _FEW = 2**15
-"""Below, the call of what was compiled takes more time on a CPU than eager arithmetic does."""
+"""With fewer logits on a CPU, calling the compiled function takes longer than eager arithmetic."""
 
 _STREAMED, _STREAMED_COMPILED = 2**24, 2**27
-"""Those of a chunk on another device, where a call takes longer than a cache saves."""
+"""Logits per chunk on other devices, eager and compiled, where launches cost more than a cache saves."""
 
 _HELD = 2**22
-"""Logits that the head holds at once: 16 MiB of float32, or more, so that there are as many rows as below."""
+"""Logits that the head stores at once: 16 MiB of float32, or more to reach the number of rows below."""
 
 _ROWS, _STREAMED_ROWS = 64, 1024
-"""Rows of a view that it holds at the least, on a CPU and elsewhere: with fewer, reading its weight and adding to the
-gradient of that takes longer than the matrix products."""
+"""Minimum rows per view that the head processes at once, on a CPU and elsewhere: with fewer, reading the weight and
+accumulating its gradient takes longer than the matrix products."""
 
 
 class Sweep:
@@ -41,14 +41,13 @@ class Sweep:
 
     Args:
         counted: the rows.
-        ce_weight: a number or a tensor ().
-        kl_weight: likewise.
-        chunk: the number of logits that are processed at once; None is what suits the device.
-        compile: whether the arithmetic is compiled.
+        ce_weight, kl_weight: a number or a tensor ().
+        chunk: the number of logits processed at once; None chooses it by the device.
+        compile: whether to compile the arithmetic.
     """
 
     grad_scale: Tensor | None = None
-    """The gradient is multiplied by this; None is 1."""
+    """Factor of the gradient; None is 1."""
 
     def __init__(
         self,
@@ -75,17 +74,17 @@ class Sweep:
 
     @cached_property
     def _scaled_weights(self) -> tuple[Tensor, Tensor]:
-        """Those of ce and kl in the gradient that is written, as tensors: a number would be a graph of its own."""
+        """The weights of ce and kl in the scaled gradient, as tensors: each number would need its own graph."""
         like = self.counted.n_labels
         ce_weight, kl_weight = (
-            weight.to(like) if isinstance(weight, Tensor) else torch.full_like(like, weight)  # no copy to the device
+            weight.to(like) if isinstance(weight, Tensor) else torch.full_like(like, weight)  # no host-to-device copy
             for weight in (self.ce_weight, self.kl_weight)
         )
         scale = self.grad_scale
         return (ce_weight, kl_weight) if scale is None else (ce_weight * scale, kl_weight * scale)
 
     def over(self, wanted: Sequence[bool], first: Tensor, *head: Any) -> Sequence[Tensor | None]:
-        """Sweep logits (2, N, C); or hidden states, a weight and a bias. Returns the gradients that are wanted."""
+        """Sweep logits (2, N, C), or hidden states, a weight and a bias, and return the wanted gradients."""
         if head:
             return self._head(wanted, first, *head)
         gradient = torch.empty_like(first, memory_format=torch.contiguous_format) if wanted[0] else None
@@ -102,8 +101,8 @@ class Sweep:
         least = _ROWS if hidden.is_cpu else _STREAMED_ROWS
         held = self.chunk or max(_HELD, 2 * least * len(weight))
         pieces = [*_pieces(hidden.shape[1], held // (2 * len(weight)))]
-        memory = hidden.new_empty(2 * (pieces[0].stop - pieces[0].start), len(weight))  # of all chunks, one by one
-        place = torch.empty_like(memory) if self.compile else memory  # what is compiled is not written over the logits
+        memory = hidden.new_empty(2 * (pieces[0].stop - pieces[0].start), len(weight))  # reused by all chunks
+        place = torch.empty_like(memory) if self.compile else memory  # compiled code does not overwrite the logits
         for rows in pieces:
             states = hidden[:, rows].flatten(0, 1)
             logits, gradient = memory[: len(states)], place[: len(states)]
@@ -122,7 +121,7 @@ class Sweep:
         return grad_hidden, grad_weight, grad_bias
 
     def _logits(self, logits: Tensor, gradient: Tensor | None, chunk: int | None, start: int = 0) -> None:
-        """The logits (2, n, C) of the rows from ``start`` on, in chunks; eagerly, the gradient may take their place."""
+        """Process the logits (2, n, C) of the rows from ``start`` in chunks; in eager mode ``gradient`` may be them."""
         is_compiled = self.compile and gradient is not None and not (logits.is_cpu and logits.numel() < _FEW)
         if chunk is None and logits.is_cpu:
             chunk = _COMPILED if is_compiled else _CACHED

@@ -1,4 +1,4 @@
-"""The terms inside a step that is compiled: two small graphs, which keep nothing as large as the logits but these."""
+"""The terms inside a compiled step: two small graphs, which save nothing as large as the logits except the logits."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lightning_rdrop.terms import Terms, combined
 
 
 def traced(logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels, weights: RowWeights) -> Terms:
-    """The terms of two views, with the gradient made in the backward pass, of the logits and of a few numbers a row.
+    """The terms of two views; the gradient is computed in the backward pass from the logits and a few numbers per row.
 
     Args:
         logits: shape (2, N, C).
         target: shape (N,) of class indices.
         alpha: the weight of kl.
         labels: the other arguments of the cross-entropy.
-        weights: how often each row counts.
+        weights: the weight of each row in each term.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     known = counted(target, labels, weights, logits.shape[2], dtype)

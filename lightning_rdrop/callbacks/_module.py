@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def require_rdrop(callback: Callback, module: LightningModule) -> RDropMixin:
-    """The module as one with the mixin.
+    """Return the module if it has the mixin.
 
     Raises:
         TypeError: it does not inherit ``RDropMixin``.
@@ -19,6 +19,6 @@ def require_rdrop(callback: Callback, module: LightningModule) -> RDropMixin:
     if isinstance(module, RDropMixin):
         return module
     raise TypeError(
-        f"{type(callback).__name__} works on a module that inherits RDropMixin, and {type(module).__name__} does not. "
+        f"{type(callback).__name__} needs a module that inherits RDropMixin, but {type(module).__name__} does not. "
         f"Write: class {type(module).__name__}(RDropMixin, LightningModule)"
     )

@@ -1,4 +1,4 @@
-"""Callbacks that set a value of the module during training."""
+"""Callbacks that set an attribute of the module during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ModuleValue(Callback):
-    """Keeps the module's own value of an attribute when training begins, and restores it afterwards."""
+    """Remembers the module's own value of an attribute when training starts, and restores it afterwards."""
 
     attribute: ClassVar[str] = "rdrop_alpha"
     """The attribute of the module that is set."""
@@ -22,7 +22,7 @@ class ModuleValue(Callback):
     """The module's own value, during training."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the module's own value, where its loss has one.
+        """Remember the module's own value.
 
         Raises:
             TypeError: a module without ``RDropMixin``, or with ``SimCSEMixin``.
@@ -30,20 +30,20 @@ class ModuleValue(Callback):
         module = require_rdrop(self, pl_module)
         if isinstance(module, SimCSEMixin):
             raise TypeError(
-                f"{type(self).__name__} sets {self.attribute}, which has no place in the loss of SimCSE that "
-                f"{type(pl_module).__name__} learns by. Train without this callback."
+                f"{type(self).__name__} sets {self.attribute}, which {type(pl_module).__name__} does not use: it "
+                "trains with the loss of SimCSE. Remove this callback."
             )
         self.own_value = getattr(module, self.attribute)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module's own value: Lightning calls no teardown after an error."""
-        self._put_back(pl_module)
+        self._restore(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the module's own value after training."""
-        self._put_back(pl_module)
+        self._restore(pl_module)
 
-    def _put_back(self, pl_module: LightningModule) -> None:
+    def _restore(self, pl_module: LightningModule) -> None:
         if self.own_value is not None:
             setattr(require_rdrop(self, pl_module), self.attribute, self.own_value)
             self.own_value = None
@@ -52,8 +52,8 @@ class ModuleValue(Callback):
 def steps_made(trainer: Trainer, pl_module: LightningModule) -> int:
     """The optimizer steps so far, as the loggers count them.
 
-    In manual optimization global_step counts the steps of every optimizer, so batches are counted instead. The
-    loggers' own counter, _batches_that_stepped, is one ahead after resuming from a step that failed.
+    In manual optimization ``global_step`` counts the steps of every optimizer, so batches are counted instead. The
+    loggers' own counter, ``_batches_that_stepped``, is one ahead after resuming from a step that failed.
     """
     if pl_module.automatic_optimization:
         return trainer.global_step

@@ -1,4 +1,4 @@
-"""Alpha that follows the kl."""
+"""Alpha controlled by the kl."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ class AdaptiveAlpha(ModuleValue):
     .. math:: \alpha \leftarrow \alpha \left(1 + \operatorname{clip}\left(\frac{\text{kl}}{\text{target}} - 1,
         -0.2, 0.2\right) \min\left(1, \frac{\text{steps}}{\text{horizon}}\right)\right)
 
-    every few steps, with kl the mean over the rows of these steps on all ranks. Alpha begins at the module's own value,
-    which is restored after training, and stays between the bounds. On all ranks it is the same, and an interrupted run
-    resumes with the same alphas to the bit (with as many ranks), as a second ``fit`` of the same Trainer does. The
-    training step never waits for the device: kl is read when alpha changes, which takes one all-reduce of two numbers.
-    A batch that the step skips is left out. A training that is too short for a single change is a warning.
+    every few steps, with kl the mean over the rows of these steps on all ranks. Alpha starts at the module's own value,
+    which is restored after training, and stays between the bounds. It is the same on all ranks. An interrupted run
+    resumes with bitwise equal alphas (on the same number of ranks), and a second ``fit`` of the same Trainer continues
+    from the last alpha. The training step never waits for the device: kl is read when alpha changes, with one
+    all-reduce of two numbers. Batches that the step skips are left out. If the training is too short for a single
+    change, a warning says so.
 
     Args:
-        target_kl: the kl that is wanted, > 0, in nats a row, as ``train/kl`` logs it. Of a run with an alpha that is
-            about right, it is the kl in the middle of training.
-        horizon: the steps in which alpha changes by a fifth at most; a single change is no larger, however many steps
-            it follows.
+        target_kl: the desired kl, > 0, in nats per row, as logged by ``train/kl``. A good value is the kl in the middle
+            of a training with a suitable fixed alpha.
+        horizon: the number of steps in which alpha changes by at most a fifth, which is also the limit of a single
+            change.
         every: the steps between two changes; ``None`` takes the Trainer's ``log_every_n_steps``.
         minimum, maximum: the bounds, 0 < minimum <= maximum.
 
     Raises:
-        ValueError: an argument out of its range, an alpha of the module that is not between the bounds, another
-            callback that sets it, such as :class:`AlphaScheduler`, or a training_step that logs no kl: in manual
-            optimization, where it may have skipped the batch, none of the first 50.
+        ValueError: an argument out of range; the module's alpha is not between the bounds; another callback sets it,
+            such as :class:`AlphaScheduler`; or the training_step logs no kl (in manual optimization, which may skip
+            batches, in none of the first 50).
         TypeError: a module without ``RDropMixin`` or with ``SimCSEMixin``.
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
@@ -65,7 +66,7 @@ class AdaptiveAlpha(ModuleValue):
         super().__init__()
         self.target_kl = float(non_negative("target_kl", target_kl))
         if not self.target_kl:
-            raise ValueError("target_kl must be > 0: views that agree perfectly are no target.")
+            raise ValueError(f"target_kl must be > 0, got {target_kl!r}.")
         steps = ", a number of optimizer steps"
         self.horizon = whole("horizon", horizon, meaning=steps)
         self.every = None if every is None else whole("every", every, meaning=steps)
@@ -79,20 +80,20 @@ class AdaptiveAlpha(ModuleValue):
         self._patience = math.inf
 
     def after(self, alpha: float, kl: float, steps: int) -> float:
-        """What alpha becomes after some steps with this mean kl; NaN changes nothing."""
+        """Alpha after some steps with this mean kl; NaN leaves it unchanged."""
         error = 0.0 if math.isnan(kl) else max(-0.2, min(0.2, kl / self.target_kl - 1))
         return max(self.minimum, min(self.maximum, alpha * (1 + error * min(1.0, steps / self.horizon))))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the training of another Trainer, before a checkpoint is loaded."""
+        """Reset the state of another Trainer's training, before a checkpoint is loaded."""
         if stage == "fit" and not trainer.global_step:
             self._alpha, self._changed_at, self._sums, self._saved_sums = None, None, None, []
             self._patience = 50  # batches of manual optimization, before the first kl
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the module's own alpha, where no checkpoint or earlier ``fit`` gave another."""
+        """Start at the module's own alpha, unless a checkpoint or an earlier ``fit`` gave another."""
         super().on_fit_start(trainer, pl_module)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # its connector sets it
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by its connector
             if other is not self and isinstance(other, ModuleValue) and other.attribute == self.attribute:
                 raise ValueError(f"AdaptiveAlpha and {other!r} both set {self.attribute}. Remove one of them.")
         if self._alpha is None:
@@ -100,16 +101,16 @@ class AdaptiveAlpha(ModuleValue):
         if not self.minimum <= self._alpha <= self.maximum:
             raise ValueError(
                 f"rdrop_alpha={self._alpha:g} is not between minimum={self.minimum:g} and maximum={self.maximum:g} of "
-                "AdaptiveAlpha, which begins there. Give the module another rdrop_alpha, or other bounds."
+                "AdaptiveAlpha, which starts from it. Change rdrop_alpha or the bounds."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here, or take up the sums of a training that is resumed."""
+        """Start counting, or restore the sums of a resumed training."""
         if self._changed_at is None:
             self._changed_at = steps_made(trainer, pl_module)
             self._warn_of_no_change(trainer, self._changed_at)
         if self._saved_sums:
-            if len(self._saved_sums) != trainer.world_size:  # all of them on one rank
+            if len(self._saved_sums) != trainer.world_size:  # put all on one rank
                 total = [sum(column) for column in zip(*self._saved_sums, strict=True)]
                 self._saved_sums = [total, *[[0.0, 0.0]] * (trainer.world_size - 1)]
             sums, device = self._saved_sums[trainer.global_rank], pl_module.device
@@ -117,7 +118,7 @@ class AdaptiveAlpha(ModuleValue):
             self._saved_sums = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Change alpha if that is due, and set it."""
+        """Update alpha if it is due, and set it."""
         module = require_rdrop(self, pl_module)
         made = steps_made(trainer, pl_module)
         steps = made - (self._changed_at or 0)
@@ -128,17 +129,17 @@ class AdaptiveAlpha(ModuleValue):
                 self._alpha = self.after(self._alpha, total / rows if rows else math.nan, steps)
             self._changed_at, self._sums = made, None
         setattr(module, self.attribute, self._alpha)
-        module.rdrop_kl = None  # that of an earlier step is not that of this one
+        module.rdrop_kl = None  # drop the value of an earlier step
 
     def _steps_between_changes(self, trainer: Trainer) -> int:
-        return self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # its connector sets it
+        return self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # set by its connector
 
     def _warn_of_no_change(self, trainer: Trainer, begin: int) -> None:
         planned, every = planned_steps(trainer), self._steps_between_changes(trainer)
         if trainer.is_global_zero and not is_dry_run(trainer) and planned is not None and planned - begin <= every:
             warnings.warn(
-                f"AdaptiveAlpha never changes alpha: it does so every {every} steps, and the training has "
-                f"{planned - begin}. Write AdaptiveAlpha(..., every=N) with a smaller N; without it, N is "
+                f"AdaptiveAlpha never changes alpha: it does so every {every} steps, but the training has only "
+                f"{planned - begin}. Pass a smaller AdaptiveAlpha(..., every=N); the default is "
                 "Trainer(log_every_n_steps=...).",
                 stacklevel=3,
             )
@@ -166,21 +167,21 @@ class AdaptiveAlpha(ModuleValue):
         self._sums = sums if self._sums is None else self._sums + sums
 
     def state_dict(self) -> dict[str, Any]:
-        """Where alpha is, and since when."""
+        """The current alpha, and the step of its last change."""
         return {"alpha": self._alpha, "changed_at": self._changed_at, "sums": []}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the sums of all ranks, of which rank zero, which writes the checkpoint, knows its own only."""
+        """Add the sums of all ranks: rank zero writes the checkpoint, but knows only its own."""
         if self._sums is not None:
             sums = trainer.strategy.all_gather(self._sums).reshape(-1, 2).tolist()
             checkpoint["callbacks"][self.state_key]["sums"] = sums
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a training where it was."""
+        """Resume from a checkpoint."""
         self._patience = math.inf
         self._alpha, self._changed_at = state_dict["alpha"], state_dict["changed_at"]
         self._saved_sums = state_dict["sums"]
 
 
 def _precise(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

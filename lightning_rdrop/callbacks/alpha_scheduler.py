@@ -26,23 +26,22 @@ class AlphaScheduler(ModuleValue):
     ``global_step`` counts the steps of every optimizer. A cyclical shape starts over every ``ramp`` steps instead of
     staying at its end. After training, the module's own alpha is restored.
 
-    Alpha depends on s alone, so an interrupted run resumes with the same alphas to the bit, on any number of processes.
-    A share is taken of the training as planned when it began, and checkpoints keep that length: alpha does not jump
-    when a run resumes with more processes or more epochs, or in a second ``fit`` of the same Trainer.
+    Alpha depends only on s, so an interrupted run resumes with bitwise equal alphas, on any number of processes. Shares
+    refer to the length of the training planned at its start, which checkpoints store: alpha does not jump when a run
+    resumes with more processes or epochs, or in a second ``fit`` of the same Trainer.
+
+    If the training is too short to reach the peak, a warning says so: before training if its length is known, or after
+    it, for example if early stopping or a time limit ended it during the rise.
 
     Args:
         shape: ``"constant"``, ``"linear"``, ``"sigmoid"``, ``"cosine"``, ``"cyclical"`` (see
             :mod:`lightning_rdrop.schedule`), or any function from progress in [0, 1] to a factor in [0, 1].
-        ramp: how long the rise takes: an int counts optimizer steps, a float in [0, 1] is a share of training.
+        ramp: the length of the rise: an int counts optimizer steps, a float in [0, 1] is a share of training.
         delay: how long alpha stays 0 before the rise, in the same units.
         peak: alpha at the end of the rise; ``None`` takes the module's ``rdrop_alpha``.
 
-    A peak that the training is too short for is a warning before it, where that is known, or after it, as where early
-    stopping or a time limit ended it within the rise.
-
     Raises:
-        ValueError: an argument out of its range, a shape that leaves [0, 1], or a share of a training whose length is
-            unknown.
+        ValueError: an argument out of range, a shape that leaves [0, 1], or a share of a training of unknown length.
         TypeError: a duration that is not a number, or a module without ``RDropMixin`` or with ``SimCSEMixin``.
 
     Example:
@@ -71,13 +70,13 @@ class AlphaScheduler(ModuleValue):
         self._training_steps: int | None = None
 
     def value_at(self, step: int) -> float:
-        """The scheduled value after ``step`` optimizer steps; shares need a training in progress, ints do not."""
+        """The scheduled value after ``step`` optimizer steps. Shares and ``peak=None`` need a training in progress."""
         delay, ramp = self._in_steps("delay", self.delay), self._in_steps("ramp", self.ramp)
         shape = self.shape if callable(self.shape) else SHAPES[self.shape]
         if shape is cyclical and 0 < ramp <= 1:
             raise ValueError(
-                f"ramp={self.ramp} is {ramp:g} optimizer steps, and a cycle that short is at its beginning in every "
-                f"step, so {self.attribute} would stay 0. Give a cyclical shape a ramp of two steps or more."
+                f"ramp={self.ramp} is {ramp:g} optimizer steps, so every step would start a new cycle and "
+                f"{self.attribute} would stay 0. Use a ramp of at least two steps for a cyclical shape."
             )
         if step < delay:
             return 0.0
@@ -86,72 +85,74 @@ class AlphaScheduler(ModuleValue):
         factor = float(shape(progress))
         if not 0.0 <= factor <= 1.0:
             raise ValueError(
-                f"shape {self.shape!r} returned {factor} at progress {progress}: a shape maps [0, 1] to [0, 1]. "
-                f"Say how high {self.attribute} rises with peak."
+                f"shape {self.shape!r} returned {factor} at progress {progress}: a shape must map [0, 1] to [0, 1]. "
+                f"Set the maximum of {self.attribute} with peak."
             )
         peak = self.own_value if self.peak is None else self.peak
         if peak is None:
-            raise ValueError(f"peak is None, and no module is being trained whose {self.attribute} it could be.")
+            raise ValueError(
+                f"peak is None, but no module is being trained whose {self.attribute} could be the peak. Pass peak."
+            )
         return peak * factor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the length of another Trainer's training, before a checkpoint's is loaded."""
+        """Reset the length of another Trainer's training, before a checkpoint is loaded."""
         if stage == "fit" and not trainer.global_step:
             self._training_steps = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the training, of which shares are taken, where no checkpoint gave its length."""
+        """Determine the length of the training for shares, unless a checkpoint gave it."""
         if self._training_steps is not None:
-            return  # a warning of it was given when it began
+            return  # the warning was given at the start of the training
         self._training_steps = planned_steps(trainer)
-        if _speaks(trainer) and self._training_steps and self._misses_its_peak(self._training_steps):
+        if _warns(trainer) and self._training_steps and self._misses_its_peak(self._training_steps):
             self._warn(
-                f"never reaches its peak: {self.attribute} rises until step {self._end_of_rise():g}, and the training "
+                f"never reaches its peak: {self.attribute} rises until step {self._end_of_rise():g}, but the training "
                 f"has {self._training_steps} steps",
                 self._training_steps,
-                "Write delay and ramp as shares of training, which together are at most 1, such as ramp=0.1; or as "
-                "fewer steps.",
+                "Set delay and ramp to shares of training with a sum of at most 1, such as ramp=0.1, or to fewer "
+                "steps.",
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the value of the step that begins."""
+        """Set the value for this step."""
         setattr(pl_module, self.attribute, self.value_at(steps_made(trainer, pl_module)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of a training that ended within the rise, where its planned length did not tell."""
+        """Warn if the training ended during the rise, unless its planned length was already too short."""
         steps, planned = steps_made(trainer, pl_module), self._training_steps
-        foretold = planned and self._misses_its_peak(planned)
-        if _speaks(trainer) and steps and not foretold and self._misses_its_peak(steps):
+        warned = planned and self._misses_its_peak(planned)
+        if _warns(trainer) and steps and not warned and self._misses_its_peak(steps):
             plan = f", planned to have {planned} steps," if planned else ""
             self._warn(
-                f"did not reach its peak: {self.attribute} rises until step {self._end_of_rise():g}, and the training"
+                f"did not reach its peak: {self.attribute} rises until step {self._end_of_rise():g}, but the training"
                 f"{plan} ended after {steps} steps",
                 steps,
-                "Write delay and ramp as numbers of optimizer steps (int), which together are fewer than the training "
-                f"makes, such as ramp={max(1, steps // 10)}.",
+                "Set delay and ramp to numbers of optimizer steps (int) whose sum is below that of the training, such "
+                f"as ramp={max(1, steps // 10)}.",
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The length of the training, so that a resumed one takes the same shares."""
+        """The length of the training, to which the shares of a resumed run refer."""
         return {"training_steps": self._training_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the length of the training that is resumed."""
+        """Restore the length of the resumed training."""
         self._training_steps = state_dict["training_steps"]
 
     def _end_of_rise(self) -> float:
         return self._in_steps("delay", self.delay) + self._in_steps("ramp", self.ramp)
 
     def _misses_its_peak(self, steps: int) -> bool:
-        """Whether a training of so many steps ends within the rise."""
+        """Whether a training of this many steps ends during the rise."""
         peak = self.own_value if self.peak is None else self.peak
-        # a ramp over the whole training would be at its peak one step after the last
+        # a ramp over the whole training reaches its peak one step after the last
         return peak is not None and self._end_of_rise() > steps + 1e-6 and self.value_at(steps) < peak * (1 - 1e-6)
 
     def _warn(self, what: str, steps: int, remedy: str) -> None:
         peak = self.own_value if self.peak is None else self.peak
         warnings.warn(
-            f"{self!r} {what}, in the last of which it is {self.value_at(steps - 1):.3g} instead of {peak:g}. {remedy}",
+            f"{self!r} {what}; in the last step it is {self.value_at(steps - 1):.3g} instead of {peak:g}. {remedy}",
             stacklevel=3,
         )
 
@@ -161,9 +162,9 @@ class AlphaScheduler(ModuleValue):
         if self._training_steps is None:
             raise ValueError(
                 f"{name}={duration} is a share of training, whose length is unknown here: the data loader or the "
-                "Trainer has no end, or max_steps counts the steps of several optimizers. Give "
-                f"{name} as an int, a number of optimizer steps (of batches in manual optimization), or set the "
-                "Trainer's max_steps for one optimizer, max_epochs for several."
+                "Trainer has no end, or max_steps counts the steps of several optimizers. Pass "
+                f"{name} as an int, a number of optimizer steps (batches in manual optimization), or set max_steps of "
+                "the Trainer with one optimizer, max_epochs with several."
             )
         return duration * self._training_steps
 
@@ -172,6 +173,6 @@ class AlphaScheduler(ModuleValue):
         return f"{type(self).__name__}({arguments})"
 
 
-def _speaks(trainer: Trainer) -> bool:
-    """Whether this rank warns, of a training that is no dry run."""
+def _warns(trainer: Trainer) -> bool:
+    """Whether this rank issues warnings; not in a dry run."""
     return trainer.is_global_zero and not is_dry_run(trainer)

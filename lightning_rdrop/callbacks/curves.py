@@ -1,4 +1,4 @@
-"""The curves of a training, drawn at its end."""
+"""Plot the curves of a training at its end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Curves(Callback):
-    """Plots a training at its end: ce, kl, alpha, the validation metric, and the gap where the monitor measured it.
+    """Plots a training at its end: ce, kl, alpha, the validation metric, and the gap if the monitor measured it.
 
-    The picture lies in the folder of the ``CSVLogger``, and shows what that wrote. Without one the callback keeps what
-    was logged, at the same steps, and the picture lies in the Trainer's folder. A ``TensorBoardLogger`` gets it as a
-    figure as well.
+    The plot is saved in the folder of the ``CSVLogger`` and shows what it logged. Without a ``CSVLogger``, the callback
+    records what is logged, at the same steps, and saves the plot in the Trainer's folder. A ``TensorBoardLogger`` also
+    gets it as a figure.
 
-    Configurations that produce no plot are rejected, or warned of, before training. After it, a picture that cannot be
-    made is a warning: a finished training never fails for it.
+    Configurations that produce no plot are rejected, or cause a warning, before training. After training, a plot that
+    fails is only a warning, so that a finished training never fails because of it.
 
     Args:
         filename: of the PNG, relative to that folder or absolute.
@@ -49,60 +49,60 @@ class Curves(Callback):
         self._before_validation: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before training what would fail after it."""
-        self._forget()
+        """Reject before training what would fail after it."""
+        self._reset()
         if find_spec("matplotlib") is None:
             raise ModuleNotFoundError("Curves plots with matplotlib: pip install matplotlib, or train without Curves.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of a training that ends before the first log; how long it is, is known from here on."""
+        """Warn if the training ends before the first log; its length is known only now."""
         steps, every = planned_steps(trainer), trainer.log_every_n_steps  # type: ignore[attr-defined]  # of a connector
         if self.panels is None and steps is not None and not 0 < every <= steps and not is_dry_run(trainer):
             warnings.warn(
-                f"Curves will find no train/ce, train/kl or train/alpha: the Trainer logs every {every} steps and "
-                f"makes {steps}. Write Trainer(log_every_n_steps=1), or another number that is no larger.",
+                f"Curves will find no train/ce, train/kl or train/alpha: the Trainer logs every {every} steps, but "
+                f"makes {steps}. Use Trainer(log_every_n_steps=1), or another value up to {steps}.",
                 stacklevel=2,
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what was logged before."""
+        """Remember what was logged before the epoch."""
         self._before_epoch = dict(trainer.callback_metrics)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what was logged, at the steps at which loggers do."""
-        # manual optimization counts batches, and this one is completed after the hook
+        """Record what was logged, at the steps at which the loggers do."""
+        # manual optimization counts batches, and this one is counted after the hook
         steps = steps_made(trainer, pl_module) + (not pl_module.automatic_optimization)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its connector sets it
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its connector
         has_stepped, self._steps = steps != self._steps, steps
         if not self._of_steps:
             self._of_steps = set(trainer.callback_metrics)
         if has_stepped and every and steps % every == 0:
-            self._keep({name: trainer.callback_metrics[name] for name in self._of_steps})
+            self._record({name: trainer.callback_metrics[name] for name in self._of_steps})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what was logged before."""
+        """Remember what was logged before the validation."""
         self._before_validation = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of a validation."""
+        """Record the metrics of a validation."""
         if not trainer.sanity_checking:
             metrics = _new(trainer.callback_metrics, self._before_validation)
             self._of_validation |= set(metrics)
-            self._keep(metrics)
+            self._record(metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the means of an epoch."""
+        """Record the means of an epoch."""
         metrics = _new(trainer.callback_metrics, self._before_epoch)
         others = self._of_steps | self._of_validation
-        self._keep({name: value for name, value in metrics.items() if name not in others})
+        self._record({name: value for name, value in metrics.items() if name not in others})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plot once everything is logged, the metrics of the last epoch included."""
+        """Plot once everything is logged, including the metrics of the last epoch."""
         if is_dry_run(trainer):
             return
-        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective call
         if not trainer.is_global_zero:
             return
         try:
@@ -118,27 +118,27 @@ class Curves(Callback):
             tensorboard = _logger(trainer, "TensorBoardLogger")
             if tensorboard is not None:
                 tensorboard.experiment.add_figure("curves", figure, trainer.global_step)
-        except Exception as error:  # whatever it is, the training is worth more than its picture
-            warnings.warn(f"Curves made no picture. {type(error).__name__}: {error}", stacklevel=2)
+        except Exception as error:  # a finished training must not fail because of its plot
+            warnings.warn(f"Curves could not plot. {type(error).__name__}: {error}", stacklevel=2)
         else:
             print(f"curves: {path}")
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._history = {}
         self._steps = 0
         self._of_steps, self._of_validation = set(), set()
         self._before_epoch, self._before_validation = {}, {}
 
-    def _keep(self, metrics: Mapping[str, Tensor]) -> None:
+    def _record(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
             self._history.setdefault(name, []).append((max(self._steps - 1, 0), float(value)))
 
 
 def _new(metrics: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that were logged since; the Trainer keeps the tensors of all others."""
+    """The metrics logged since; those of all others are the same tensors as before."""
     return {name: value for name, value in metrics.items() if before.get(name) is not value}
 
 
 def _logger(trainer: Trainer, name: str) -> Any:
-    """The first logger of a class, of either distribution."""
+    """The first logger whose class has this name, in either distribution of Lightning."""
     return next((logger for logger in trainer.loggers if type(logger).__name__ == name), None)

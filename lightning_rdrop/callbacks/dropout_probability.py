@@ -1,4 +1,4 @@
-"""Another dropout probability."""
+"""Set the dropout probability while the Trainer runs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 class DropoutProbability(Callback):
-    """Sets the probability of every dropout in the module while the Trainer runs, and restores the earlier ones.
+    """Sets the probability of every dropout in the module while the Trainer runs, and restores the old ones afterwards.
 
-    Su used more dropout for R-Drop than pretrained models come with, 0.3. A small model, or one that is trained
-    briefly, may learn less with it, so compare both on validation data. Those of 0 are set as well, such as the
-    attention and activation dropout of a BART. DropPath and LayerDrop are left alone; see
+    Su used a dropout of 0.3 for R-Drop, more than pretrained models come with. A small model, or one that is trained
+    briefly, may learn less with it, so compare both on validation data. Probabilities of 0 are set as well, such as
+    those of attention and activation dropout in BART. DropPath and LayerDrop are not changed; see
     :func:`lightning_rdrop.dropout.set_probability`.
 
-    Test and prediction have it too, where ``mc_passes`` average the models that were trained. Before a call of
-    :func:`~lightning_rdrop.mc_predict` without the Trainer, set the probability with that function.
+    It also applies to test and prediction, so that ``mc_passes`` average the models that were trained. Before you call
+    :func:`~lightning_rdrop.mc_predict` without the Trainer, set the probability with ``set_probability``.
 
     Args:
         p: the probability, 0 <= p < 1.
 
     Raises:
-        ValueError: ``p`` out of its range, or a module without any dropout.
+        ValueError: ``p`` out of range, or a module without any dropout.
         TypeError: a module without ``RDropMixin``.
 
     Source: Su Jianlin, spaces.ac.cn/archives/8496, who uses 0.3.
@@ -46,7 +46,7 @@ class DropoutProbability(Callback):
         self._earlier: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the probability before the first forward pass of the training."""
+        """Set the probability before the first forward pass of training."""
         self._set(pl_module)
         if not self._earlier:
             raise ValueError(
@@ -55,32 +55,32 @@ class DropoutProbability(Callback):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set it for dropout passes of a validation by itself."""
+        """Set it for dropout passes in ``trainer.validate``."""
         self._set(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set it for dropout passes of a test."""
+        """Set it for dropout passes in a test."""
         self._set(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set it for dropout passes of a prediction."""
+        """Set it for dropout passes in a prediction."""
         self._set(pl_module)
 
     def _set(self, pl_module: LightningModule) -> None:
         self._earlier = self._earlier or set_probability(require_rdrop(self, pl_module), self.p)
 
     def state_dict(self) -> dict[str, Any]:
-        """Record p in the checkpoint; a resumed training takes the p it is given."""
+        """Record p in the checkpoint; a resumed training uses the p of its own callback."""
         return {"p": self.p}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the probabilities: Lightning calls no teardown after an error."""
-        self._put_back(pl_module)
+        self._restore(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the probabilities afterwards."""
-        self._put_back(pl_module)
+        """Restore the probabilities."""
+        self._restore(pl_module)
 
-    def _put_back(self, pl_module: LightningModule) -> None:
+    def _restore(self, pl_module: LightningModule) -> None:
         set_probability(pl_module, self._earlier)
         self._earlier = {}

@@ -1,4 +1,4 @@
-"""The weight of unlabelled examples as a function of training progress."""
+"""The weight of unlabeled examples as a function of training progress."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class UnlabeledWeightScheduler(AlphaScheduler):
     """Raises the module's ``rdrop_unlabeled_weight`` from 0 to its peak, as ``AlphaScheduler`` does with alpha.
 
-    Early predictions are poor, and agreement on them is worth little. While the weight is exactly 0, during ``delay``
-    and in the first step of a linear ramp, unlabelled examples are not run through the network. A first batch without
-    an unlabelled part is a warning.
+    Early predictions are poor, so their agreement is worth little. While the weight is exactly 0, during ``delay`` and
+    in the first step of a linear ramp, unlabeled examples are not passed through the network. If the first batch has no
+    unlabeled part, a warning says so.
 
     Args:
         shape, ramp, delay, peak: as for :class:`~lightning_rdrop.AlphaScheduler`; ``peak=None`` is the module's own
@@ -30,24 +30,24 @@ class UnlabeledWeightScheduler(AlphaScheduler):
 
     attribute: ClassVar[str] = "rdrop_unlabeled_weight"
 
-    _looked = False
+    _checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at the first batch of each training."""
+        """Check the first batch of each training."""
         super().setup(trainer, pl_module, stage)
-        self._looked = False
+        self._checked = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Warn of a first batch without an unlabelled part, neither in the data nor made by the training_step."""
-        if self._looked:
+        """Warn if the first batch has no unlabeled part, neither in the data nor made by the training_step."""
+        if self._checked:
             return
-        self._looked = True
+        self._checked = True
         logged = "train/unlabeled_weight" in trainer.callback_metrics
         if trainer.is_global_zero and parts(batch)[1] is None and not logged:
             warnings.warn(
-                f"{type(self).__name__} has no effect: the first batch has no unlabelled part. Give the Trainer two "
+                f"{type(self).__name__} has no effect: the first batch has no unlabeled part. Pass the Trainer two "
                 'loaders, {"labeled": ..., "unlabeled": ...}, or train without this callback.',
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""D of the general form, a distance a file: what measures a prediction against a target, and two against each other."""
+"""Distances: how a prediction is compared with a target, and two predictions with each other. One per file."""
 
 from lightning_rdrop.distance.bernoulli import Bernoulli
 from lightning_rdrop.distance.categorical import Categorical

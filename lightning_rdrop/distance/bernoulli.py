@@ -1,4 +1,4 @@
-"""Several labels, each there or not: binary cross-entropy and the KL of its answers."""
+"""Multi-label classification: binary cross-entropy and the KL of Bernoulli distributions."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ _RESHAPING = (
     "ToCopy",
     "Clone",
 )
-"""Functions, by the beginnings of their names in the graph of autograd, that leave the values as they are."""
+"""Name prefixes of autograd nodes that do not change values."""
 
 
 class Bernoulli(Distance):
-    r"""Several labels, each there or not: binary cross-entropy, and the full symmetric KL, (1 - p) part included.
+    r"""Multi-label classification: binary cross-entropy, and the full symmetric KL, including the (1 - p) part.
 
     .. math::
         D(y, f) = -y \log p - (1 - y) \log (1 - p), \qquad
         D(f', f) = p' \log \frac{p'}{p} + (1 - p') \log \frac{1 - p'}{1 - p}
 
-    Both are means over rows and labels, with p the sigmoid of the logits.
+    Both terms are means over rows and labels; p is the sigmoid of the logits.
 
     Args:
-        pos_weight: shape (L,), the weight of the positive answers to each label, a tensor or a list, in the
-            cross-entropy only. The buffer is kept out of checkpoints.
-        ignore_value: a label with this value, such as -1 or NaN, is not known, and counts in neither term.
+        pos_weight: shape (L,), tensor or list: the weight of the positive class of each label, in the cross-entropy
+            only. It is a non-persistent buffer, not saved in checkpoints.
+        ignore_value: labels with this value, such as -1 or NaN, are unknown and ignored in both terms.
 
     Shapes:
-        prediction (N, ..., L) logits; target (N, ..., L), 0 or 1 or a probability.
+        prediction (N, ..., L) logits; target (N, ..., L), 0, 1 or a probability.
 
     Raises:
         ValueError: shapes that do not match, a negative ``pos_weight``, or an ``ignore_value`` that is a probability.
@@ -73,7 +73,9 @@ class Bernoulli(Distance):
     ) -> None:
         super().__init__()
         if ignore_value is not None and 0 <= ignore_value <= 1:
-            raise ValueError(f"ignore_value must lie outside [0, 1], where labels are, such as -1, got {ignore_value}.")
+            raise ValueError(
+                f"ignore_value must lie outside [0, 1], the range of labels, for example -1, got {ignore_value}."
+            )
         self.ignore_value = ignore_value
         weight = arguments.weights("pos_weight", pos_weight)
         if weight is not None and not (weight >= 0).all():
@@ -98,7 +100,7 @@ class Bernoulli(Distance):
         return Average.of(kl(p, q), counted)
 
     def log_probabilities(self, prediction: Tensor) -> Tensor:
-        """Of no and of yes for each label, (N, ..., L, 2)."""
+        """Log-probabilities of 0 and 1 for each label, (N, ..., L, 2)."""
         logits = at_least_float32(prediction)
         return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], -1)
 
@@ -107,8 +109,8 @@ class Bernoulli(Distance):
 
     def model_average(self, predictions: Tensor) -> Tensor:
         """The logits of the mean probabilities."""
-        no, yes = self.log_probabilities(predictions).logsumexp(0).unbind(-1)
-        return yes - no
+        log_zero, log_one = self.log_probabilities(predictions).logsumexp(0).unbind(-1)
+        return log_one - log_zero
 
     def expectation(self, prediction: Tensor) -> Tensor:
         return at_least_float32(prediction).sigmoid()
@@ -123,20 +125,20 @@ class Bernoulli(Distance):
         self._weight(prediction)
         if len(wrong := target[self.impossible(prediction, target)]):
             raise ValueError(
-                f"The target holds {float(wrong[0])}; a label of Bernoulli is 0, 1 or a probability. Labels that are "
-                f"not known count in neither term with Bernoulli(ignore_value=...)."
+                f"The target contains {float(wrong[0])}; a label of Bernoulli is 0, 1 or a probability. Ignore unknown "
+                f"labels with Bernoulli(ignore_value=...)."
             )
 
     def suspicious(self, prediction: Tensor) -> str | None:
-        """By the function that made the prediction: logits, too, may lie between 0 and 1."""
+        """Recognize a sigmoid by its autograd node, since logits may also lie between 0 and 1."""
         node = prediction.grad_fn
         while node is not None and node.name().startswith(_RESHAPING):
             node = node.next_functions[0][0]
         if node is None or not node.name().startswith("Sigmoid"):
             return None
         return (
-            "The prediction comes out of a sigmoid, and Bernoulli takes logits, to which it applies one itself. Return "
-            "what goes into it from forward, or override rdrop_predict."
+            "The prediction is the output of a sigmoid, but Bernoulli takes logits and applies the sigmoid itself. "
+            "Return the logits from forward, or override rdrop_predict."
         )
 
     def _weight(self, prediction: Tensor) -> Tensor | None:
@@ -145,11 +147,11 @@ class Bernoulli(Distance):
             return None
         labels = prediction.shape[1:]
         fits = weight.dim() <= len(labels) and all(
-            size in (1, there) for size, there in zip(reversed(weight.shape), reversed(labels), strict=False)
+            size in (1, expected) for size, expected in zip(reversed(weight.shape), reversed(labels), strict=False)
         )
         if not fits and weight.numel() > 1:
             raise ValueError(
-                f"pos_weight must have the shape {tuple(labels)}, one weight a label, got {tuple(weight.shape)} for a "
-                f"prediction of shape {tuple(prediction.shape)}."
+                f"pos_weight must have the shape {tuple(labels)}, one weight per label, got {tuple(weight.shape)} for "
+                f"a prediction of shape {tuple(prediction.shape)}."
             )
         return weight.to(prediction)

@@ -1,4 +1,4 @@
-"""One of C classes: cross-entropy and symmetric KL."""
+"""Classification: cross-entropy and symmetric KL."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from lightning_rdrop.terms import Average, Terms, fitted
 
 
 class Categorical(Distance):
-    r"""One of C classes: cross-entropy to the target, symmetric KL between two predictions.
+    r"""Classification: cross-entropy to the target, symmetric KL between two predictions.
 
     .. math::
         D(y, f) = -\log p_f(y), \qquad D(f', f) = KL(p_{f'} \| p_f)
 
     Args:
-        class_dim: the dimension of the C classes in a prediction of one view, (N, ..., C) by default; 1 for images
-            (N, C, H, W). It is never guessed.
-        ignore_index: a row with this target counts in neither term; nor do probabilities that are all 0, or all this.
+        class_dim: the dimension of the C classes in the prediction of one view, (N, ..., C) by default; 1 for images
+            (N, C, H, W). It is never inferred.
+        ignore_index: rows with this target are ignored in both terms; so are rows of class probabilities that are all
+            0 or all ``ignore_index``.
         label_smoothing: in [0, 1), in the cross-entropy only.
-        weight: shape (C,), one weight a class, a tensor or a list, in the cross-entropy only. The buffer is kept out of
-            checkpoints, so that they have the keys of the same model without R-Drop.
+        weight: shape (C,), tensor or list: one weight per class, in the cross-entropy only. It is a non-persistent
+            buffer, so checkpoints have the same keys as those of the model without R-Drop.
 
     Shapes:
         prediction (N, ..., C) logits; target (N, ...) of class indices, or (N, ..., C) of class probabilities.
 
     Raises:
-        ValueError: fewer than two classes, shapes that do not match, an argument out of its range.
+        ValueError: fewer than two classes, shapes that do not match, an argument out of range.
 
     Example:
         >>> from torch import tensor
@@ -118,14 +119,14 @@ class Categorical(Distance):
         if target.is_floating_point():
             row = target.movedim(self.class_dim, -1)[wrong][0]
             raise ValueError(
-                f"A row of the target holds the numbers {row.tolist()[:10]}, which are no probabilities: they are "
-                f"negative or sum to {float(row.sum()):.4g}, not 1. For several labels at once use the Bernoulli "
-                f"distance. A row that does not count is all 0, or all {self.ignore_index}."
+                f"A row of the target contains {row.tolist()[:10]}, which are not probabilities: they must be >= 0 and "
+                f"sum to 1, got the sum {float(row.sum()):.4g}. For multi-label targets use the Bernoulli distance. To "
+                f"ignore a row, set it to all 0 or all {self.ignore_index}."
             )
         classes = prediction.shape[self.class_dim]
         raise ValueError(
-            f"The target holds the class {int(target[wrong][0])}, and the prediction has the {classes} classes 0 to "
-            f"{classes - 1}. Give the head more classes, or mark rows that do not count with "
+            f"The target contains the class {int(target[wrong][0])}, but the prediction has {classes} classes, 0 to "
+            f"{classes - 1}. Give the head more classes, or mark rows to ignore with "
             f"ignore_index={self.ignore_index}."
         )
 
@@ -133,13 +134,13 @@ class Categorical(Distance):
         return softmaxed(self, prediction, self.class_dim)
 
     def divergence(self, first: Tensor, second: Tensor) -> Tensor:
-        """The divergence of each row, (N, ...), which :meth:`between` sums."""
+        """The divergence of each row, (N, ...), summed by :meth:`between`."""
         return symmetric_kl(first, second, self.class_dim)
 
     def weighted_terms(
         self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None, weights: RowWeights
     ) -> Terms:
-        """The same loss, with its gradient made in the forward pass; with a ``head``, the logits are never held."""
+        """Same loss, with its gradient computed in the forward pass; a ``head`` never stores the full logits."""
         if head is not None:
             if self.class_dim != -1:
                 raise TypeError(
@@ -147,7 +148,9 @@ class Categorical(Distance):
                 )
             target = self.checked(head.like_logits(predictions[0]), target)
             if target.is_floating_point():
-                raise ValueError("A fused head takes class indices: probabilities would be as large as the logits.")
+                raise ValueError(
+                    "A fused head takes class indices: class probabilities would be as large as the logits."
+                )
             weights = _flat(weights, target.shape)
             return checked_terms(predictions.flatten(1, -2), head, target.flatten(), alpha, self.labels, weights)
         first = views.view(predictions, 0)
@@ -164,14 +167,14 @@ class Categorical(Distance):
         return terms
 
     def checked(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The target, with class indices as int64, so that no comparison overflows.
+        """Check the target and return it, with class indices as int64 to avoid overflow in comparisons.
 
         Args:
             prediction: shape (N, ..., C), or with the classes in ``class_dim``.
-            target: shape (N, ...) of class indices, or the prediction's, of class probabilities.
+            target: shape (N, ...) of class indices, or the shape of the prediction with class probabilities.
 
         Raises:
-            TypeError: the target is no tensor.
+            TypeError: the prediction or the target is not a tensor.
             ValueError: the shapes do not match, or there are fewer than two classes.
         """
         one_tensor(self, prediction)
@@ -179,17 +182,17 @@ class Categorical(Distance):
         shape = list(prediction.shape)
         if not 1 <= (self.class_dim if self.class_dim >= 0 else self.class_dim + len(shape)) < len(shape):
             raise ValueError(
-                f"class_dim={self.class_dim} is no dimension of classes in a prediction of shape {tuple(shape)}, whose "
-                "first is that of its rows. Say Categorical(class_dim=...), or leave out class_dim for the last one."
-                + (" For regression pass rdrop_distance=Gaussian()." if prediction.dim() == 1 else "")
+                f"class_dim={self.class_dim} cannot be the class dimension of a prediction of shape {tuple(shape)}, "
+                "whose dimension 0 is the batch. Pass Categorical(class_dim=...), or omit class_dim to use the last "
+                "dimension." + (" For regression pass rdrop_distance=Gaussian()." if prediction.dim() == 1 else "")
             )
         classes = shape.pop(self.class_dim)
         if classes < 2:
             raise ValueError(
                 f"Categorical needs at least 2 classes, but dimension class_dim={self.class_dim} of the prediction "
-                f"{tuple(prediction.shape)} has {classes}: with one class the loss is always 0. For yes or no from a "
-                "single logit use the Bernoulli distance, for regression Gaussian; if the classes lie elsewhere, say "
-                "Categorical(class_dim=...)."
+                f"{tuple(prediction.shape)} has {classes}: with one class the loss is always 0. For binary "
+                "classification with a single logit use the Bernoulli distance, for regression Gaussian. If the "
+                "classes are in another dimension, pass Categorical(class_dim=...)."
             )
         if target.shape == prediction.shape and target.is_floating_point():
             return target
@@ -203,7 +206,7 @@ class Categorical(Distance):
         )
 
     def _classes_first(self, target: Tensor) -> Tensor:
-        """The target, with the classes of probabilities in dimension 1, where torch expects them."""
+        """Move the classes of probabilities to dimension 1, where torch expects them."""
         return target.movedim(self.class_dim, 1) if target.is_floating_point() else target
 
     def _over_rows(
@@ -217,7 +220,7 @@ class Categorical(Distance):
 
 
 def _flat(weights: RowWeights, shape: torch.Size) -> RowWeights:
-    """A weight for each of the rows of a shape, in one dimension."""
+    """Expand the weights to one per row and flatten them."""
     ce, kl = (
         None if weight is None else fitted(weight, shape).expand(shape).flatten() for weight in (weights.ce, weights.kl)
     )

@@ -1,4 +1,4 @@
-"""A direction: one minus the cosine."""
+"""Embeddings: one minus the cosine similarity."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lightning_rdrop.terms import Average
 
 
 class Cosine(Distance):
-    r"""A direction, such as an embedding: one minus the cosine.
+    r"""Embeddings, whose direction matters: one minus the cosine similarity.
 
     .. math:: D(y, f) = 1 - \cos(y, f) = \tfrac12 \left\| \frac{y}{\|y\|} - \frac{f}{\|f\|} \right\|^2
 
-    A vector of zeros has no direction: it is 1/2 from any other, and gets no gradient.
+    A zero vector has no direction: its distance to any nonzero vector is 1/2, and it gets no gradient.
 
     Args:
-        ignore_value: a target with this value in all its D numbers, such as NaN, is not known, and its row counts in
-            neither term.
+        ignore_value: target vectors with this value in all D entries, such as NaN, are unknown and ignored in both
+            terms.
 
     Shapes:
         prediction and target (N, ..., D).
@@ -37,10 +37,10 @@ class Cosine(Distance):
         self.ignore_value = ignore_value
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        return self._far(*alike(self, prediction, target), self.counted(prediction, target))
+        return self._average(*alike(self, prediction, target), self.counted(prediction, target))
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        return self._far(*alike(self, first, second), counted_between(self, first, target))
+        return self._average(*alike(self, first, second), counted_between(self, first, target))
 
     def counted(self, prediction: Tensor, target: Tensor) -> Tensor | None:
         known = super().counted(prediction, target)
@@ -55,13 +55,13 @@ class Cosine(Distance):
         alike(self, prediction, target)
         if len(wrong := target[self.impossible(prediction, target)]):
             raise ValueError(
-                f"The target holds {float(wrong[0])}; Cosine takes vectors of finite numbers. Leave such examples out, "
-                "or let vectors that are not known count in neither term: Cosine(ignore_value=float('nan'))."
+                f"The target contains {float(wrong[0])}; Cosine takes vectors of finite numbers. Remove such examples, "
+                "or ignore unknown vectors with Cosine(ignore_value=float('nan'))."
             )
 
-    def _far(self, first: Tensor, second: Tensor, counted: Tensor | None) -> Average:
+    def _average(self, first: Tensor, second: Tensor, counted: Tensor | None) -> Average:
         first, second = blank(None if counted is None else counted.unsqueeze(-1), first, second)
-        # the difference of directions, unlike the cosine, keeps its digits where they are nearly the same
+        # unlike 1 - cosine, the difference of unit vectors is accurate for nearly equal directions
         return Average.of((_direction(first) - _direction(second)).square().sum(-1) / 2, counted)
 
 

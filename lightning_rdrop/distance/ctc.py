@@ -1,4 +1,4 @@
-"""A sequence of tokens without their places: connectionist temporal classification, and the KL of its frames."""
+"""Unaligned token sequences: connectionist temporal classification, and the KL of its frames."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from lightning_rdrop.terms import Average
 
 
 class CTC(Distance):
-    r"""A sequence of tokens without their places, as in speech: the CTC loss, and the KL of the frames that count.
+    r"""Unaligned token sequences, as in speech recognition: the CTC loss, and the KL of the frames.
 
     .. math::
         D(y, f) = -\frac{1}{|y|} \log \sum_{\pi \to y} \prod_{t \le T} p_f(\pi_t \mid t), \qquad
         D(f', f) = \operatorname*{mean}_{t \le T} KL(p_{f'}(\cdot \mid t) \| p_f(\cdot \mid t))
 
-    over the alignments :math:`\pi` of the tokens y with the T frames of an example. ce is the mean of the first over
-    the examples, ``F.ctc_loss(..., reduction="mean")``, in nats per token; kl the mean over the frames of all
-    examples, padding left out.
+    where :math:`\pi` runs over the alignments of the tokens y with the T frames of an example. ce is the mean of the
+    first over the examples, as ``F.ctc_loss(..., reduction="mean")``, in nats per token; kl is the mean over the
+    frames of all examples, without padding.
 
-    The consistency is that of CR-CTC, frame by frame, with the blank as a class like any other. Two of its choices are
-    not kept, for the conventions of this package. It is a mean over frames, not a sum over those of an utterance: with
-    u frames a token, alpha is 2u times the paper's, 0.4u for its 0.2. And the gradient flows through both sides, not
-    only through the one that is no target, which leaves the value as it is. What makes the views differ, such as
-    SpecAugment with more time masking than usual, is a matter of the data.
+    The consistency is that of CR-CTC: frame by frame, with the blank as a class like any other. It differs in two
+    points, to follow the conventions of this package. It is a mean over frames instead of a sum over the frames of an
+    utterance: with u frames per token, alpha is 2u times the paper's, 0.4u for its 0.2. And the gradient flows through
+    both predictions, not only through the one that is not the target; the value is the same. Augmentation that makes
+    the views differ, such as SpecAugment with more time masking than usual, belongs to the data.
 
     Args:
-        blank: the class of the blank.
-        ignore_index: what pads tokens that come without lengths.
-        zero_infinity: whether an example which has more tokens (and one more between two equal ones) than frames, so
-            that no alignment exists, counts with a loss of 0, as in ``F.ctc_loss``, in the place of an error.
+        blank: class index of the blank.
+        ignore_index: padding value of tokens that come without lengths.
+        zero_infinity: whether an example without an alignment, because it has more tokens (plus one between two equal
+            ones) than frames, counts with a loss of 0, as in ``F.ctc_loss``, instead of raising an error.
 
     Shapes:
-        prediction a pair of logits (N, T, C) and lengths (N,), integers; or logits alone, all of whose frames count.
-        target a pair of tokens (N, S) and lengths (N,); or tokens alone, padded at their end with ``ignore_index``.
+        prediction a pair of logits (N, T, C) and integer lengths (N,); or logits alone, all of whose frames count.
+        target a pair of tokens (N, S) and lengths (N,); or tokens alone, padded at the end with ``ignore_index``.
 
     Raises:
-        TypeError: lengths that are no integers, which half precision would round.
-        ValueError: shapes that do not match; on the first batch a token that is no class or the blank, lengths beyond
-            the tensor, or an example without an alignment.
+        TypeError: lengths that are not integers, since half precision would round them.
+        ValueError: shapes that do not match; on the first batch also a token that is not a class or is the blank,
+            lengths beyond the tensor, or an example without an alignment.
 
     Source: Graves et al. 2006; the consistency of Yao et al. 2024, CR-CTC, arXiv 2410.05101.
 
@@ -91,7 +91,7 @@ class CTC(Distance):
         return self._over_frames(kl, first, second)
 
     def impossible(self, prediction: Any, target: Any) -> Tensor:
-        """A mask (N,) of the examples that are impossible."""
+        """Mask (N,) of the invalid examples."""
         return torch.stack([wrong for wrong, _ in self._faults(prediction, target)]).any(0)
 
     def check(self, prediction: Any, target: Any) -> None:
@@ -103,7 +103,7 @@ class CTC(Distance):
         return softmaxed(self, self._logits(prediction)[0], -1)
 
     def _faults(self, prediction: Any, target: Any) -> list[tuple[Tensor, str]]:
-        """What an example may have, with a mask (N,) of those which do."""
+        """Each possible fault, as a mask (N,) of the examples that have it and its description."""
         logits, frames = self._logits(prediction)
         tokens, lengths = self._tokens(target, len(logits))
         most, classes = logits.shape[1:]
@@ -119,15 +119,15 @@ class CTC(Distance):
             ),
             (
                 (no_token & within).any(1),
-                f"has a token in its target that is none of the {classes} classes 0 to {classes - 1}, or is the blank, "
-                f"{self.blank}. Padding comes after the tokens, as {self.ignore_index} or beyond the lengths.",
+                f"has a target token that is the blank, {self.blank}, or not one of the {classes} classes, 0 to "
+                f"{classes - 1}. Put padding after the tokens, as {self.ignore_index} or beyond the lengths.",
             ),
         ]
         if not self.zero_infinity:
             what = (
-                "has more tokens than frames, counting one more between two equal tokens: no alignment exists, and its "
-                "loss is infinite. Leave such examples out, let the network shorten its input less, or let them count "
-                "with a loss of 0: CTC(zero_infinity=True)."
+                "has more tokens than frames, counting one more between two equal tokens: no alignment exists, and the "
+                "loss is infinite. Remove such examples, downsample less in the network, or count them with a loss of "
+                "0: CTC(zero_infinity=True)."
             )
             faults.append((needed > frames, what))
         return faults
@@ -138,11 +138,11 @@ class CTC(Distance):
         return Average.of(measure(blank_rows(logits, counted, -1), blank_rows(others, counted, -1)), counted)
 
     def _logits(self, prediction: Any) -> tuple[Tensor, Tensor]:
-        """Logits (N, T, C), and the number of frames that count, (N,)."""
+        """Logits (N, T, C), and the number of frames of each example, (N,)."""
         logits, lengths = _pair("prediction", prediction)
         if logits.dim() != 3 or not logits.is_floating_point() or logits.shape[2] <= max(1, self.blank):
             raise ValueError(
-                f"CTC takes logits (N, T, C), floats with at least 2 classes, the blank, {self.blank}, among them, got "
+                f"CTC takes logits (N, T, C), floats with at least 2 classes, including the blank, {self.blank}, got "
                 f"{tuple(logits.shape)}, {logits.dtype}."
             )
         if lengths is None:
@@ -150,7 +150,7 @@ class CTC(Distance):
         return logits, _checked("prediction", lengths, len(logits))
 
     def _tokens(self, target: Any, examples: int) -> tuple[Tensor, Tensor]:
-        """Tokens (N, S), and the number of those of each example, (N,)."""
+        """Tokens (N, S), and the number of tokens of each example, (N,)."""
         tokens, lengths = _pair("target", target)
         if tokens.dim() != 2 or len(tokens) != examples or tokens.is_floating_point():
             raise ValueError(
@@ -163,11 +163,11 @@ class CTC(Distance):
 
 
 def _pair(name: str, value: Any) -> tuple[Tensor, Any]:
-    """A tensor and its lengths, or None."""
+    """A tensor, and its lengths or None."""
     tensor, lengths = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, None)
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            f"The {name} is a {type(value).__name__}, and CTC takes a tensor, or a pair of a tensor and its lengths: "
+            f"The {name} is a {type(value).__name__}, but CTC takes a tensor, or a pair of a tensor and its lengths: "
             f"return it from {'rdrop_predict' if name == 'prediction' else 'rdrop_unpack'}."
         )
     return tensor, lengths
@@ -185,5 +185,5 @@ def _checked(name: str, lengths: Any, examples: int) -> Tensor:
 
 
 def _within(lengths: Tensor, most: int) -> Tensor:
-    """A mask (N, most) of the places that count."""
+    """Mask (N, most) of the positions within the lengths."""
     return torch.arange(most, device=lengths.device) < lengths.unsqueeze(1)

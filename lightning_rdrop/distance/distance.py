@@ -1,4 +1,4 @@
-"""What every distance has: two measures, and the loss that is made of them."""
+"""The base class of distances: two measures, and the loss computed from them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from lightning_rdrop.terms import Average, Terms
 
 
 class RowMask(NamedTuple):
-    """In the place of a target: which rows count between two predictions, for a distance with no value that says so."""
+    """Replaces a target to tell which rows count between two predictions, if no target value can tell."""
 
     mask: Tensor
-    """(N,), or further dimensions of the rows, as (N, T) of tokens; where a row is a whole text, all count."""
+    """(N,), or with more dimensions of the rows, such as (N, T) for tokens. If it does not fit the rows, as when each
+    row is a whole text, all rows count."""
 
 
 def measured(measure: Callable[[Any, Any, Any], Average], first: Any, second: Any, target: Any) -> Average:
-    """What ``between`` or ``directed`` of a distance says of two predictions.
+    """Call ``between`` or ``directed`` of a distance with a target or a :class:`RowMask`.
 
     Args:
-        measure: that method.
+        measure: the bound method.
         first, second: shape (N, ...).
-        target: as for it, or a :class:`RowMask`.
+        target: what the method takes, or a :class:`RowMask`.
 
     Example:
         >>> from torch import ones, tensor, zeros
@@ -49,9 +50,9 @@ class Distance(Described, Predictive):
     r"""A measure D of a prediction f against a target y, and of two predictions against each other.
 
     R-Drop for any task: :math:`\text{mean } D(y, f) + \alpha \cdot \tfrac12 \text{ mean } \tfrac12 [D(f_2, f_1) +
-    D(f_1, f_2)]`. A subclass defines :meth:`to_target` and :meth:`between`, the two sums; :meth:`terms` makes the loss
-    of them. A subclass that knows a faster way to the same loss overrides :meth:`terms` as well, or
-    :meth:`weighted_terms`, which it calls, and its subclasses inherit that, unless they measure something else.
+    D(f_1, f_2)]`. A subclass defines :meth:`to_target` and :meth:`between`, the two sums; :meth:`terms` computes the
+    loss from them. A subclass with a faster way to the same loss also overrides :meth:`terms`, or
+    :meth:`weighted_terms`, which it calls. Its own subclasses inherit that, unless they override one of ``measures``.
 
     Source: Su Jianlin, spaces.ac.cn/archives/8496.
     """
@@ -60,10 +61,10 @@ class Distance(Described, Predictive):
     """The names under which the two terms are logged."""
 
     ignore_value: float | None = None
-    """A target with this value (NaN matches NaN) counts in neither term; with None every target counts."""
+    """Targets with this value (NaN matches NaN) are ignored in both terms; None ignores no target."""
 
     measures: ClassVar[tuple[str, ...]] = ("to_target", "between", "counted")
-    """The methods that say what D is and of which rows; who overrides one goes back to the general ``terms``."""
+    """Methods that define D and its rows; a subclass that overrides one falls back to the general ``terms``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,7 +77,7 @@ class Distance(Described, Predictive):
                 setattr(cls, way, getattr(Distance, way))
 
     def to_target(self, prediction: Any, target: Any) -> Average:
-        """D(target, prediction), summed over the rows that count, with their weight.
+        """Sum D(target, prediction) over the rows that count, and return it with their weight.
 
         Args:
             prediction: shape (N, ...).
@@ -85,17 +86,17 @@ class Distance(Described, Predictive):
         raise NotImplementedError
 
     def between(self, first: Any, second: Any, target: Any = None) -> Average:
-        """1/2 [D(second, first) + D(first, second)], summed over the rows that count, with their number.
+        """Sum 1/2 [D(second, first) + D(first, second)] over the rows that count, and return it with their number.
 
         Args:
             first: shape (N, ...), the prediction of one view.
-            second: same shape, that of another.
-            target: tells which rows count; without it all do.
+            second: same shape, the prediction of another view.
+            target: tells which rows count; all if not given.
         """
         raise NotImplementedError
 
     def directed(self, first: Any, second: Any, target: Any = None) -> Average:
-        """D(first, second), in this direction only, for a ``first`` that is held fixed; :meth:`between` by default.
+        """Sum D(first, second), in this direction only, with ``first`` held fixed; :meth:`between` by default.
 
         Args:
             first, second, target: as for :meth:`between`.
@@ -103,32 +104,32 @@ class Distance(Described, Predictive):
         return self.between(first, second, target)
 
     def part(self, name: str) -> Distance:
-        """The distance of one of several predictions; see :class:`~lightning_rdrop.Together`."""
+        """The distance of one of several named predictions; see :class:`~lightning_rdrop.Together`."""
         raise KeyError(name)
 
     @property
     def reader(self) -> Distance:
-        """What reads a prediction and the :meth:`truth` of a target: the distance itself, or the one that it wraps."""
+        """The distance that reads predictions and the :meth:`truth` of targets: itself, or the one it wraps."""
         return self
 
     def truth(self, target: Any) -> Any:
-        """The part of a target that a metric compares with predictions: all of it, unless a weight comes with it."""
+        """The part of a target that a metric compares with predictions: the target without row weights or mask."""
         return target
 
     def as_counted(self, measure: Callable[[Any], Average], target: Any) -> Average:
-        """What is measured of rows, each as often as it counts in the consistency.
+        """Measure rows with the weights that they have in the consistency.
 
         Args:
-            measure: its argument, a target of :attr:`reader`, tells which rows count; None if all do.
+            measure: takes a target of :attr:`reader`, which tells which rows count; None if all do.
             target: as for :meth:`to_target`.
         """
         return measure(target)
 
     def counted(self, prediction: Any, target: Any) -> Tensor | None:
-        """A mask of the rows that count, in both terms; None if all do.
+        """Mask of the rows that count, in both terms; None if all do.
 
-        A subclass that overrides it goes back to the general :meth:`terms`, and counts these rows. Not so one of
-        :class:`~lightning_rdrop.CTC`, whose lengths say what counts.
+        A subclass that overrides it falls back to the general :meth:`terms`, which counts these rows, except for
+        :class:`~lightning_rdrop.CTC`, where the lengths tell what counts.
 
         Args:
             prediction, target: as for :meth:`to_target`.
@@ -139,7 +140,7 @@ class Distance(Described, Predictive):
         return counted
 
     def impossible(self, prediction: Any, target: Any) -> Tensor | None:
-        """A mask of the values of the target that make no sense to this distance; None if any value does.
+        """Mask of the invalid values of the target; None if every value is valid.
 
         Args:
             prediction, target: as for :meth:`to_target`.
@@ -147,7 +148,7 @@ class Distance(Described, Predictive):
         return None
 
     def invalid(self, prediction: Any, target: Any) -> Tensor | None:
-        """Whether any value of the target is impossible: a bool tensor on its device, without a synchronisation.
+        """Whether any value of the target is invalid, as a bool tensor on its device, without synchronization.
 
         Args:
             prediction, target: as for :meth:`to_target`.
@@ -156,7 +157,7 @@ class Distance(Described, Predictive):
         return None if wrong is None else wrong.any()
 
     def check(self, prediction: Any, target: Any) -> None:
-        """Refuse a target that holds an impossible value. Synchronises the device, so it is for a first batch.
+        """Raise an error if the target contains an invalid value. Synchronizes the device; for the first batch only.
 
         Args:
             prediction, target: as for :meth:`to_target`.
@@ -166,9 +167,9 @@ class Distance(Described, Predictive):
         """
 
     def suspicious(self, prediction: Any) -> str | None:
-        """What is probably wrong with a prediction, such as a softmax where logits are expected; None if nothing is.
+        """Describe what is probably wrong with a prediction, such as a softmax instead of logits; None if nothing is.
 
-        Synchronises the device, so it is for a first batch.
+        Synchronizes the device; for the first batch only.
 
         Args:
             prediction: shape (N, ...).
@@ -186,23 +187,23 @@ class Distance(Described, Predictive):
             predictions: shape (K, N, ...), views first; with a ``head`` hidden states (K, N, ..., D).
             target: shape (N, ...).
             alpha: the weight of kl.
-            head: the linear output layer that makes the predictions of hidden states, a
-                :class:`~lightning_rdrop.Head`; several by name for :class:`~lightning_rdrop.Together`.
+            head: the linear output layer that maps hidden states to predictions, a
+                :class:`~lightning_rdrop.Head`; a mapping by name for :class:`~lightning_rdrop.Together`.
 
         Raises:
-            TypeError: a head, which only :class:`~lightning_rdrop.Categorical` takes, alone or within another; or a
-                :meth:`to_target` or :meth:`between` that returns no :class:`~lightning_rdrop.Average`.
+            TypeError: a head, if the distance is not :class:`~lightning_rdrop.Categorical` or a wrapper of it; or a
+                :meth:`to_target` or :meth:`between` that does not return an :class:`~lightning_rdrop.Average`.
         """
         return self.weighted_terms(predictions, target, alpha, head, EVENLY)
 
     def weighted_terms(
         self, predictions: Any, target: Any, alpha: float | Tensor, head: Any, weights: RowWeights
     ) -> Terms:
-        """The same of rows that count as often as their weights say, for :class:`~lightning_rdrop.Weighted`.
+        """Same as :meth:`terms`, with row weights, as :class:`~lightning_rdrop.Weighted` needs it.
 
         Args:
             predictions, target, alpha, head: as for :meth:`terms`.
-            weights: how often each row counts in each term, (N,) or further dimensions of the rows.
+            weights: the weight of each row in each term, (N,) or with more dimensions of the rows.
         """
         if head is not None:
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
@@ -216,32 +217,32 @@ class Distance(Described, Predictive):
         return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=rows, kl_rows=kl_rows)
 
     def consistency(self, predictions: Any, alpha: float | Tensor, target: Any = None) -> Terms:
-        """The terms of unlabelled rows, which have no ce: loss = alpha kl.
+        """The terms of unlabeled rows, which have no ce: loss = alpha kl.
 
         Args:
             predictions: shape (K, N, ...), views first.
             alpha: the weight of kl.
-            target: shape (N, ...), or a :class:`RowMask`; tells which rows count, and nothing else; without it all do.
+            target: shape (N, ...), or a :class:`RowMask`; only tells which rows count; all if not given.
         """
         zero = _zero(predictions)
         between = self.over_pairs(predictions, target)
         return Terms.of(Average(zero, zero), between, alpha, prediction=views.view(predictions, 0))
 
     def over_pairs(self, predictions: Any, target: Any = None, weight: Tensor | None = None) -> Average:
-        """:meth:`between` over all pairs of K views, summed over pairs and rows, with their number.
+        """Sum :meth:`between` over all pairs of K views, and return it with the number of rows summed.
 
         Args:
             predictions: shape (K, N, ...), views first.
             target: as for :meth:`between`, or a :class:`RowMask`.
-            weight: how often each row counts, (N,) or further dimensions of the rows; None is once.
+            weight: the weight of each row, (N,) or with more dimensions of the rows; None is 1.
         """
-        apart = [views.view(predictions, number) for number in range(views.count(predictions))]
+        by_view = [views.view(predictions, number) for number in range(views.count(predictions))]
         zero = _zero(predictions)
 
         def between(first: Any, second: Any, target: Any) -> Average:
             return _average(self, "between", self.between(first, second, target))
 
-        pairs = (measured(between, first, second, target) for first, second in combinations(apart, 2))
+        pairs = (measured(between, first, second, target) for first, second in combinations(by_view, 2))
         weighted = pairs if weight is None else (pair.weighted(weight) for pair in pairs)
         return sum(weighted, start=Average(zero, zero))
 
@@ -250,7 +251,7 @@ def _average(distance: Distance, method: str, value: Any) -> Average:
     if not isinstance(value, Average):
         raise TypeError(
             f"{type(distance).__name__}.{method} must return an Average, got a {type(value).__name__}. Wrap it: "
-            "Average.of(values), with one value for each row."
+            "Average.of(values), with one value per row."
         )
     return value
 

@@ -1,4 +1,4 @@
-"""One of C classes, most rows of which are easy: the focal loss and symmetric KL."""
+"""Classification with many easy rows: the focal loss and symmetric KL."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_rdrop.terms import Average
 
 
 class Focal(Categorical):
-    r"""One of C classes, with the focal loss: a row that is predicted well counts less.
+    r"""Classification with the focal loss, which down-weights rows that are predicted well.
 
     .. math::
         D(y, f) = -(1 - p_f(y))^\gamma \log p_f(y), \qquad D(f', f) = KL(p_{f'} \| p_f)
 
-    ce is its mean over the rows that count; with class weights :math:`\alpha_y`, over the sum of theirs, as in
-    :class:`~lightning_rdrop.Categorical`, which this is for :math:`\gamma = 0`.
+    ce is the mean of the first over the rows that count, weighted by the class weights :math:`\alpha_y` if given. With
+    :math:`\gamma = 0` it is :class:`~lightning_rdrop.Categorical`.
 
     Args:
         gamma: :math:`\gamma \ge 0`; 2 in the paper.
@@ -31,7 +31,7 @@ class Focal(Categorical):
         prediction (N, ..., C) logits; target (N, ...) of class indices.
 
     Raises:
-        ValueError: class probabilities as a target, or an argument out of its range.
+        ValueError: class probabilities as a target, or an argument out of range.
 
     Source: Lin et al. 2017, Focal loss for dense object detection, arXiv 1708.02002.
 
@@ -59,8 +59,8 @@ class Focal(Categorical):
         log_probs = log_probabilities(blank_rows(prediction.movedim(self.class_dim, 1), counted), 1)
         label = target.where(counted, 0).long()
         log_p = log_probs.gather(1, label.unsqueeze(1)).squeeze(1)
-        missing = -torch.expm1(log_p)  # 1 - p, with all its digits
-        # away from 0, where the slope of a power below 1 is infinite
+        missing = -torch.expm1(log_p)  # 1 - p in full precision
+        # clamped, since powers below 1 have an infinite slope at 0
         values = -(missing.clamp(min=torch.finfo(missing.dtype).tiny) ** self.gamma) * log_p
         if self.weight is None:
             return Average.of(values, counted)
@@ -70,5 +70,5 @@ class Focal(Categorical):
     def checked(self, prediction: Tensor, target: Tensor) -> Tensor:
         target = super().checked(prediction, target)
         if target.is_floating_point():
-            raise ValueError("Focal takes class indices: what it is for probabilities, the paper does not say.")
+            raise ValueError("Focal takes class indices: the paper does not define it for class probabilities.")
         return target

@@ -1,4 +1,4 @@
-"""Any distribution of torch: its likelihood, and the KL of torch's registry."""
+"""Any torch distribution: its likelihood, and the KL from torch's registry."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from lightning_rdrop.terms import Average
 
 
 class FromDistribution(Distance):
-    r"""Any distribution that torch knows: negative log-likelihood, and the symmetric KL of its registry.
+    r"""Any torch distribution: negative log-likelihood, and the symmetric KL from torch's registry.
 
     .. math:: D(y, f) = -\log p_f(y), \qquad D(f', f) = KL(p_{f'} \| p_f)
 
     Args:
         make: turns a prediction into a ``torch.distributions.Distribution``; each element of its batch is a row.
-        ignore_value: an example whose target has this value everywhere, such as NaN, is left out before ``make``, and
-            counts in neither term.
+        ignore_value: examples whose whole target has this value, such as NaN, are removed before ``make`` is called
+            and ignored in both terms.
 
     Shapes:
         prediction (N, ...), what ``make`` takes; target: batch shape + event shape of the distribution.
+
+    Raises:
+        TypeError: ``make`` does not return a distribution, or torch has no KL divergence for it.
+        ValueError: the shape of the target does not match the distribution.
 
     Example:
         >>> from torch import tensor
@@ -64,7 +68,7 @@ class FromDistribution(Distance):
         return mean
 
     def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Those outside the support of the distribution, among the examples that count."""
+        """Mask of the values outside the support of the distribution, among the examples that count."""
         distribution, target, _ = self._known(prediction.detach(), target)
         try:
             constraint: Any = distribution.support
@@ -78,15 +82,14 @@ class FromDistribution(Distance):
         if wrong.any():
             distribution, target, _ = self._known(prediction, target)
             raise ValueError(
-                f"The target holds {target[wrong][0].tolist()}, outside the support of {distribution}. Leave such "
-                "examples out, or let those that are not known count in neither term: "
-                "FromDistribution(make, ignore_value=float('nan'))."
+                f"The target contains {target[wrong][0].tolist()}, outside the support of {distribution}. Remove such "
+                "examples, or ignore unknown targets with FromDistribution(make, ignore_value=float('nan'))."
             )
 
     def _both(
         self, first: Tensor, second: Tensor, target: Tensor | None
     ) -> tuple[Distribution, Distribution, Tensor | None]:
-        """The distributions of the examples that count, and which do."""
+        """The distributions of the examples that count, and the mask of these examples."""
         first, second = alike(self, first, second)
         counted = None if target is None else self.counted(first, target)
         if counted is not None:
@@ -94,7 +97,7 @@ class FromDistribution(Distance):
         return self._made(first), self._made(second), counted
 
     def _known(self, prediction: Tensor, target: Tensor) -> tuple[Distribution, Tensor, Tensor | None]:
-        """The distribution of the examples that count, their target, and which do."""
+        """The distribution and target of the examples that count, and the mask of these examples."""
         counted = self.counted(prediction, arguments.tensor("target", target))
         if counted is not None and len(counted) == len(prediction):
             prediction, target = prediction[counted], target[counted]
@@ -102,8 +105,8 @@ class FromDistribution(Distance):
         expected = distribution.batch_shape + distribution.event_shape
         if target.shape != expected:
             raise ValueError(
-                f"FromDistribution made {distribution} of the prediction {tuple(prediction.shape)}, whose values have "
-                f"the shape {tuple(expected)}, and got a target {tuple(target.shape)}; nothing broadcasts here."
+                f"FromDistribution made {distribution} from a prediction {tuple(prediction.shape)}, which needs a "
+                f"target of shape {tuple(expected)}, got {tuple(target.shape)}; nothing broadcasts here."
             )
         return distribution, target, counted
 
@@ -112,7 +115,7 @@ class FromDistribution(Distance):
             return kl_divergence(p, q)
         except NotImplementedError as error:
             raise TypeError(
-                f"torch knows no KL divergence between two {type(p).__name__}: register one with "
+                f"torch has no KL divergence between two {type(p).__name__}: register one with "
                 "torch.distributions.register_kl, or use another distance."
             ) from error
 
@@ -124,7 +127,7 @@ class FromDistribution(Distance):
 
 
 def _over(values: Tensor, counted: Tensor | None) -> Average:
-    """The average of the examples that count, with a row for each of the others too, as weights of rows need it."""
+    """The average over the examples that count, with a row for the others too, as row weights need it."""
     if counted is None or values.dim() == 0:
         return Average.of(values)
     rows = values.new_zeros(len(counted), *values.shape[1:]).index_put((counted,), values)

@@ -1,4 +1,4 @@
-"""A number: squared error, or a normal distribution."""
+"""Regression: squared error, or a normal distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_rdrop.terms import Average
 
 
 class Gaussian(Distance):
-    r"""A number: squared error, or the likelihood of a normal distribution whose variance is predicted too.
+    r"""Regression: squared error, or the likelihood of a normal distribution whose variance is predicted too.
 
     .. math::
         D(y, f) = (y - f)^2, \qquad D(f', f) = (f' - f)^2
@@ -27,7 +27,7 @@ class Gaussian(Distance):
 
     Args:
         log_variance: whether the last dimension of the prediction is (mean, log-variance).
-        ignore_value: a target with this value, such as NaN, is not known, and counts in neither term.
+        ignore_value: targets with this value, such as NaN, are unknown and ignored in both terms.
 
     Shapes:
         prediction and target (N, ...); with ``log_variance`` the prediction is (N, ..., 2).
@@ -55,31 +55,31 @@ class Gaussian(Distance):
         mean, target = blank(counted, mean, target)
         error = (target - mean).square()
         if self.log_variance:
-            (spread,) = blank(counted, at_least_float32(prediction)[..., 1])
-            error = (math.log(2 * math.pi) + spread + error * spread.neg().exp()) / 2
+            (log_var,) = blank(counted, at_least_float32(prediction)[..., 1])
+            error = (math.log(2 * math.pi) + log_var + error * log_var.neg().exp()) / 2
         return Average.of(error, counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         first, second, counted = self._blank(first, second, target)
         if not self.log_variance:
             return Average.of((first - second).square(), counted)
-        (mean, spread), (other_mean, other_spread) = first.unbind(-1), second.unbind(-1)
-        precision = spread.neg().exp() + other_spread.neg().exp()
-        # (cosh x - 1) / 2 = sinh^2(x / 2) keeps its digits where the spreads are nearly equal
-        far = ((spread - other_spread) / 2).sinh().square() + (mean - other_mean).square() * precision / 4
-        return Average.of(far, counted)
+        (mean, log_var), (other_mean, other_log_var) = first.unbind(-1), second.unbind(-1)
+        precision = log_var.neg().exp() + other_log_var.neg().exp()
+        # sinh^2(x / 2) is (cosh x - 1) / 2, but accurate for nearly equal variances
+        divergence = ((log_var - other_log_var) / 2).sinh().square() + (mean - other_mean).square() * precision / 4
+        return Average.of(divergence, counted)
 
     def directed(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
         if not self.log_variance:
             return self.between(first, second, target)
         first, second, counted = self._blank(first, second, target)
-        (mean, spread), (other_mean, other_spread) = first.unbind(-1), second.unbind(-1)
-        gap = spread - other_spread
-        far = (torch.expm1(gap) - gap + (mean - other_mean).square() * other_spread.neg().exp()) / 2
-        return Average.of(far, counted)
+        (mean, log_var), (other_mean, other_log_var) = first.unbind(-1), second.unbind(-1)
+        gap = log_var - other_log_var
+        divergence = (torch.expm1(gap) - gap + (mean - other_mean).square() * other_log_var.neg().exp()) / 2
+        return Average.of(divergence, counted)
 
     def model_average(self, predictions: Tensor) -> Tensor:
-        r"""The mean of the predictions; with predicted variances the normal distribution of the same moments.
+        r"""The mean of the predictions; with predicted variances, the normal distribution with the same moments.
 
         .. math:: \bar\mu = \operatorname{mean} \mu_k, \qquad
             \bar\sigma^2 = \operatorname{mean} e^{s_k} + \operatorname{mean} (\mu_k - \bar\mu)^2
@@ -103,8 +103,8 @@ class Gaussian(Distance):
         alike(self, self._mean(prediction), target)
         if len(wrong := target[self.impossible(prediction, target)]):
             raise ValueError(
-                f"The target holds {float(wrong[0])}; Gaussian takes finite numbers. Leave such examples out, or let "
-                "values that are not known count in neither term: Gaussian(ignore_value=float('nan'))."
+                f"The target contains {float(wrong[0])}; Gaussian takes finite numbers. Remove such examples, or "
+                "ignore unknown values with Gaussian(ignore_value=float('nan'))."
             )
 
     def _mean(self, prediction: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Gaussian(Distance):
         return prediction[..., 0]
 
     def _blank(self, first: Tensor, second: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Both views, with 0 where nothing counts, and what does."""
+        """Both views, set to 0 where rows do not count, and the mask of those that do."""
         first, second = alike(self, first, second)
         mean = self._mean(first)
         counted = None if target is None else self.counted(first, target)

@@ -1,4 +1,4 @@
-"""One of C classes: cross-entropy and the Jensen-Shannon divergence."""
+"""Classification: cross-entropy and the Jensen-Shannon divergence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_rdrop.terms import Average
 
 
 class JensenShannon(Categorical):
-    r"""One of C classes, with the Jensen-Shannon divergence between two predictions: bounded by ln 2.
+    r"""Classification with the Jensen-Shannon divergence between two predictions, which is at most ln 2.
 
     .. math:: D(y, f) = -\log p_f(y), \qquad \tfrac12 [D(f', f) + D(f, f')] = JS(p_{f'}, p_f)
 

@@ -1,4 +1,4 @@
-"""Consistency of other rows than those that have a target."""
+"""Consistency over other rows than those that have a target."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rdrop.distance.wrapped import Wrapped, both
+from lightning_rdrop.distance.wrapped import Wrapped, product
 from lightning_rdrop.labels import RowWeights
 from lightning_rdrop.terms import Average, Terms
 
 
 class MaskedConsistency(Wrapped):
-    r"""Any distance with a mask of its own for the consistency: kl is over its rows, ce over those that have a target.
+    r"""Any distance with a separate mask for kl; ce remains the mean over the rows that have a target.
 
     .. math::
         \text{ce} = \operatorname*{mean}_{n:\,y_n \text{ counts}} D(y_n, f_n), \qquad
         \text{kl} = \tfrac12 \operatorname*{mean}_{n:\,m_n = 1} \tfrac12 [D(f'_n, f_n) + D(f_n, f'_n)]
 
-    For masked language modelling, where few tokens have a label and all that are no padding have two predictions: the
-    target is ``(labels, attention_mask)``. The mask alone says which rows count in kl, whatever their target is.
+    For masked language modeling, where few tokens have a label but all that are not padding have two predictions: the
+    target is ``(labels, attention_mask)``. Only the mask tells which rows count in kl, whatever their target is.
 
     Args:
-        distance: what measures.
+        distance: the distance to wrap.
 
     Shapes:
-        prediction as for ``distance``; target a pair (target, mask): what ``distance`` takes, and a mask (N,) of
-        examples, or of more of the dimensions of its rows, as (N, T) of tokens; bool, or 0 and 1.
+        prediction as for ``distance``; target a pair (target, mask): what ``distance`` takes, and a mask of shape (N,)
+        or with more dimensions of the rows, such as (N, T) for tokens; bool, or 0 and 1.
 
     Raises:
-        TypeError: a target that is no such pair, or a distance that keeps no rows, such as
-            :class:`~lightning_rdrop.Together`, each part of which can have a mask.
-        ValueError: a mask of another shape; on the first batch one that holds anything but 0 and 1.
+        TypeError: a target that is not such a pair, or a distance that does not keep its rows, such as
+            :class:`~lightning_rdrop.Together`: wrap its parts instead.
+        ValueError: a mask of another shape; on the first batch also values other than 0 and 1.
 
     Example:
         >>> from torch import tensor
@@ -45,7 +45,7 @@ class MaskedConsistency(Wrapped):
     """
 
     number = "mask"
-    allowed = "a mask is bool, or 0 and 1. Rows that count more than others have a weight: Weighted(...)."
+    allowed = "a mask is bool, or 0 and 1. For row weights use Weighted(...)."
 
     def to_target(self, prediction: Any, target: Any) -> Average:
         return self.distance.to_target(prediction, self.pair(target)[0])
@@ -54,7 +54,7 @@ class MaskedConsistency(Wrapped):
         self, predictions: Any, target: Any, alpha: float | Tensor, head: Any, weights: RowWeights
     ) -> Terms:
         target, mask = self.pair(target)
-        kl = weights.kl if weights.everywhere else both(mask, weights.kl)
+        kl = weights.kl if weights.everywhere else product(mask, weights.kl)
         weights = weights._replace(kl=kl, everywhere=True)
         return self.distance.weighted_terms(predictions, target, alpha, head, weights)
 

@@ -1,4 +1,4 @@
-"""What a distance makes sure of before it computes: one shape, logits, and nothing in the rows that do not count."""
+"""Input checks of distances: equal shapes, logits instead of a softmax, and zeros in rows that do not count."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.divergence import at_least_float32
 
 ROUNDING = 0.01
-"""How far from 1 probabilities may sum: thousands of them in half precision are 0.002 away."""
+"""Tolerance for the sum of probabilities: the sum of thousands in half precision is off by 0.002."""
 
 
 def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the prediction's dtype, float32 or better.
+    """Check that the shapes are equal, and return both in the prediction's dtype, float32 or better.
 
     Raises:
-        ValueError: the shapes differ, or the prediction is no tensor of floats.
-        TypeError: the target is no tensor.
+        ValueError: the shapes differ, or the prediction is not floating-point.
+        TypeError: one of them is not a tensor.
     """
     one_tensor(distance, prediction)
     arguments.tensor("target", target)
     if prediction.shape != target.shape or not prediction.is_floating_point():
         raise ValueError(
-            f"{type(distance).__name__} compares a prediction of floats with a target of its own shape, got "
+            f"{type(distance).__name__} takes a floating-point prediction and a target of the same shape, got "
             f"{tuple(prediction.shape)}, {prediction.dtype}, and {tuple(target.shape)}; nothing broadcasts here. "
-            "Bring both to one shape, for instance with prediction.squeeze(-1) in forward."
+            "Make the shapes equal, for example with prediction.squeeze(-1) in forward."
         )
     prediction = at_least_float32(prediction)
     return prediction, target.to(prediction.dtype)
 
 
 def counted_between(distance: Distance, prediction: Tensor, target: Tensor | None) -> Tensor | None:
-    """The rows that count between two predictions: those whose target counts; None if all do, whatever it is.
+    """Mask of the rows that count between two predictions: those whose target counts; None if all do.
 
     Raises:
-        ValueError: a target of another shape, where it tells which rows count.
-        TypeError: likewise, one that is no tensor.
+        ValueError: the target tells which rows count, but has another shape.
+        TypeError: the target tells which rows count, but is not a tensor.
     """
     counted = None if target is None else distance.counted(prediction, target)
     if target is not None and counted is not None:
@@ -47,30 +47,30 @@ def counted_between(distance: Distance, prediction: Tensor, target: Tensor | Non
 
 
 def blank(counted: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with 0 where nothing counts: no infinity and no NaN from there reaches a gradient."""
+    """Set the tensors to 0 where rows do not count, so that no inf or NaN from there reaches a gradient."""
     return tensors if counted is None else tuple(tensor.where(counted, 0) for tensor in tensors)
 
 
 def one_tensor(distance: Distance, prediction: Any) -> None:
-    """Refuse what is no tensor.
+    """Check that the prediction is a tensor.
 
     Raises:
-        TypeError: the prediction is a container.
+        TypeError: it is not.
     """
     if not isinstance(prediction, Tensor):
         raise TypeError(
-            f"The prediction is a {type(prediction).__name__}, and {type(distance).__name__} measures one tensor: "
-            "return logits, or an object with .logits, from forward; override rdrop_predict(self, inputs) to choose "
-            "one; or give a distance for each by name, rdrop_distance={'name': ...}."
+            f"The prediction is a {type(prediction).__name__}, but {type(distance).__name__} takes one tensor: return "
+            "logits, or an object with .logits, from forward; override rdrop_predict(self, inputs) to select one; or "
+            "pass one distance per name, rdrop_distance={'name': ...}."
         )
 
 
 def softmaxed(distance: Distance, prediction: Tensor, dim: int) -> str | None:
-    """What to say of a prediction that is a softmax already; ``None`` if it may be logits."""
+    """The warning for a prediction that is already a softmax; ``None`` if it may be logits."""
     sums = at_least_float32(prediction).sum(dim)
     if (prediction < 0).any() or ((sums - 1).abs() > ROUNDING).any():
         return None
     return (
-        f"The prediction is a softmax already: its rows sum to 1. {type(distance).__name__} takes logits, to which it "
-        "applies one itself. Return what goes into it from forward, or override rdrop_predict."
+        f"The prediction is already a softmax: its rows sum to 1. {type(distance).__name__} takes logits and applies "
+        "the softmax itself. Return the logits from forward, or override rdrop_predict."
     )

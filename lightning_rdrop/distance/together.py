@@ -1,4 +1,4 @@
-"""Several predictions for each example, each measured by a distance of its own."""
+"""Several predictions per example, each with its own distance."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Together(Distance):
         \text{ce} = \sum_i w_i\,\text{ce}_i, \qquad \text{kl} = \sum_i w_i a_i\,\text{kl}_i, \qquad
         \text{loss} = \text{ce} + \alpha\,\text{kl} = \sum_i w_i (\text{ce}_i + \alpha a_i\,\text{kl}_i)
 
-    Each part is a mean over its own rows, and logged by its name, as ``train/intent_ce`` and ``train/intent_kl``.
-    ``rdrop_distance={"intent": Categorical(), ...}`` is this distance with all weights at 1.
+    Each part is a mean over its own rows, logged with its name, such as ``train/intent_ce`` and ``train/intent_kl``.
+    ``rdrop_distance={"intent": Categorical(), ...}`` is this distance with all weights equal to 1.
 
     Args:
         distances: D of each prediction, by name.
-        weights: :math:`w_i`, >= 0, by name; 1 where none is given.
-        alphas: :math:`a_i`, >= 0, by name, which alpha is multiplied with; 1 where none is given.
+        weights: :math:`w_i`, >= 0, by name; 1 if not given.
+        alphas: :math:`a_i`, >= 0, by name: factors of alpha; 1 if not given.
 
     Shapes:
-        prediction and target: mappings with the names of ``distances``, each what that distance takes. A ``head`` is a
-        mapping as well, of those parts whose predictions are hidden states.
+        prediction and target: mappings with the names of ``distances``, each what that distance takes. ``head`` is a
+        mapping too, for the parts whose predictions are hidden states.
 
     Raises:
-        ValueError: no distance, a name that no submodule can have, such as ``"type"``, a name that is not there, or a
-            weight out of its range.
-        TypeError: a part that is no distance.
+        ValueError: no distance, a name that a submodule cannot have, such as ``"type"``, an unknown name, or a weight
+            out of range.
+        TypeError: a part that is not a distance.
 
     Example:
         >>> from torch import tensor
@@ -60,13 +60,13 @@ class Together(Distance):
     ) -> None:
         super().__init__()
         if not distances or not isinstance(distances, Mapping):
-            raise ValueError(f"distances must map names to distances, one at least, got {distances!r}.")
+            raise ValueError(f"distances must map at least one name to a distance, got {distances!r}.")
         for name, distance in distances.items():
             if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
                 raise ValueError(
-                    f"distances has the name {name!r}, which no submodule can have: names are strings, not empty, "
-                    "without a dot, and no attribute of torch.nn.ModuleDict. Rename it here, and in what rdrop_predict "
-                    "and rdrop_unpack return."
+                    f"distances has the name {name!r}, which no submodule can have: names must be non-empty strings "
+                    "without a dot that are not attributes of torch.nn.ModuleDict. Rename it here, and in the "
+                    "mappings that rdrop_predict and rdrop_unpack return."
                 )
             if not isinstance(distance, Distance):
                 raise TypeError(f"distances[{name!r}] must be a Distance, got {distance!r}.")
@@ -108,13 +108,13 @@ class Together(Distance):
         return torch.stack(flags).any() if flags else None
 
     def suspicious(self, prediction: Any) -> str | None:
-        said = [reason for name, part in self._parts() if (reason := part.suspicious(prediction[name]))]
-        return said[0] if said else None
+        reasons = [reason for name, part in self._parts() if (reason := part.suspicious(prediction[name]))]
+        return reasons[0] if reasons else None
 
     def terms(
         self, predictions: Any, target: Any, alpha: float | Tensor, head: Mapping[str, Head] | None = None
     ) -> Terms:
-        """The sum of the parts, each made by its distance in the fastest way that it knows."""
+        """The weighted sum of the parts, each computed by its distance in its fastest way."""
         self.check_names(predictions, target)
         return self._joined(
             {
@@ -144,7 +144,7 @@ class Together(Distance):
     def _sum(
         self, factors: Mapping[str, float], measure: Callable[[str, Distance], Average], prediction: Any
     ) -> Average:
-        """The weighted sum of means, as an average over the examples: the parts have rows of their own."""
+        """The weighted sum of means, as an average over examples, since the rows of the parts differ."""
         mean = torch.stack([factors[name] * measure(name, part).mean for name, part in self._parts()]).sum()
         examples = len(views.first_tensor(prediction))
         return Average(examples * mean, torch.full_like(mean, examples))
@@ -157,21 +157,21 @@ class Together(Distance):
 
     def _factors(self, argument: str, given: Mapping[str, float]) -> dict[str, float]:
         if unknown := [name for name in given if name not in self.distances]:
-            raise ValueError(f"{argument} has {unknown[0]!r}; there are distances for {', '.join(self.distances)}.")
+            raise ValueError(f"{argument} has {unknown[0]!r}, but there are distances for {', '.join(self.distances)}.")
         return {name: non_negative(f"{argument}[{name!r}]", given.get(name, 1.0)) for name in self.distances}
 
     def check_names(self, prediction: Any, target: Any) -> None:
-        """Refuse a prediction or a target that is no mapping with the names of the distances.
+        """Check that prediction and target are mappings with the names of the distances.
 
         Raises:
-            ValueError: it is not.
+            ValueError: one of them is not.
         """
         for what, value in (("prediction", prediction), ("target", target)):
             names = list(value) if isinstance(value, Mapping) else None
             if names is None or set(names) != set(self.distances):
                 found = type(value).__name__ if names is None else f"mapping with {', '.join(map(str, names))}"
                 raise ValueError(
-                    f"There are distances for {', '.join(self.distances)}, and the {what} is a {found}. Return a "
+                    f"There are distances for {', '.join(self.distances)}, but the {what} is a {found}. Return a "
                     f"mapping with these names from {'rdrop_predict' if what == 'prediction' else 'rdrop_unpack'}."
                 )
 

@@ -1,4 +1,4 @@
-"""Rows that count more than others."""
+"""Row weights."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_rdrop.distance.wrapped import Wrapped, both
+from lightning_rdrop.distance.wrapped import Wrapped, product
 from lightning_rdrop.labels import RowWeights
 from lightning_rdrop.terms import Average, Terms
 
 
 class Weighted(Wrapped):
-    r"""Any distance with a weight for each row, in both of its terms.
+    r"""Any distance with a weight for each row, in both terms.
 
     .. math::
         \text{ce} = \frac{\sum_n w_n D(y_n, f_n)}{\sum_n w_n}, \qquad
         \text{kl} = \tfrac12\,\frac{\sum_n w_n \tfrac12 [D(f'_n, f_n) + D(f_n, f'_n)]}{\sum_n w_n}
 
-    A row of weight 2 is a row that is there twice, and one of weight 0 is not there. So the scale of the loss does not
-    depend on that of the weights, which is also that of a batch of light rows: what matters is their ratio within a
-    batch, and with :class:`~lightning_rdrop.callbacks.ExactAccumulation` within all those of an optimizer step.
-    Weights may be learned: a gradient flows to them, for which the logits of a ``head`` are held as a whole.
+    A row of weight 2 counts like two equal rows, and one of weight 0 like none. Only the ratios of the weights within a
+    batch matter, not their scale (with :class:`~lightning_rdrop.callbacks.ExactAccumulation`, the ratios within all
+    batches of an optimizer step). So a batch in which all weights are small counts as much as any other. Weights may
+    be learned: they get a gradient, for which a ``head`` stores all its logits.
 
     Args:
-        distance: what is weighted. Class weights of its own are multiplied with these, in ce, as it has them.
+        distance: the distance to wrap. Its class weights, if any, are multiplied with the row weights in ce.
 
     Shapes:
-        prediction as for ``distance``; target a pair (target, weight): what ``distance`` takes, and (N,), a weight for
-        each example, or more of the dimensions of its rows, as (N, T), a weight for each token.
+        prediction as for ``distance``; target a pair (target, weight): what ``distance`` takes, and weights of shape
+        (N,), or with more dimensions of the rows, such as (N, T) for tokens.
 
     Raises:
-        TypeError: a target that is no such pair, or a distance that keeps no rows, such as
-            :class:`~lightning_rdrop.Together`, each part of which can be weighted.
-        ValueError: a weight of another shape; on the first batch one that is negative, infinite or NaN.
+        TypeError: a target that is not such a pair, or a distance that does not keep its rows, such as
+            :class:`~lightning_rdrop.Together`: wrap its parts instead.
+        ValueError: weights of another shape; on the first batch also a negative, infinite or NaN weight.
 
     Example:
         >>> from torch import tensor
@@ -46,7 +46,7 @@ class Weighted(Wrapped):
     """
 
     number = "weight"
-    allowed = "a weight is a finite number >= 0. A row of weight 0 counts in neither term."
+    allowed = "a weight is a finite number >= 0. A row of weight 0 is ignored in both terms."
 
     def to_target(self, prediction: Any, target: Any) -> Average:
         target, weight = self.pair(target)
@@ -56,8 +56,8 @@ class Weighted(Wrapped):
         self, predictions: Any, target: Any, alpha: float | Tensor, head: Any, weights: RowWeights
     ) -> Terms:
         target, weight = self.pair(target)
-        kl = weights.kl if weights.everywhere else both(weight, weights.kl)
-        weights = weights._replace(ce=both(weight, weights.ce), kl=kl)
+        kl = weights.kl if weights.everywhere else product(weight, weights.kl)
+        weights = weights._replace(ce=product(weight, weights.ce), kl=kl)
         return self.distance.weighted_terms(predictions, target, alpha, head, weights)
 
     def over_rows(self, measure: Callable[[Any], Average], target: Any, numbers: Tensor) -> Average:

@@ -1,4 +1,4 @@
-"""A distance around another one, whose target says more of each row than the other takes."""
+"""Wrappers of a distance, whose target has an additional number for each row."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_rdrop.terms import Average
 
 
 class Wrapped(Distance):
-    """A distance around another one, whose target is a pair: that of the other, and a number for each of its rows.
+    """Base class for wrappers of a distance: the target is a pair of its target and a number for each row.
 
     Args:
-        distance: the other one, whose names the terms have.
+        distance: the distance to wrap; the terms keep its names.
 
     Raises:
-        TypeError: it is no distance.
+        TypeError: it is not a distance.
     """
 
     number: str
-    """What the second part of the target is called."""
+    """Name of the second part of the target."""
 
     allowed: str
-    """What it may hold, and what to do about all else."""
+    """Its allowed values, and what to do about others; part of an error message."""
 
     def __init__(self, distance: Distance) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Wrapped(Distance):
 
     @property
     def ignore_index(self) -> Any:
-        """That of the distance within, if it has one."""
+        """The ``ignore_index`` of the wrapped distance, if it has one."""
         return self.distance.ignore_index
 
     @property
@@ -57,39 +57,39 @@ class Wrapped(Distance):
         return self._consistency(partial(self.distance.as_counted, measure), target)
 
     def over_rows(self, measure: Callable[[Any], Average], target: Any, numbers: Tensor) -> Average:
-        """The consistency of the rows that count, and as they do.
+        """The consistency of the rows, weighted or masked by ``numbers``.
 
         Args:
-            measure: that of the distance within, whose argument tells which rows count; None if all do.
-            target: what the distance within takes.
+            measure: of the wrapped distance; takes a target, which tells which rows count; None if all do.
+            target: what the wrapped distance takes.
             numbers: the second part of the target.
         """
         raise NotImplementedError
 
     def wrong(self, numbers: Tensor) -> Tensor:
-        """A mask of the impossible ones in the second part of a target."""
+        """Mask of the invalid values in the second part of a target."""
         raise NotImplementedError
 
     def pair(self, target: Any) -> tuple[Any, Tensor]:
         """Both parts of a target.
 
         Raises:
-            TypeError: it is no pair, or its second part no tensor of numbers.
+            TypeError: it is not a pair, or its second part is not a real tensor.
         """
         if isinstance(target, (tuple, list)) and len(target) == 2:
             first, numbers = target
             if isinstance(numbers, Tensor) and not numbers.is_complex():
                 return first, numbers
         raise TypeError(
-            f"{type(self).__name__} takes the target (target, {self.number}), the latter a tensor, got a "
-            f"{type(target).__name__}. Return both as the target from rdrop_unpack."
+            f"{type(self).__name__} takes a target (target, {self.number}) whose second part is a tensor, got a "
+            f"{type(target).__name__}. Return such a pair as the target from rdrop_unpack."
         )
 
     def check(self, prediction: Any, target: Any) -> None:
         target, numbers = self.pair(target)
         self.distance.check(prediction, target)
         if len(found := numbers[self.wrong(numbers)]):
-            raise ValueError(f"The {self.number} holds {found[0].item()}; {self.allowed}")
+            raise ValueError(f"The {self.number} contains {found[0].item()}; {self.allowed}")
 
     def invalid(self, prediction: Any, target: Any) -> Tensor:
         target, numbers = self.pair(target)
@@ -100,17 +100,17 @@ class Wrapped(Distance):
         return self.distance.suspicious(prediction)
 
     def _consistency(self, measure: Callable[[Any], Average], target: Any) -> Average:
-        if target is None or isinstance(target, Tensor):  # unlabelled rows, and which of them count
+        if target is None or isinstance(target, Tensor):  # unlabeled rows: a tensor tells which of them count
             return measure(target)
         return self.over_rows(measure, *self.pair(target))
 
 
-def both(one: Tensor, other: Tensor | None) -> Tensor:
-    """The product of two numbers for each row, of which one may be of examples, (N,), and the other of tokens, (N, T).
+def product(one: Tensor, other: Tensor | None) -> Tensor:
+    """Multiply two numbers for each row, of which one may be per example, (N,), and the other per token, (N, T).
 
     Example:
         >>> from torch import tensor
-        >>> both(tensor([1, 2]), tensor([[1, 0], [1, 1]]))
+        >>> product(tensor([1, 2]), tensor([[1, 0], [1, 1]]))
         tensor([[1, 0],
                 [2, 2]])
     """

@@ -1,13 +1,12 @@
-"""What dropout does to predictions: torchmetrics over K dropout passes of the same rows, with functional twins.
+"""How dropout affects predictions: metrics over K dropout passes of the same rows, as classes and as functions.
 
-Dropout trains an average of many networks, one for each mask, and what is used afterwards is one network with averaged
-weights, dropout off. R-Drop's explanation by Su Jianlin (spaces.ac.cn/archives/8496) is that its kl closes the gap
-between the two. These metrics measure that gap, and what makes it.
+Dropout trains an average of many networks, one for each mask, but inference uses one network with averaged weights and
+dropout off. Su Jianlin explains R-Drop by its kl, which closes the gap between the two (spaces.ac.cn/archives/8496).
+These metrics measure that gap and its causes.
 
-The passes come first: K predictions of N rows are one tensor (K, N, ...), such as
-:func:`~lightning_rdrop.dropout_passes` makes. A metric is told how to read them by a distance, as the loss is, and its
-default is :class:`~lightning_rdrop.Categorical`: logits (K, N, ..., C). For the calibration of a prediction there is
-:class:`torchmetrics.classification.MulticlassCalibrationError`.
+The passes come first: K predictions of N rows are one tensor (K, N, ...), as :func:`~lightning_rdrop.dropout_passes`
+returns them. A distance defines how they are read, as in the loss; the default is :class:`~lightning_rdrop.Categorical`
+with logits (K, N, ..., C). For calibration use :class:`torchmetrics.classification.MulticlassCalibrationError`.
 """
 
 from lightning_rdrop.metrics.average_gap import AverageGap, average_gap

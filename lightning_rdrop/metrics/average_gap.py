@@ -1,4 +1,4 @@
-"""How far the model average, which dropout trains, is from the weight average, which is used."""
+"""The gap between the model average, which dropout trains, and the weight average, which inference uses."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from lightning_rdrop.terms import Average
 def average_gap(
     predictions: Tensor, weight_average: Tensor, target: Any = None, distance: Distance | None = None
 ) -> dict[str, Tensor]:
-    r"""How far the model average is from the weight average, and how well each of them does.
+    r"""The gap between the model average and the weight average, and the quality of both.
 
     .. math::
         \text{gap} = \operatorname*{mean}_n KL(\bar p_n \| q_n), \qquad \bar p_n = \operatorname*{mean}_k p_{kn}
 
     Dropout trains the model average :math:`\bar p`, the mean of the probabilities under all masks, of which K passes
-    are a sample. The weight average q is the prediction with dropout off. A sample makes the gap larger than it is, by
-    about ``dropout_kl`` / K, so compare gaps of the same K.
+    are a sample. The weight average q is the prediction with dropout off. Sampling overestimates the gap by about
+    ``dropout_kl`` / K, so compare gaps with the same K.
 
     Args:
         predictions: of K >= 2 dropout passes, (K, N, ...).
         weight_average: the prediction of the same rows with dropout off, (N, ...).
-        target: (N, ...), or what the distance takes; without it all rows count, and the gap is all there is.
-        distance: how to read them; ``None`` is :class:`~lightning_rdrop.Categorical`. For
-            :class:`~lightning_rdrop.Bernoulli` a row is a label. One that knows an average but no classes, such as
-            :class:`~lightning_rdrop.Gaussian`, measures the gap and the task loss by its D.
+        target: (N, ...), or what the distance takes; if not given, all rows count and only the gap is returned.
+        distance: how to read predictions; ``None`` is :class:`~lightning_rdrop.Categorical`. For
+            :class:`~lightning_rdrop.Bernoulli` a row is a label. A distance with an average but no classes, such as
+            :class:`~lightning_rdrop.Gaussian`, measures the gap and the task loss with its D.
 
     Returns:
         ``average_gap``, nats per row; ``average_gain``, the accuracy of the model average minus that of the weight
         average; ``model_average_accuracy`` and ``weight_average_accuracy``; ``model_average_nll`` and
-        ``weight_average_nll``, their negative log-likelihoods. Without classes there is no accuracy and no gain, and
-        the likelihood has the name of the task loss (``model_average_mse``).
+        ``weight_average_nll``, their negative log-likelihoods. Without classes, accuracies and gain are missing, and
+        the task loss replaces the likelihood (``model_average_mse``).
 
     Raises:
         ValueError: a single pass, or shapes that do not match.
-        TypeError: ``distance`` knows no average of predictions, or is one of several predictions by name.
+        TypeError: ``distance`` cannot average predictions, or is for several predictions by name.
 
     Source: Su Jianlin, spaces.ac.cn/archives/8496.
 
@@ -58,7 +58,7 @@ def average_gap(
 def gap_averages(
     predictions: Tensor, weight_average: Tensor, target: Any = None, distance: Distance | None = None
 ) -> dict[str, Average]:
-    """What :func:`average_gap` is the means of."""
+    """The averages whose means :func:`average_gap` returns."""
     distance = one_distance(distance)
     if several(predictions).shape[1:] != weight_average.shape:
         raise ValueError(
@@ -91,21 +91,21 @@ def gap_averages(
 
 
 class AverageGap(RowMeans):
-    """How far the model average is from the weight average, and how well each of them does.
+    """The gap between the model average and the weight average, and the quality of both.
 
-    See :func:`average_gap` for the formula and for what ``compute`` returns, means over all rows that counted in any
-    batch on any rank.
+    See :func:`average_gap` for the formula and the values that ``compute`` returns, as means over all rows that count
+    in all batches and ranks.
 
     Args:
         distance: how to read predictions; ``None`` is :class:`~lightning_rdrop.Categorical`.
-        kwargs: those of :class:`torchmetrics.Metric`.
+        kwargs: arguments of :class:`torchmetrics.Metric`.
 
     Shapes:
         ``update`` takes predictions (K, N, ..., C), K >= 2, the weight average (N, ..., C), and a target (N, ...), or
         what the distance takes.
 
     Raises:
-        TypeError: ``distance`` knows no average of predictions.
+        TypeError: ``distance`` cannot average predictions.
 
     Example:
         >>> from torch import tensor
@@ -118,7 +118,7 @@ class AverageGap(RowMeans):
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
         distance = one_distance(distance)
         if not distance.reader.reads("model_average"):
-            raise TypeError(f"AverageGap averages predictions, and {distance!r} knows no average of them.")
+            raise TypeError(f"AverageGap needs a distance that can average predictions, got {distance!r}.")
         both, names = ("model_average", "weight_average"), ["average_gap"]
         if distance.reader.reads("log_probabilities", "target_class"):
             names += ["average_gain", *(f"{one}_{what}" for one in both for what in ("accuracy", "nll"))]
@@ -127,5 +127,5 @@ class AverageGap(RowMeans):
         super().__init__(names, distance, **kwargs)
 
     def update(self, predictions: Tensor, weight_average: Tensor, target: Any = None) -> None:
-        """Add K predictions of the rows of a batch, and that with dropout off."""
+        """Add K dropout predictions of the rows of a batch, and the prediction with dropout off."""
         self.add(gap_averages(predictions, weight_average, target, self.distance))

@@ -20,16 +20,16 @@ def dropout_disagreement(predictions: Tensor, target: Any = None, distance: Dist
 
     Args:
         predictions: of K >= 2 passes, (K, N, ...).
-        target: (N, ...), or what the distance takes, which tells only what rows count; without it all do.
-        distance: how to read them; ``None`` is :class:`~lightning_rdrop.Categorical`. For
-            :class:`~lightning_rdrop.Bernoulli` a row is a label, and the classes are no and yes.
+        target: (N, ...), or what the distance takes; only tells which rows count; all if not given.
+        distance: how to read predictions; ``None`` is :class:`~lightning_rdrop.Categorical`. For
+            :class:`~lightning_rdrop.Bernoulli` a row is a label, with the classes 0 and 1.
 
     Returns:
         a share of rows and pairs of passes, in [0, 1].
 
     Raises:
         ValueError: a single pass, or shapes that do not match.
-        TypeError: ``distance`` knows no classes.
+        TypeError: ``distance`` has no classes.
 
     Example:
         >>> from torch import tensor
@@ -41,7 +41,7 @@ def dropout_disagreement(predictions: Tensor, target: Any = None, distance: Dist
 
 
 def disagreement_average(predictions: Tensor, target: Any = None, distance: Distance | None = None) -> Average:
-    """What :func:`dropout_disagreement` is the mean of."""
+    """The average whose mean :func:`dropout_disagreement` returns."""
     rows = Rows.read(one_distance(distance), several(predictions), target)
     classes = rows.log_p.argmax(-1)
     count = len(classes)
@@ -52,17 +52,17 @@ def disagreement_average(predictions: Tensor, target: Any = None, distance: Dist
 class DropoutDisagreement(RowMeans):
     """How often two dropout passes predict different classes; see :func:`dropout_disagreement`.
 
-    ``compute`` returns the mean over all rows that counted in any batch on any rank.
+    ``compute`` returns the mean over all rows that count in all batches and ranks.
 
     Args:
         distance: how to read predictions; ``None`` is :class:`~lightning_rdrop.Categorical`.
-        kwargs: those of :class:`torchmetrics.Metric`.
+        kwargs: arguments of :class:`torchmetrics.Metric`.
 
     Shapes:
         ``update`` takes predictions (K, N, ..., C), K >= 2, and a target (N, ...), or what the distance takes.
 
     Raises:
-        TypeError: ``distance`` knows no classes.
+        TypeError: ``distance`` has no classes.
 
     Example:
         >>> from torch import tensor
@@ -79,12 +79,12 @@ class DropoutDisagreement(RowMeans):
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
         super().__init__(["dropout_disagreement"], distance, **kwargs)
         if not self.distance.reader.reads("log_probabilities"):
-            raise TypeError(f"DropoutDisagreement compares predicted classes, and {self.distance!r} knows none.")
+            raise TypeError(f"DropoutDisagreement needs a distance with classes, got {self.distance!r}.")
 
     def update(self, predictions: Tensor, target: Any = None) -> None:
         """Add K predictions of the rows of a batch."""
         self.add({"dropout_disagreement": disagreement_average(predictions, target, self.distance)})
 
-    def compute(self) -> Tensor:  # type: ignore[override]  # it is one value
-        """The mean; NaN where no row counted."""
+    def compute(self) -> Tensor:  # type: ignore[override]  # a single value
+        """The mean; NaN if no row counted."""
         return super().compute()["dropout_disagreement"]

@@ -1,4 +1,4 @@
-"""How far the predictions of several dropout passes are apart."""
+"""The divergence between the predictions of several dropout passes."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ NAMES = ("dropout_kl", "dropout_kl_target", "dropout_kl_others")
 
 
 def dropout_kl(predictions: Tensor, target: Any = None, distance: Distance | None = None) -> dict[str, Tensor]:
-    r"""The consistency of K dropout passes, as ``train/kl`` counts it, and its parts of the target and other classes.
+    r"""The consistency of K dropout passes, as in ``train/kl``, and its shares of the target class and the others.
 
     .. math::
         \text{kl} = \operatorname*{mean}_{n,\,j<k} \tfrac14 \sum_c (p_{jnc} - p_{knc})(\log p_{jnc} - \log p_{knc})
 
     which is half the mean symmetric KL of two passes: the kl of :class:`~lightning_rdrop.RDropLoss` for the same
-    predictions, whatever their number. The terms of the sum with :math:`c = y_n` are the part of the target, and all
-    others are the rest, which cross-entropy does not see: it leaves the classes that are not the target free to change
-    from one mask to the next.
+    predictions, for any K. The terms of the sum with :math:`c = y_n` are ``dropout_kl_target``, the rest is
+    ``dropout_kl_others``. Cross-entropy does not see the rest: it leaves the non-target classes free to change from
+    mask to mask.
 
     Args:
         predictions: of K >= 2 passes, (K, N, ...).
-        target: (N, ...), or what the distance takes: which class is the target, and which rows count; without it all
-            do, and there are no parts.
-        distance: how to read them; ``None`` is :class:`~lightning_rdrop.Categorical`. For
-            :class:`~lightning_rdrop.Bernoulli` a row is a label, with the classes no and yes. One that knows no classes
-            is asked for its own D, and there are no parts. With :class:`~lightning_rdrop.Weighted` or
-            :class:`~lightning_rdrop.MaskedConsistency` a row counts as in training, in all of these metrics.
+        target: (N, ...), or what the distance takes: the target classes, and which rows count. If not given, all rows
+            count and only ``dropout_kl`` is returned.
+        distance: how to read predictions; ``None`` is :class:`~lightning_rdrop.Categorical`. For
+            :class:`~lightning_rdrop.Bernoulli` a row is a label, with the classes 0 and 1. A distance without classes
+            uses its own D and returns only ``dropout_kl``. With :class:`~lightning_rdrop.Weighted` or
+            :class:`~lightning_rdrop.MaskedConsistency`, rows count as in training, in all of these metrics.
 
     Returns:
         ``dropout_kl``, ``dropout_kl_target`` and ``dropout_kl_others``, nats per row (in the units of D).
 
     Raises:
         ValueError: a single pass, or shapes that do not match.
-        TypeError: ``distance`` is one of several predictions by name.
+        TypeError: ``distance`` is for several predictions by name.
 
     Source: Su Jianlin, spaces.ac.cn/archives/8496.
 
@@ -53,7 +53,7 @@ def dropout_kl(predictions: Tensor, target: Any = None, distance: Distance | Non
 
 
 def kl_averages(predictions: Tensor, target: Any, distance: Distance | None = None) -> dict[str, Average]:
-    """What :func:`dropout_kl` is the means of."""
+    """The averages whose means :func:`dropout_kl` returns."""
     distance = one_distance(distance)
     if not distance.reader.reads("log_probabilities", "target_class"):
         between = distance.over_pairs(several(predictions), target)
@@ -71,15 +71,15 @@ def kl_averages(predictions: Tensor, target: Any, distance: Distance | None = No
 
 
 class DropoutKL(RowMeans):
-    r"""The consistency of K dropout passes, as ``train/kl`` counts it, and its parts of the target and other classes.
+    r"""The consistency of K dropout passes, as in ``train/kl``, and its shares of the target class and the others.
 
     See :func:`dropout_kl` for the formula. ``compute`` returns ``dropout_kl``, ``dropout_kl_target`` and
-    ``dropout_kl_others``, means over all rows that counted in any batch on any rank.
+    ``dropout_kl_others``, as means over all rows that count in all batches and ranks.
 
     Args:
         distance: how to read predictions; ``None`` is :class:`~lightning_rdrop.Categorical`. Without classes, as with
-            :class:`~lightning_rdrop.Gaussian`, there is ``dropout_kl`` alone.
-        kwargs: those of :class:`torchmetrics.Metric`.
+            :class:`~lightning_rdrop.Gaussian`, only ``dropout_kl`` is returned.
+        kwargs: arguments of :class:`torchmetrics.Metric`.
 
     Shapes:
         ``update`` takes predictions (K, N, ..., C), K >= 2, and a target (N, ...), or what the distance takes.

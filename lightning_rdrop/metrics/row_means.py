@@ -1,4 +1,4 @@
-"""What the metrics share: means that are exact across batches and ranks, and how a distance reads the rows."""
+"""Shared by the metrics: means that are exact across batches and ranks, and how a distance reads the rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_rdrop.terms import Average
 
 
 class RowMeans(Metric):
-    """Means over rows by name, kept as their sums and weights, which are added up over batches and ranks."""
+    """Named means over rows, kept as sums and weights that are added over batches and ranks."""
 
     is_differentiable = False
     full_state_update = False
@@ -36,15 +36,15 @@ class RowMeans(Metric):
             setattr(self, f"{name}_weight", getattr(self, f"{name}_weight") + average.weight.detach())
 
     def compute(self) -> dict[str, Tensor]:
-        """The means by name; NaN where no row counted."""
+        """The means by name; NaN if no row counted."""
         return {name: getattr(self, f"{name}_total") / getattr(self, f"{name}_weight") for name in self.names}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot a value, or several over the steps, with matplotlib.
+        """Plot a single value, or several over the steps, with matplotlib.
 
         Args:
-            val: what ``compute`` or ``forward`` returned, or a list of such; ``None`` is ``compute()``.
-            ax: where to plot; ``None`` is a new figure.
+            val: a value returned by ``compute`` or ``forward``, or a list of them; ``None`` is ``compute()``.
+            ax: the axes to plot on; ``None`` is a new figure.
 
         Returns:
             the figure and its axes.
@@ -54,14 +54,14 @@ class RowMeans(Metric):
 
 @dataclass(frozen=True)
 class Rows:
-    """K predictions as a distance over classes reads them.
+    """K predictions as read by a distance with classes.
 
     Args:
         log_p: log-probabilities, shape (K, N, ..., C).
-        target: indices of classes, shape (N, ...), 0 in the rows that do not count; None where there is none.
+        target: class indices, shape (N, ...), 0 in rows that do not count; None if not given.
         counted: shape (N, ...), which rows have a class that counts; None if all do.
-        distance: whose consistency says how often each row counts.
-        given: the target that the distance takes.
+        distance: gives each row its weight in the consistency.
+        given: the target as the distance takes it.
     """
 
     log_p: Tensor
@@ -72,7 +72,7 @@ class Rows:
 
     @classmethod
     def read(cls, distance: Distance, predictions: Tensor, target: Any) -> Rows:
-        """The rows of predictions (K, N, ...) and of a target that the distance takes."""
+        """Read predictions (K, N, ...) and a target that the distance takes."""
         reader, count = distance.reader, views.count(predictions)
         log_p: Tensor = views.split(reader.log_probabilities(views.merge(predictions)), count, len(predictions[0]))
         if target is None:
@@ -82,46 +82,46 @@ class Rows:
         return cls(log_p, classes if counted is None else classes.where(counted, 0), counted, distance, target)
 
     def mean(self, values: Tensor) -> Average:
-        """The mean of one value a row, (N, ...), over the rows of the consistency."""
+        """The mean of one value per row, (N, ...), over the rows that count in the consistency."""
         return self.distance.as_counted(
             lambda target: Average.of(values, None if target is None else self.counted), self.given
         )
 
     def mean_of_known(self, values: Tensor) -> Average:
-        """The same over those of them that have a class."""
+        """The same mean over only those rows that also have a class."""
         return self.distance.as_counted(lambda _: Average.of(values, self.counted), self.given)
 
 
 def one_distance(distance: Distance | None) -> Distance:
-    """The distance, by default that of classes.
+    """The distance, :class:`~lightning_rdrop.Categorical` by default.
 
     Raises:
-        TypeError: it is none, or one of several predictions.
+        TypeError: it is not a distance, or is for several predictions by name.
     """
     if distance is None:
         return Categorical()
     if isinstance(distance, Together):
         raise TypeError(
-            f"distance={distance!r} is of several predictions by name, and a metric measures one: give each a metric "
-            "of its own, with distance.part(name)."
+            f"distance={distance!r} is for several predictions by name, but a metric measures one: create a metric for "
+            "each, with distance.part(name)."
         )
     if not isinstance(distance, Distance):
-        raise TypeError(f"distance must be a Distance, such as Bernoulli(), or None for classes, got {distance!r}.")
+        raise TypeError(f"distance must be a Distance, such as Bernoulli(), or None for Categorical, got {distance!r}.")
     return distance
 
 
 def several(predictions: Tensor) -> Tensor:
-    """The predictions, if they are of two passes or more.
+    """Check that the predictions are of at least two passes, and return them.
 
     Raises:
-        TypeError: they are no tensor.
-        ValueError: they are of one pass.
+        TypeError: they are not a tensor.
+        ValueError: they are of a single pass.
     """
     if not isinstance(predictions, Tensor):
         raise TypeError(f"predictions must be a tensor (K, N, ...), got a {type(predictions).__name__}.")
     if predictions.dim() < 2 or len(predictions) < 2:
         raise ValueError(
             f"predictions must be those of K >= 2 dropout passes over the same rows, (K, N, ...), got the shape "
-            f"{tuple(predictions.shape)}. dropout_passes(module, inputs, passes=8) makes them."
+            f"{tuple(predictions.shape)}. Use dropout_passes(module, inputs, passes=8)."
         )
     return predictions

@@ -1,4 +1,4 @@
-"""Pictures, each drawn with matplotlib, an extra."""
+"""Plots with matplotlib, an optional dependency."""
 
 from lightning_rdrop.plots.curves import History, curves, find_runs, read_csv
 from lightning_rdrop.plots.differences import paired_differences

@@ -1,4 +1,4 @@
-"""`lightning-rdrop plot`: runs over each other, plain training in grey."""
+"""`lightning-rdrop plot`: several runs in one figure, plain training in gray."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lightning_rdrop.plots import curves, find_runs
 
 
 def plot(args: Sequence[str]) -> None:
-    """Plot runs over each other, of what a ``CSVLogger`` wrote in or below their folders."""
+    """Plot the ``metrics.csv`` files of a ``CSVLogger`` in or below some folders."""
     parser = argparse.ArgumentParser(
-        prog="lightning-rdrop plot", description="Plot runs over each other, plain training in grey."
+        prog="lightning-rdrop plot", description="Plot several runs in one figure, plain training in gray."
     )
-    parser.add_argument("logdir", nargs="+", help="a folder with a metrics.csv, or with such folders")
-    parser.add_argument("--output", default="curves.png", help="the picture (default: %(default)s)")
+    parser.add_argument("logdir", nargs="+", help="a folder that contains metrics.csv files, also in subfolders")
+    parser.add_argument("--output", default="curves.png", help="the file to write (default: %(default)s)")
     given = parser.parse_args(args)
     try:
         curves(find_runs(given.logdir)).savefig(given.output, dpi=150)

@@ -1,4 +1,4 @@
-"""What was logged over the steps of a training, or of several."""
+"""Plot what was logged over the steps of one or several runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 History = Mapping[str, Sequence[tuple[int, float]]]
-"""What was logged in a run: by name the optimizer steps and the values."""
+"""What was logged in a run: pairs of optimizer step and value, by name."""
 
 TASK = tuple(f"train/{name}" for name in ("ce", "bce", "mse", "nll", "focal", "ctc", "cosine"))
 CONSISTENCY = ("train/kl", "train/js", "train/consistency")
 VALIDATION = ("val/accuracy", "val/f1", "val/pearson", "val/sacrebleu", "val/chrf", "val/rouge", "val/perplexity")
 USUAL = (TASK, CONSISTENCY, ("train/alpha",), VALIDATION)
-"""The quantities that are plotted by default: of each group the first that was logged."""
+"""The quantities plotted by default: the first of each group that was logged."""
 
-_SMOOTHED = 40  # with fewer points each is seen
+_SMOOTHED = 40  # fewer points are not smoothed
 _COLUMNS = 4
 _STYLES = ("-", "--", ":", "-.")
 
@@ -32,23 +32,23 @@ _STYLES = ("-", "--", ":", "-.")
 def curves(
     runs: str | Path | Mapping[str, str | Path | History], panels: Mapping[str, Sequence[str]] | None = None
 ) -> Figure:
-    """Plot logged quantities over the optimizer steps, one run, or several over each other.
+    """Plot logged quantities over the optimizer steps, for one run or several in one figure.
 
-    Many points are drawn faintly, under a line through their moving averages. Among several runs, plain training is
-    grey: alpha or kl is 0 in all of it.
+    Many points are drawn faintly, under a line of their moving average. Among several runs, plain training, whose alpha
+    or kl is always 0, is gray.
 
     Args:
-        runs: the ``metrics.csv`` of a Lightning ``CSVLogger``; or several by the name to give them, each such a file
-            or a :data:`History`.
-        panels: the columns of each panel, by its title; ``None`` is a panel each for the task loss, for the consistency
-            of the passes (that of :class:`~lightning_rdrop.callbacks.ConsistencyMonitor` beside that of training), for
-            alpha, for the first validation metric, and for the gap that the monitor found; of what was logged.
+        runs: the ``metrics.csv`` of a Lightning ``CSVLogger``; or several runs by name, each such a file or a
+            :data:`History`.
+        panels: the columns of each panel, by its title; ``None`` makes one panel each for the task loss, the
+            consistency (in training and as measured by :class:`~lightning_rdrop.callbacks.ConsistencyMonitor`), alpha,
+            the first validation metric, and the gap that the monitor measured, if they were logged.
 
     Raises:
         ValueError: a column that was never logged.
-        FileNotFoundError: nothing was logged at all.
+        FileNotFoundError: a file is missing, since nothing was logged.
     """
-    from matplotlib.figure import Figure  # an extra
+    from matplotlib.figure import Figure  # optional dependency
 
     named = runs if isinstance(runs, Mapping) else {str(runs): runs}
     histories = {name: run if isinstance(run, Mapping) else read_csv(run) for name, run in named.items()}
@@ -71,16 +71,16 @@ def curves(
     for axes in grid[len(panels) :]:
         axes.remove()
     if len(histories) > 1:
-        runs_in_colour = _handles((run, colour, "-") for run, colour in _colours(histories).items())
-        figure.legend(handles=runs_in_colour, loc="outside lower center", ncols=_COLUMNS)
+        handles = _handles((run, color, "-") for run, color in _colors(histories).items())
+        figure.legend(handles=handles, loc="outside lower center", ncols=_COLUMNS)
     return figure
 
 
 def read_csv(metrics: str | Path) -> History:
-    """What a ``CSVLogger`` wrote, by column.
+    """Read the columns written by a ``CSVLogger``.
 
     Raises:
-        FileNotFoundError: it wrote nothing.
+        FileNotFoundError: the file does not exist, since nothing was logged.
     """
     history: dict[str, list[tuple[int, float]]] = {}
     with Path(metrics).open(newline="") as file:
@@ -92,10 +92,10 @@ def read_csv(metrics: str | Path) -> History:
 
 
 def find_runs(folders: Iterable[str | Path]) -> dict[str, Path]:
-    """The ``metrics.csv`` in or below each of some folders, by the part of their paths in which they differ.
+    """Find the ``metrics.csv`` files in or below each folder, named by the part of their paths that differs.
 
     Raises:
-        FileNotFoundError: there is none in one of them.
+        FileNotFoundError: a folder has none.
     """
     found = []
     for folder in folders:
@@ -110,7 +110,7 @@ def find_runs(folders: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def is_plain(history: History) -> bool:
-    """Whether a run is plain training: alpha is 0 in all of it, or kl is, as with a single view.
+    """Whether a run is plain training: alpha is always 0, or kl is, as with a single view.
 
     Example:
         >>> is_plain({"train/kl": [(0, 0.0), (1, 0.0)], "train/alpha": [(0, 4.0), (1, 4.0)]})
@@ -138,38 +138,38 @@ def _usual_panels(histories: Iterable[History]) -> dict[str, list[str]]:
 
 
 def _draw(axes: Axes, histories: Mapping[str, History], names: Sequence[str]) -> None:
-    """The lines of a panel. Colours tell several runs, whose quantities differ in style, or the quantities of one."""
+    """Draw the lines of a panel: colors for runs and styles for quantities, or colors for the quantities of one run."""
     several = len(histories) > 1
     styles = dict(zip(names, cycle(_STYLES if several else _STYLES[:1]), strict=False))
-    for run, colour in _colours(histories).items():
+    for run, color in _colors(histories).items():
         for number, name in enumerate(names):
             if name in histories[run]:
-                _line(axes, histories[run][name], name, colour if several else f"C{number % 10}", styles[name])
+                _line(axes, histories[run][name], name, color if several else f"C{number % 10}", styles[name])
     if len(names) > 1:
         axes.legend(handles=_handles([(name, "black", style) for name, style in styles.items()]) if several else None)
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], label: str, colour: str, style: str) -> None:
-    import numpy as np  # matplotlib brings it
+def _line(axes: Axes, points: Sequence[tuple[int, float]], label: str, color: str, style: str) -> None:
+    import numpy as np  # a dependency of matplotlib
 
     steps, values = zip(*points, strict=True)
     if len(points) < _SMOOTHED:
-        axes.plot(steps, values, style, label=label, color=colour, marker=".", linewidth=1.2)
+        axes.plot(steps, values, style, label=label, color=color, marker=".", linewidth=1.2)
         return
     window = np.ones(len(points) // 20 * 2 + 1)
     smooth = np.convolve(values, window, "same") / np.convolve(np.ones(len(points)), window, "same")
-    axes.plot(steps, values, ".", color=colour, markersize=2, alpha=0.25)
-    axes.plot(steps, smooth, style, label=label, color=colour, linewidth=1.5)
+    axes.plot(steps, values, ".", color=color, markersize=2, alpha=0.25)
+    axes.plot(steps, smooth, style, label=label, color=color, linewidth=1.5)
 
 
-def _colours(histories: Mapping[str, History]) -> dict[str, str]:
-    """A colour for each run, grey for plain training."""
-    others = (f"C{number % 7}" for number in count())  # the eighth is grey
+def _colors(histories: Mapping[str, History]) -> dict[str, str]:
+    """A color for each run, gray for plain training."""
+    others = (f"C{number % 7}" for number in count())  # C7 is gray
     return {run: "grey" if is_plain(history) else next(others) for run, history in histories.items()}
 
 
 def _handles(lines: Iterable[tuple[str, str, Any]]) -> list[Line2D]:
-    """What a legend shows, of labels, colours and styles."""
+    """Legend handles for labels, colors and styles."""
     from matplotlib.lines import Line2D
 
-    return [Line2D([], [], label=label, color=colour, linestyle=style) for label, colour, style in lines]
+    return [Line2D([], [], label=label, color=color, linestyle=style) for label, color, style in lines]

@@ -1,4 +1,4 @@
-"""What each seed of several variants reached, and how far the variants are from one of them."""
+"""Plot the results of several variants by seed, and their differences to one of them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ def paired_differences(
     metric: str,
     reference: str,
 ) -> Figure:
-    """Plot what each seed of each variant reached, and how far the variants are from the reference.
+    """Plot the results of each variant by seed, and the paired differences to the reference.
 
     Args:
-        values: those of the seeds, by variant.
-        intervals: the mean of the paired differences and half of its interval, by variant; the latter may be NaN.
-        metric: its name.
-        reference: the variant that has no difference.
+        values: the results of the seeds, by variant.
+        intervals: the mean of the paired differences and half the width of its interval, by variant; the latter may be
+            NaN.
+        metric: name of the metric.
+        reference: name of the variant that the others are compared with.
     """
-    from matplotlib.figure import Figure  # an extra
+    from matplotlib.figure import Figure  # optional dependency
 
     figure = Figure(figsize=(9, 1.2 + 0.35 * len(values)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -31,7 +32,7 @@ def paired_differences(
         left.plot(sum(points) / len(points), height, "|", color="black", markersize=14)
         if name in intervals:
             center, margin = intervals[name]
-            color = "tab:blue" if abs(center) > margin else "tab:gray"  # what is not shown is gray
+            color = "tab:blue" if abs(center) > margin else "tab:gray"  # gray if not significant
             right.errorbar(center, height, xerr=margin, fmt="o", color=color, capsize=3)
     right.axvline(0, color="black", linewidth=0.8)
     left.set(title=f"{metric}, each seed and the mean", yticks=range(len(values)), yticklabels=values)
@@ -39,5 +40,5 @@ def paired_differences(
     right.set(title=f"difference to {reference}, 95 % interval")
     for axes in (left, right):
         axes.grid(alpha=0.3, axis="x")
-        axes.locator_params(axis="x", nbins=5)  # more numbers would run into each other
+        axes.locator_params(axis="x", nbins=5)  # more numbers would overlap
     return figure

@@ -1,4 +1,4 @@
-"""A metric over two settings of a grid."""
+"""Plot a metric over a grid of two settings."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def heat_map(
     """Plot a number for each pair of two settings, such as alpha and dropout.
 
     Args:
-        values: by the two settings; a pair that is not there stays blank.
-        axes: the names of the settings, upwards and to the right.
-        title: says what the numbers are.
-        chosen: the pair that has a frame.
+        values: the numbers by pair of settings; missing pairs stay blank.
+        axes: the names of the settings: vertical, then horizontal.
+        title: describes the numbers.
+        chosen: the pair to frame.
 
     Example:
         >>> figure = heat_map({("1", "0.1"): 0.8, ("4", "0.1"): 0.9}, ("alpha", "p"), "accuracy", ("4", "0.1"))
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['0.8', '0.9']
     """
-    from matplotlib.figure import Figure  # an extra
+    from matplotlib.figure import Figure  # optional dependency
     from matplotlib.patches import Rectangle
 
     upwards, right = ([*dict.fromkeys(pair[axis] for pair in values)] for axis in (0, 1))

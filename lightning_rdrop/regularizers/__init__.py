@@ -1,4 +1,4 @@
-"""What R-Drop is measured against, as further terms of the mixin's loss: a method a file."""
+"""Methods to compare R-Drop with, as additional terms of the mixin's loss. One per file."""
 
 from lightning_rdrop.regularizers.fgm import FGM
 from lightning_rdrop.regularizers.gradient_penalty import GradientPenalty

@@ -1,4 +1,4 @@
-"""FGM: train on the worst step that is small."""
+"""FGM: adversarial training on the embeddings."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_rdrop.terms import Average
 
 
 class FGM(Regularizer):
-    r"""Adversarial training by the fast gradient method: the task loss at the worst nearby embeddings.
+    r"""Adversarial training by the fast gradient method: the task loss at adversarially perturbed embeddings.
 
     .. math::
         \text{fgm} = \operatorname{mean}_n D(y_n, f(e + r)), \qquad
         r_i = \epsilon \frac{g_i}{\|g_i\|_2}, \quad g = \nabla_e \operatorname{mean}_n D(y_n, f(e))
 
-    The norm is that of an example, over the positions that are no padding and the dimensions together; r is a
-    constant. It takes two passes and two backward passes over B rows.
+    The norm is per example, over non-padding positions and dimensions together; no gradient flows through r. It takes
+    two forward and two backward passes over B rows.
 
     Args:
         weight, at: see :class:`~lightning_rdrop.Regularizer`.
-        epsilon: the norm of the perturbation of an example, >= 0. It wants to be small beside the norm of the example's
-            embeddings.
+        epsilon: the norm of the perturbation of an example, >= 0. It should be small compared to the norm of the
+            example's embeddings.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of range.
 
     Source: Miyato et al. 2017, arXiv 1605.07725, equation 5; Su Jianlin, spaces.ac.cn/archives/7234 (who takes the
     norm over all embeddings of a batch together).

@@ -1,4 +1,4 @@
-"""The gradient penalty: a loss that is flat around the examples."""
+"""The gradient penalty, which keeps the loss flat around the examples."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class GradientPenalty(Regularizer):
 
     .. math:: \text{gradient\_penalty} = \frac{1}{2n} \sum_i \Big\| \nabla_{e_i} \sum_{n \in i} D(y_n, f(e)) \Big\|_2^2
 
-    over the n rows that count, so that with one row an example it is the mean over the examples, whatever B. To first
-    order, the loss plus w times this is the loss after a step of w/2 times the gradient. It takes one pass, and a
-    backward pass of a backward pass.
+    over the n rows that count; with one row per example, it is the mean over the examples for any B. To first order,
+    the loss plus w times this is the loss after a step of w/2 times the gradient. It takes one forward pass and a
+    double backward pass.
 
-    Fused attention has no second derivative, so torch's is replaced by its plain form meanwhile; a model with another
-    fused attention wants ``attn_implementation="sdpa"`` or ``"eager"``. Neither has an LSTM of cuDNN: train it under
-    ``torch.backends.cudnn.flags(enabled=False)``.
+    Fused attention has no second derivative, so torch's is replaced by its math implementation during the pass; a model
+    with another fused attention needs ``attn_implementation="sdpa"`` or ``"eager"``. A cuDNN LSTM has none either:
+    train it under ``torch.backends.cudnn.flags(enabled=False)``.
 
     Args:
         weight, at: see :class:`~lightning_rdrop.Regularizer`.
 
     Source: Drucker and LeCun 1992, double backpropagation; Su Jianlin, spaces.ac.cn/archives/7234. His code takes the
-    gradient of the mean loss, and with B examples his epsilon is B times this weight.
+    gradient of the mean loss, so with B examples his epsilon is B times this weight.
 
     Example:
         >>> GradientPenalty(weight=0.1).name

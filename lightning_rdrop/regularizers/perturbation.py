@@ -1,4 +1,4 @@
-"""Where a perturbation enters a network, and passes through the network with one."""
+"""Forward passes with a perturbation at one place in the network."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lightning_rdrop.probe import buffers_aside, random_states, unlogged
 
 
 class Passes:
-    """Passes of one batch through a module, each with something added at one place.
+    """Forward passes of one batch through a module, each with a perturbation added at one place.
 
-    What differs between them is what was added, and nothing else: all have the dropout masks of the first one, as in
-    the code of Miyato et al. (github.com/takerum/vat_tf seeds them alike), for between different masks the direction
-    that moves the prediction most would be noise. Running statistics, and all other buffers, are put aside meanwhile,
-    and what ``forward`` logs is not logged.
+    The passes differ only in the perturbation: all use the dropout masks of the first pass, as in the code of Miyato
+    et al. (github.com/takerum/vat_tf uses the same seed). With different masks, the direction that moves the
+    prediction most would be noise. Running statistics and all other buffers are restored afterwards, and ``forward``
+    logs nothing.
 
     Args:
-        module: with the mixin.
-        inputs: those of B examples.
+        module: a module with the mixin.
+        inputs: the inputs of B examples.
         at: see :class:`~lightning_rdrop.Regularizer`.
 
     Raises:
-        ValueError: a submodule that is not there, or no place to be found.
-        TypeError: inputs whose examples cannot be told.
+        ValueError: an unknown submodule, or no place was found.
+        TypeError: the number of examples in the inputs is unknown.
     """
 
     def __init__(self, module: Hooks, inputs: Any, at: str | None) -> None:
@@ -40,15 +40,15 @@ class Passes:
         try:
             self._examples = views.batch_size(inputs)
         except TypeError as error:
-            raise TypeError(f"A perturbation has a norm for each example, which cannot be told here: {error}") from None
-        self._put_back: Callable[[], None] | None = None
+            raise TypeError(f"A perturbation has a norm per example, whose number is unknown here: {error}") from None
+        self._restore_masks: Callable[[], None] | None = None
         self.counted: Tensor | float = 1.0
-        """1, or (B, T, 1) with 0 at padding, which is not perturbed; known after the first pass."""
+        """1, or (B, T, 1) with 0 at padding, which is not perturbed; set by the first pass."""
 
     def predict(self, perturbation: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The prediction with the perturbation added, and the perturbation.
+        """Predict with the perturbation added, and return the prediction and the perturbation.
 
-        ``None`` is zeros that require a gradient, which is then the gradient at the place itself, (B, ...).
+        ``None`` adds zeros that require a gradient: theirs is the gradient at the perturbed place itself, (B, ...).
         """
         added: list[Tensor] = []
 
@@ -72,27 +72,29 @@ class Passes:
         if not added and any(map(is_compiled, self._module.modules())):
             raise ValueError(
                 f"{self._named_place()} was not seen in a forward pass: the network around it is compiled, which hides "
-                "the calls of its submodules. Train this regularizer without torch.compile, or compile other parts."
+                "calls of its submodules. Train with this regularizer without torch.compile, or compile other parts."
             )
         if not added:
-            raise ValueError(f"{self._named_place()} was not called in a forward pass; name another one: at='...'.")
+            raise ValueError(
+                f"{self._named_place()} was not called in a forward pass. Name another submodule: at='...'."
+            )
         return prediction, added[0]
 
     @contextmanager
     def _same_masks(self) -> Iterator[None]:
-        if self._put_back is None:
-            self._put_back = random_states(self._module.device)
+        if self._restore_masks is None:
+            self._restore_masks = random_states(self._module.device)
             yield
             return
-        go_on = random_states(self._module.device)
-        self._put_back()
+        restore = random_states(self._module.device)
+        self._restore_masks()
         try:
             yield
         finally:
-            go_on()
+            restore()
 
     def _not_padding(self, point: Tensor) -> Tensor | float:
-        # it may be the mask of other positions than those of a place that was named
+        # the mask may not fit the positions of a place chosen by name
         named = isinstance(self._inputs, Mapping) and self._at is None
         mask = self._inputs.get("attention_mask") if named else None
         if not isinstance(mask, Tensor) or point.dim() != 3 or mask.shape != point.shape[:2]:
@@ -102,11 +104,14 @@ class Passes:
     def _check(self, point: Any) -> None:
         if not isinstance(point, Tensor) or not point.is_floating_point():
             found = f"{point.dtype}" if isinstance(point, Tensor) else f"a {type(point).__name__}"
-            raise TypeError(f"{self._named_place()} gives {found}, where a tensor of floats is perturbed: at='...'.")
+            raise TypeError(
+                f"{self._named_place()} gives {found}, but only a floating-point tensor can be perturbed. Name another "
+                "submodule: at='...'."
+            )
         if point.dim() == 0 or len(point) != self._examples:
             raise ValueError(
-                f"{self._named_place()} gives the shape {tuple(point.shape)} for {self._examples} examples; a "
-                "perturbation has a norm for each example, (B, ...). Name another submodule: at='...'."
+                f"{self._named_place()} gives the shape {tuple(point.shape)} for {self._examples} examples, but a "
+                "perturbation has a norm per example, (B, ...). Name another submodule: at='...'."
             )
 
     def _named_place(self) -> str:
@@ -115,7 +120,7 @@ class Passes:
 
 
 def unit(direction: Tensor) -> Tensor:
-    """Each example's vector divided by its L2 norm over all dimensions but the first; 0 stays 0.
+    """Divide the vector of each example by its L2 norm over all dimensions but the first; 0 stays 0.
 
     Example:
         >>> unit(torch.tensor([[3.0, 4.0], [3e-30, 4e-30], [0.0, 0.0]]))
@@ -124,14 +129,14 @@ def unit(direction: Tensor) -> Tensor:
                 [0.0000, 0.0000]])
     """
     rows = direction.reshape(len(direction), -1)
-    # the squares of small numbers would be 0; after this the largest is 1, or all are 0
+    # squares of small numbers would underflow: scale the largest number to 1 first, unless all are 0
     rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
     norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1)
     return (rows / norm).reshape(direction.shape)
 
 
 def _find(network: nn.Module, inputs: Any, at: str | None) -> nn.Module | None:
-    """The submodule whose output is perturbed; None is the input itself."""
+    """Find the submodule whose output is perturbed; None is the input itself."""
     modules = submodules.named(network)
     if at is not None:
         if at in modules:
@@ -140,7 +145,7 @@ def _find(network: nn.Module, inputs: Any, at: str | None) -> nn.Module | None:
     for part in modules.values():
         config = getattr(part, "config", None)
         if config is not None and hasattr(part, "get_input_embeddings"):
-            # a decoder has embeddings of its own, and what both share may be called by neither
+            # the decoder has its own embeddings, and shared ones may be called by neither
             model: Any = part.get_encoder() if getattr(config, "is_encoder_decoder", False) else part  # type: ignore[operator]
             embeddings: nn.Module = model.get_input_embeddings()
             return embeddings
@@ -151,6 +156,6 @@ def _find(network: nn.Module, inputs: Any, at: str | None) -> nn.Module | None:
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
             return part
     raise ValueError(
-        f"No place for a perturbation is found: the input is no single tensor of floats, and {type(network).__name__} "
-        "has no embedding. Name the submodule whose output is perturbed: at='...'."
+        "No place for the perturbation was found: the input is not a single floating-point tensor, and "
+        f"{type(network).__name__} has no embedding. Name the submodule whose output to perturb: at='...'."
     )

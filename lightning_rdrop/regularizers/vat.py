@@ -1,4 +1,4 @@
-"""Virtual adversarial training: predictions that stay where they are, whatever small thing is done to the input."""
+"""Virtual adversarial training: predictions that are robust to small perturbations of the input."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from lightning_rdrop.terms import Average
 
 
 class VAT(Regularizer):
-    r"""Virtual adversarial training: how far the worst nearby embeddings move the prediction.
+    r"""Virtual adversarial training: how far the worst small perturbation of the embeddings moves the prediction.
 
     .. math::
         \text{vat} = \operatorname{mean}_n D(\hat f, f(e + \epsilon d)), \qquad
         d_i = \operatorname*{arg\,max}_{\|d_i\|_2 = 1} D(\hat f, f(e + \epsilon d))
 
-    with :math:`\hat f` the prediction as it is, held constant, and D the distance's ``directed``: for
+    with :math:`\hat f` the unperturbed prediction, held constant, and D the distance's ``directed``: for
     :class:`~lightning_rdrop.Categorical` the KL divergence :math:`KL(\hat p \| p)`. The direction is found by power
-    iteration from a random one, :math:`d \leftarrow \overline{\nabla_r D(\hat f, f(e + r))|_{r = \xi d}}`, and is
-    to second order the first eigenvector of the Fisher information. It takes 2 + iterations passes, and as many
-    backward passes less one. No label is needed: with ``rdrop_views=1`` and unlabelled data this is VAT as published.
+    iteration from a random start, :math:`d \leftarrow \overline{\nabla_r D(\hat f, f(e + r))|_{r = \xi d}}`, and is
+    to second order the first eigenvector of the Fisher information. It takes 2 + iterations forward and 1 + iterations
+    backward passes. No label is needed: with ``rdrop_views=1`` and unlabeled data this is VAT as published.
 
     Args:
         weight, at: see :class:`~lightning_rdrop.Regularizer`.
-        epsilon: the norm of the perturbation of an example, >= 0, over positions that are no padding and dimensions
-            together. Published: 8 for CIFAR-10, 2.5 for SVHN, 5 for normalised embeddings of a text.
-        xi: the norm at which the gradient is taken, > 0: too small, and the rounding of the network takes its place;
-            too large, and it is not the gradient at the example. ``None`` is 0.01, and 1 in half precision. Published:
-            1e-6 for images (which in float32 is lost in rounding), 0.1 for texts.
+        epsilon: the norm of the perturbation of an example, >= 0, over non-padding positions and dimensions together.
+            Published: 8 for CIFAR-10, 2.5 for SVHN, 5 for normalized embeddings of a text.
+        xi: the norm at which the gradient is taken, > 0. If too small, rounding errors dominate; if too large, it is
+            no longer the gradient at the example. ``None`` is 0.01, or 1 in half precision. Published: 1e-6 for images
+            (lost to rounding in float32), 0.1 for texts.
         iterations: of the power iteration, >= 1.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of range.
 
     Source: Miyato et al. 2018, arXiv 1704.03976, algorithm 1; for texts 2017, arXiv 1605.07725.
 
@@ -61,7 +61,7 @@ class VAT(Regularizer):
         super().__init__(weight=weight, at=at)
         self.epsilon = non_negative("epsilon", epsilon)
         if xi is not None and not non_negative("xi", xi):
-            raise ValueError(f"xi must be > 0, or None to fit the precision, got {xi!r}: at 0 the gradient is 0.")
+            raise ValueError(f"xi must be > 0, or None for a value by precision, got {xi!r}: at 0 the gradient is 0.")
         self.xi = xi
         self.iterations = whole("iterations", iterations)
 

@@ -51,7 +51,7 @@ class Seq2Seq(LanguageModel):
             vocabulary; the step's ``prediction`` is then None.
         max_new_tokens: the maximum length of a generated text, in tokens.
         num_beams: of beam search; 1 is greedy decoding.
-        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``:
+        peft: train low-rank adapters (LoRA) around the frozen model, with arguments of peft's ``LoraConfig`` such as
             ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints then leave out the model, and
             ``peft.PeftModel.from_pretrained`` loads the folder ``adapter`` next to them.
         quantization: quantize that model to 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; needs a GPU.

@@ -12,7 +12,7 @@ class TokenClassifier(PretrainedClassifier):
         pretrained: name or folder of the model, whose dropout is switched on.
         num_classes: C of the logits (N, T, C); ``None`` takes the number of classes in a
             :class:`~lightning_rdrop.data.TokenDataModule`. A token with the label -100 does not count.
-        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``:
+        peft: train low-rank adapters (LoRA) around the frozen model, with arguments of peft's ``LoraConfig`` such as
             ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints then leave out the model, and
             ``peft.PeftModel.from_pretrained`` loads the folder ``adapter`` next to them.
         quantization: quantize that model to 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; needs a GPU.

@@ -1,4 +1,4 @@
-"""R-Drop in a training loop of one's own, with Lightning Fabric: python -m examples.fabric_loop --devices 2"""
+"""R-Drop in your own training loop, with Lightning Fabric: python -m examples.fabric_loop --devices 2"""
 
 import argparse
 

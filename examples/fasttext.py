@@ -19,7 +19,7 @@ class FastText(nn.Module):
         self.head = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, num_classes)
         )
-        nn.init.normal_(self.embedding.weight, std=0.5)  # the mean of a hundred of them has a tenth of it
+        nn.init.normal_(self.embedding.weight, std=0.5)  # the mean of 100 has a tenth of this std
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.head(self.embedding(input_ids))

@@ -1,4 +1,4 @@
-"""Data of which only some training rows have a label."""
+"""Data in which only some training rows have a label."""
 
 import pytorch_lightning as pl
 import torch
@@ -8,13 +8,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class FewLabels(pl.LightningDataModule):
-    """Pairs (x, y) for training, validation and test; the first training rows are those with a label.
+    """Pairs (x, y) for training, validation and test; the first training rows are the labeled ones.
 
     Args:
         batch_size: rows in a training batch.
-        train_size: the number of training rows with a label; None is all.
-        draw: seed of the split, and so of the choice among the training rows.
-        unlabeled_batch_size: rows of the others, without their labels, beside each batch; 0 is none.
+        train_size: the number of labeled training rows; None is all.
+        draw: seed of the split, and so of which training rows are labeled.
+        unlabeled_batch_size: unlabeled rows added to each batch; 0 is none.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class FewLabels(pl.LightningDataModule):
         self.unlabeled_batch_size = unlabeled_batch_size
 
     def parts(self, generator: Generator) -> tuple[Dataset, Dataset, Dataset]:
-        """Training rows in random order, and those of validation and test."""
+        """Training rows in random order, validation rows and test rows."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -40,7 +40,7 @@ class FewLabels(pl.LightningDataModule):
         if not self.unlabeled_batch_size:
             return labeled
         unlabeled = DataLoader(self.unlabeled, self.unlabeled_batch_size, shuffle=True, collate_fn=without_labels)
-        return CombinedLoader({"labeled": labeled, "unlabeled": unlabeled}, "min_size")  # an epoch of the labelled ones
+        return CombinedLoader({"labeled": labeled, "unlabeled": unlabeled}, "min_size")  # an epoch of the labeled ones
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, 500)

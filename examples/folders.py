@@ -11,16 +11,16 @@ NAMES = {"val": ("val", "dev"), "predict": ("test",)}
 
 
 class TextFolder(TextDataModule):
-    """The tables ``train``, ``val`` (or ``dev``), ``test`` and ``unlabeled`` of a folder; repeated texts count once.
+    """The tables ``train``, ``val`` (or ``dev``), ``test`` and ``unlabeled`` of a folder, without repeated texts.
 
     Args:
         tokenizer: as for :class:`~lightning_rdrop.data.TextDataModule`.
-        folder: holds the tables.
+        folder: contains the tables.
         prefix: of their names, as in ``cola_train.tsv``.
-        draw: 0 is the published split. Any other is the seed of a new one: the rows of training and validation are
-            shuffled together, and cut in the published sizes.
+        draw: 0 is the published split. Any other value is the seed of a new one: the rows of training and validation
+            are shuffled together and split into the published sizes.
         train_size: the number of training rows; None is all.
-        with_unlabeled: whether the rows of ``unlabeled`` are used.
+        with_unlabeled: whether to use the rows of ``unlabeled``.
         kwargs: other arguments of :class:`~lightning_rdrop.data.TextDataModule`.
     """
 
@@ -50,7 +50,7 @@ class TextFolder(TextDataModule):
     def splits(self) -> dict[str, Sequence[Row]]:
         seen: set[tuple[str, ...]] = set()
         parts: dict[str, list[Row]] = {}
-        for split in ("test", "val", "train", "unlabeled"):  # what is tested is not trained on
+        for split in ("test", "val", "train", "unlabeled"):  # test texts first, so that they are not trained on
             parts[split] = []
             for row in self.read(split):
                 key = tuple(row[column] for column in (self.text, self.pair) if column is not None)
@@ -65,7 +65,7 @@ class TextFolder(TextDataModule):
         return parts | {"train": parts["train"][: self.train_size], "predict": parts["test"]}
 
     def read(self, split: str) -> Sequence[Row]:
-        """The table of a split; none where there is no file of its name."""
+        """The table of a split; empty if there is no such file."""
         found = (path for name in NAMES.get(split, (split,)) for path in self.folder.glob(f"{self.prefix}{name}.*"))
         path = next(found, None)
         return [] if path is None else read_table(path)

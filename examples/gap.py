@@ -1,10 +1,10 @@
-"""The gap that R-Drop closes: the quickstart plain, and with three values of alpha, three seeds each:
+"""The gap that R-Drop closes: the quickstart plain and with three values of alpha, three seeds each:
 
     python -m examples.gap
 
-Dropout trains the average of many networks, and one network with averaged weights is used. Measured on the test
-reviews, with the weights that validate best: how far 64 dropout passes are apart, the gap between the averages, and how
-well each of the two predicts and is calibrated. Prints a table, and writes gap.csv and gap.png to examples/results/gap.
+Dropout trains an average of many networks, but inference uses one network with averaged weights. Measured on the test
+reviews, with the best weights on validation: how much 64 dropout passes differ, the gap between the two averages, and
+the accuracy and calibration of each. Prints a table, and writes gap.csv and gap.png to examples/results/gap.
 """
 
 import csv
@@ -48,7 +48,7 @@ COLUMNS = {
 
 
 def train(variant, seed):
-    """The trained module with its best weights, its data, and the log."""
+    """The trained module with its best weights, its data, and the path of its log."""
     logger = {"class_path": "CSVLogger", "init_args.save_dir": "logs/gap", "init_args.name": f"{variant}/{seed}"}
     arguments = [
         *("fit", "--config", "examples/quickstart.yaml", f"--seed_everything={seed}", *QUIET),

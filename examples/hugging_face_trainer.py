@@ -1,4 +1,4 @@
-"""R-Drop in Hugging Face's own Trainer: python -m examples.hugging_face_trainer"""
+"""R-Drop in the Hugging Face Trainer: python -m examples.hugging_face_trainer"""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -7,14 +7,14 @@ from lightning_rdrop import RDropLoss, views
 
 
 class RDropTrainer(Trainer):
-    """The batch is doubled on its way into the model, and its two halves are the views."""
+    """Double the batch before the model, and treat the two halves of its output as the views."""
 
     def __init__(self, *args, alpha=4.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.loss = alpha, RDropLoss()
-        # The loss is a mean over the rows of a micro-batch, so that the Trainer has to divide it by their number. It
-        # leaves that to models that take num_items_in_batch, and a loss of four micro-batches would be four times as
-        # large, in the log and in the gradient.
+        # The loss is a mean over the rows of a micro-batch, so the Trainer must divide it by the number of
+        # micro-batches. It skips that for models that accept num_items_in_batch; with four micro-batches, the logged
+        # loss and the gradient would be four times too large.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

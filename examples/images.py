@@ -1,4 +1,4 @@
-"""Fashion-MNIST from a folder with the files as published, and a small network for it."""
+"""Fashion-MNIST from a folder with the published files, and a small network for it."""
 
 import gzip
 from pathlib import Path
@@ -13,7 +13,7 @@ FILES = {"train": "train", "test": "t10k"}
 
 
 class CNN(nn.Sequential):
-    """Two convolutions and two linear layers, with dropout behind each but the last; returns logits (N, classes)."""
+    """Two convolutions and two linear layers, with dropout after each but the last; returns logits (N, classes)."""
 
     def __init__(self, classes: int = 10, width: int = 32, dropout: float = 0.3) -> None:
         super().__init__(
@@ -28,8 +28,8 @@ class FashionMNIST(FewLabels):
     """70,000 images of clothes in ten classes, 28 x 28: 58,000 for training, 2,000 for validation, 10,000 for test.
 
     Args:
-        folder: holds ``train-images-idx3-ubyte.gz`` and so on; Debian's package ``dataset-fashion-mnist`` puts them
-            under ``/usr/share/datasets/fashion-mnist``.
+        folder: contains ``train-images-idx3-ubyte.gz`` and so on; Debian's package ``dataset-fashion-mnist`` installs
+            them in ``/usr/share/datasets/fashion-mnist``.
         few_labels: the arguments of :class:`FewLabels`.
     """
 
@@ -43,7 +43,7 @@ class FashionMNIST(FewLabels):
         return Subset(images, order[:-2_000]), Subset(images, order[-2_000:]), TensorDataset(*self.table("test"))
 
     def table(self, split: str) -> tuple[Tensor, Tensor]:
-        """Images (N, 1, 28, 28) around 0, and classes (N,)."""
+        """Images (N, 1, 28, 28), centered at 0, and classes (N,)."""
         images, labels = (
             torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8)
             for header in (16, 8)

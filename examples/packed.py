@@ -1,4 +1,4 @@
-"""An LSTM over packed reviews. A PackedSequence cannot be doubled, so each view has a forward pass of its own."""
+"""An LSTM over packed reviews. A PackedSequence cannot be doubled, so each view has its own forward pass."""
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence

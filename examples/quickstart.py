@@ -1,4 +1,4 @@
-"""An ordinary LightningModule, and the three lines with which it trains by R-Drop: python examples/quickstart.py"""
+"""An ordinary LightningModule, and the three lines that add R-Drop: python examples/quickstart.py"""
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +17,7 @@ class Sentiment(RDropMixin, pl.LightningModule):  # before: class Sentiment(pl.L
     def forward(self, input_ids):
         return self.network(input_ids)
 
-    # before: def training_step(self, batch, batch_idx): ..., which the mixin supplies now
+    # before: def training_step(self, batch, batch_idx): ..., which the mixin now provides
 
     def validation_step(self, batch, batch_idx):
         predicted = self(batch["input_ids"]).argmax(-1)

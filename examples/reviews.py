@@ -20,11 +20,11 @@ class Reviews(TextDataModule):
 
     Args:
         train_size: the number of training reviews; None is all 13,511.
-        draw: seed of the choice among them.
-        unlabeled: whether the other training reviews are used without their labels.
+        draw: seed of their selection.
+        unlabeled: whether to use the other training reviews without their labels.
         buckets: the number of hash values of n-grams; 0 is padding.
-        batch_size: labelled reviews in a batch.
-        unlabeled_batch_size: unlabelled reviews in a batch.
+        batch_size: labeled reviews in a batch.
+        unlabeled_batch_size: unlabeled reviews in a batch.
         max_length: longer reviews are truncated, in characters.
     """
 
@@ -56,7 +56,7 @@ class Reviews(TextDataModule):
             for line in (Path(package.origin).parent / "sentiment" / name).read_text("utf8").split("\n"):
                 if len(line.strip()) >= 8:
                     labels.setdefault(line.strip(), set()).add(label)
-        # each text once, so that no split shares one with another; texts of both labels are left out
+        # each text once, so that splits share none; texts with both labels are left out
         reviews = [{"sentence": text, "label": min(both)} for text, both in sorted(labels.items()) if len(both) == 1]
         Random(0).shuffle(reviews)
         tenth = len(reviews) // 10

@@ -6,8 +6,8 @@
 #SBATCH --time=01:00:00
 #SBATCH --requeue
 #SBATCH --signal=SIGUSR1@90
-# A task is a GPU. Ninety seconds before the time is over Lightning saves a checkpoint and has the job requeued; it goes
-# on from there, with the alpha of its step. The folder is the job's own, so that no other job goes on from it.
+# One task per GPU. Ninety seconds before the time limit, Lightning saves a checkpoint and requeues the job, which
+# resumes with the alpha of that step. Each job has its own folder, so that no other job resumes from it.
 set -euo pipefail
 srun lightning-rdrop fit --config examples/quickstart.yaml \
     --trainer.strategy ddp --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \

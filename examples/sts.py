@@ -10,7 +10,7 @@ class ChineseSTS(SentencePairDataModule):
     """5,231 pairs of sentences for training, without their scores; 1,458 for validation and 1,361 for test.
 
     Args:
-        folder: with the three files.
+        folder: contains the three files.
         tokenizer: the encoder's, by name or folder.
         batch_size: sentences in a batch.
         max_length: longer sentences are truncated, in tokens.

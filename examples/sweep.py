@@ -1,8 +1,8 @@
-"""Search for alpha by Optuna, each trial a run of the command line:
+"""Search for alpha with Optuna; each trial is a run of the command line:
 
     python -m examples.sweep --config examples/quickstart.yaml --trials 20 --trainer.max_epochs 3
 
-All but --trials and --metric goes to `lightning-rdrop fit`. It prints the best alpha, and what was measured with it.
+All options except --trials and --metric go to `lightning-rdrop fit`. Prints the best alpha and its metric.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from lightning_rdrop.cli import RDropCLI
 
 
 def search(arguments, trials, metric, *, lowest=0.25, highest=16.0):
-    """The study, whose trials maximize a validation metric over alpha."""
+    """Maximize a validation metric over alpha; returns the study."""
 
     def run(trial):
         alpha = trial.suggest_float("alpha", lowest, highest, log=True)
@@ -29,7 +29,7 @@ def search(arguments, trials, metric, *, lowest=0.25, highest=16.0):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--metric", default="val/accuracy", help="the larger, the better")
+    parser.add_argument("--metric", default="val/accuracy", help="to maximize")
     given, arguments = parser.parse_known_args()
     study = search(arguments, given.trials, given.metric)
     print(f"alpha {study.best_params['alpha']:.3g}: {given.metric} {study.best_value:.4f}")

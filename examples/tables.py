@@ -1,4 +1,4 @@
-"""Tables of numbers that ship with scikit-learn, and a small network for them."""
+"""Numeric tables that ship with scikit-learn, and a small network for them."""
 
 import torch
 from sklearn import datasets
@@ -18,7 +18,7 @@ class MLP(nn.Sequential):
 
 
 class Table(FewLabels):
-    """A table of numbers: three fifths of its rows for training, one each for validation and test."""
+    """A table of numbers: 60 % of its rows for training, 20 % each for validation and test."""
 
     def table(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -28,7 +28,7 @@ class Table(FewLabels):
 
 
 class Diabetes(Table):
-    """442 patients with ten features each; the target is the progression of the disease, standardised."""
+    """442 patients with ten features each; the target is the standardized progression of the disease."""
 
     def table(self) -> tuple[Tensor, Tensor]:
         x, y = (torch.tensor(column, dtype=torch.float32) for column in datasets.load_diabetes(return_X_y=True))
@@ -44,7 +44,7 @@ class Digits(Table):
 
 
 class DigitProperties(Table):
-    """1,797 images of digits, 8 x 8; the labels say whether a digit is even, is prime, is at least five, has a loop."""
+    """1,797 images of digits, 8 x 8; the labels are whether the digit is even, prime, at least five, and has a loop."""
 
     def table(self) -> tuple[Tensor, Tensor]:
         x, y = (torch.tensor(column) for column in datasets.load_digits(return_X_y=True))

@@ -17,11 +17,11 @@ from lightning_rdrop.quickstart import quickstart
 __all__ = ["RDropCLI", "main"]
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"compare": compare, "plot": plot, "quickstart": quickstart}
-"""What is not a method of the Trainer, by name; each is called with the arguments after it."""
+"""Commands besides the Trainer's methods, by name; each is called with the arguments after its name."""
 
 
 def main(args: ArgsType = None) -> None:
-    """The console command; classes in the current folder can be imported, as with ``python -m``."""
+    """Entry point of the command; classes in the current folder can be imported, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     given = sys.argv[1:] if args is None else args
@@ -34,7 +34,7 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get("JSONARGPARSE_DEBUG") or not is_message(error):
             raise
         said = str(error)
-        said = explain(said) if said.startswith("Does not validate") else said  # a class that refused its arguments
+        said = explain(said) if said.startswith("Does not validate") else said  # a class rejected its arguments
         print(f"error: {said}", file=sys.stderr)
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""What is imported only when it is needed, because not everybody needs it."""
+"""Import optional dependencies only when they are needed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """A module of an optional dependency.
+    """Import a module of an optional dependency.
 
     Args:
         module: its dotted name.
-        extra: of this package, which installs it.
+        extra: the extra of this package that installs it.
         purpose: what needs it, for the message.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message has the line that installs it.
+        ModuleNotFoundError: it is not installed; the message has the command that installs it.
 
     Example:
         >>> require("nosuchmodule", "huggingface", "TextDataModule")
@@ -26,16 +26,16 @@ def require(module: str, extra: str, purpose: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is there, and something that it needs is not
+            raise  # it is installed, but one of its own imports is not
         line = f'{purpose} needs {error.name}: pip install "lightning-rdrop[{extra}]"'
         raise ModuleNotFoundError(line, name=error.name) from None
 
 
 def from_pretrained(auto: Any, argument: str, name: str, **config: Any) -> Any:
-    """``auto.from_pretrained(name, **config)``, whose error is one line that names the argument.
+    """Call ``auto.from_pretrained(name, **config)``, with a one-line error that names the argument.
 
     Raises:
-        OSError: there is nothing of this name, or it cannot be loaded.
+        OSError: the name does not exist, or cannot be loaded.
     """
     try:
         return auto.from_pretrained(name, **config)

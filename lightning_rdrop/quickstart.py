@@ -1,4 +1,4 @@
-"""`lightning-rdrop quickstart`: an experiment to begin with, written to a folder."""
+"""`lightning-rdrop quickstart`: write a first experiment to a folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 FILES = ("quickstart.yaml", "reviews.py", "fasttext.py")
-"""A config, its data and its network: examples of the repository, which the wheel has a copy of."""
+"""A config, its data and its network, from the examples of the repository; the wheel includes a copy."""
 NEEDED = ("snownlp", "matplotlib", "tensorboard")
-"""What they import."""
+"""Packages that they import."""
 
 
 def quickstart(args: Sequence[str]) -> None:
@@ -19,17 +19,17 @@ def quickstart(args: Sequence[str]) -> None:
         prog="lightning-rdrop quickstart",
         description="Write a config, its data and its network to a folder: Chinese reviews, a minute on two cores.",
     )
-    parser.add_argument("folder", nargs="?", default=".", type=Path, help="where to (default: the current folder)")
+    parser.add_argument("folder", nargs="?", default=".", type=Path, help="target (default: the current folder)")
     folder = parser.parse_args(args).folder
     texts = {name: (_source() / name).read_text("utf8").replace("examples.", "") for name in FILES}
     texts = {name: text.replace("examples/", "") for name, text in texts.items()}
     other = [name for name in FILES if (folder / name).exists() and (folder / name).read_text("utf8") != texts[name]]
     if other:
-        raise FileExistsError(f"{folder / other[0]} is there already, and another one: give an empty folder.")
+        raise FileExistsError(f"{folder / other[0]} already exists with other content. Pass an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text, "utf8")
-    print(f"Written: {', '.join(str(folder / name) for name in FILES)}. Now run")
+    print(f"Wrote {', '.join(str(folder / name) for name in FILES)}. Now run")
     if not all(map(find_spec, NEEDED)):
         print('    pip install "lightning-rdrop[examples]"')
     if folder != Path("."):

@@ -131,7 +131,7 @@ def test_dropout_in_front_of_an_adapter_that_starts_at_zero_is_alive(llama, recw
 def test_wrong_arguments(llama):
     with pytest.raises(ValueError, match=r"LoraConfig has no argument 'lora_droput'\. Did you mean lora_dropout\?"):
         CausalLM(llama, peft={"lora_droput": 0.1})
-    with pytest.raises(ValueError, match=r"quantization=.*give peft as well"):
+    with pytest.raises(ValueError, match=r"quantization=.*Pass peft as well"):
         CausalLM(llama, quantization={"load_in_4bit": True})
 
 

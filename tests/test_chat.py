@@ -106,10 +106,10 @@ def test_a_text_that_looks_like_an_answer_is_none(chat):
 @pytest.mark.parametrize(
     ("row", "template", "message"),
     [
-        ({"messages": THREE}, REFUSING, r"line 2: the chat template refuses .*roles must alternate"),
+        ({"messages": THREE}, REFUSING, r"line 2: the chat template rejects .*roles must alternate"),
         ({"messages": messages("user: a", "assistant: p b", "user: c")}, REASONING, r"line 2: .*generation %\}"),
         ({"messages": messages("user: a")}, CHATML, r"line 2: no message has the role 'assistant'"),
-        ({"messages": [{"role": "user"}]}, CHATML, r"line 2: a message is .*got \{'role': 'user'\}"),
+        ({"messages": [{"role": "user"}]}, CHATML, r"line 2: a message must be .*got \{'role': 'user'\}"),
         ({"text": "a"}, CHATML, r"line 2: no column 'messages', only 'text'"),
         ({"prompt": "a", "completion": ""}, CHATML, r"line 2: .*completion"),
     ],
@@ -135,7 +135,7 @@ def test_conversations_are_cut_on_the_right_and_left_out_if_nothing_remains(chat
         (example,) = data.examples("train")
     assert spelled(data, example)[-2:] == ["assistant", "[d]"]
     assert len(example.ids) == 12
-    with pytest.raises(ValueError, match="Raise max_length"):
+    with pytest.raises(ValueError, match="Increase max_length"):
         chat(rows, max_length=5).setup("fit")
 
 

@@ -128,7 +128,7 @@ def test_the_command_line_goes_before_a_checkpoint_and_that_before_a_config(here
     given = ["--ckpt_path", trained.trainer.checkpoint_callback.best_model_path, "--callbacks.curves=null"]
     cli = RDropCLI(args=["predict", *fit[1:], *given, "--model.init_args.rdrop_views=2", "--model.mc_passes", "5"])
     assert (cli.model.mc_passes, cli.model.rdrop_views, cli.model.rdrop_alpha) == (5, 2, 1.0)
-    assert "--model.rdrop_views=2 takes the place of the checkpoint's 3" in caplog.text
+    assert "--model.rdrop_views=2 replaces the checkpoint's 3" in caplog.text
 
 
 def test_a_model_of_ones_own_takes_the_command_line_too(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_a_pretrained_model_from_a_folder_with_nothing_but_the_command_line(tmp_
         "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=logs", "--trainer.logger.name=run", "--trainer.accelerator=cpu",
     )  # fmt: skip
-    assert "bert was loaded in eval mode. Switched on for the training: 8 dropout layers" in printed
+    assert "bert was loaded in eval mode. Switched on for training: 8 dropout layers" in printed
     assert "network" not in (tmp_path / "logs/run/version_0/hparams.yaml").read_text()
     with (tmp_path / "logs/run/version_0/metrics.csv").open() as file:
         assert all(float(row["train/kl"]) > 0 for row in csv.DictReader(file) if row["train/kl"])
@@ -235,20 +235,20 @@ class WithTest(OnlyTraining):
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        (OnlyTrains, OnlyTraining, "no test_dataloader in OnlyTraining or OnlyTrains: add one, or leave test_after"),
+        (OnlyTrains, OnlyTraining, "no test_dataloader in OnlyTraining or OnlyTrains. Add one, or leave test_after"),
         (OnlyTrains, None, "no test_dataloader in OnlyTrains"),
         (OnlyTrains, WithTest, "no test_step in OnlyTrains"),
     ],
 )
 def test_a_test_that_cannot_be_made_is_found_before_training(model, data, message):
-    with pytest.raises(ValueError, match=f"test_after_fit is true, and there is {message}"):
+    with pytest.raises(ValueError, match=f"test_after_fit is true, but there is {message}"):
         RDropCLI(model, data, args=["fit", "--test_after_fit=true", "--trainer.accelerator=cpu"])
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ([], ValueError, "There is no test table: give test="),
+        ([], ValueError, "There is no test table. Pass test="),
         (["--data.test=tset.json"], FileNotFoundError, "tset.json"),
         (
             ["--data.test=other.json"],
@@ -385,7 +385,7 @@ def test_a_quickstart_without_a_clone(here, capsys):
     (here / "start/reviews.py").write_text("mine")
     with pytest.raises(SystemExit):
         main(["quickstart", "start"])
-    assert "reviews.py is there already" in capsys.readouterr().err
+    assert "reviews.py already exists with other content" in capsys.readouterr().err
     assert (here / "start/reviews.py").read_text() == "mine"
 
 
@@ -402,7 +402,7 @@ def test_the_wheel_has_what_the_quickstart_writes():
 def test_an_optimizer_before_the_classes_are_known(here, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model=SequenceClassifier", "--model.pretrained=none", "--optimizer=SGD"])
-    said = "error: --optimizer is made before the data tell num_classes: give --model.num_classes as well.\n"
+    said = "error: --optimizer is created before the data give num_classes. Pass --model.num_classes as well.\n"
     assert capsys.readouterr().err.endswith(said)
 
 

@@ -201,7 +201,7 @@ def test_interrupted_twice_it_goes_on_and_gives_the_same_table(folder, whole):
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert "Stopped. The same command goes on from here." in printed
+    assert "Stopped. Run the same command to continue." in printed
     assert "Traceback" not in printed
     assert not is_alive(diary(folder, "begins")[0][1])
 
@@ -216,7 +216,7 @@ def test_interrupted_twice_it_goes_on_and_gives_the_same_table(folder, whole):
     wait_for(lambda: len(list((out / "runs/plain/1/log").glob("*_log.out"))) == 3)
     time.sleep(2)
     second = start(folder, *command)
-    assert "another compare is at work in it" in second.communicate(timeout=300)[0]
+    assert "another compare command is using it" in second.communicate(timeout=300)[0]
     assert second.returncode == 2
     (folder / "hold").unlink()
     printed, _ = process.communicate(timeout=600)

@@ -86,22 +86,22 @@ def test_grids_make_variants_of_the_base_and_of_variants(folder):
         (["--variant", "x=wrong.yaml"], "Classifier has no argument rdrop_alhpa. Did you mean rdrop_alpha?"),
         (["--variant", "x=missing.yaml"], "missing.yaml"),
         (["--variant", "x=--model.rdrop_alpha=much"], "rdrop_alpha"),
-        (["--variant", "x=--callbacks.best=null", "--variant", "y="], "choose their checkpoints by different metrics"),
+        (["--variant", "x=--callbacks.best=null", "--variant", "y="], "select checkpoints by different metrics"),
         (["--variant", "x"], "write NAME=FILE.yaml"),
-        (["--variant", "../x="], "A name is one of a folder"),
-        (["--variant", "x=", "--variant", "x="], "two of the name x"),
+        (["--variant", "../x="], "The name becomes a folder"),
+        (["--variant", "x=", "--variant", "x="], "two with the name x"),
         (["--variant", "x=", "--seed-to", "model.rdrop_vews"], "--seed-to .* Did you mean rdrop_views?"),
         (["--grid", "model.rdrop_alhpa=1,2"], "--grid .* Did you mean rdrop_alpha?"),
         (["--grid", "model.rdrop_alpha="], "with different values"),
         (["--grid", "model.rdrop_alpha=1,1"], "with different values"),
         (["--variant", "x=", "--grid", "y:model.rdrop_alpha=1,2"], "there is no variant y among x"),
         (["--variant", "x=--callbacks.best=null", "--grid", "x:model.rdrop_alpha=1,2"], "chooses on validation"),
-        (["--variant", "x=", "--equal-cost"], "give a variant besides the reference: none"),
-        (["--variant", "x=", "--variant", "y=", "--equal-cost", "x"], "give a variant besides the reference: y"),
+        (["--variant", "x=", "--equal-cost"], "pass a variant besides the reference: none"),
+        (["--variant", "x=", "--variant", "y=", "--equal-cost", "x"], "pass a variant besides the reference: y"),
         (["--variant", "x=", "--workers", "0"], "--workers must be at least 1"),
         (["--variant", "x=", "--seeds", "0"], "--seeds must be"),
         (["--variant", "x=", "--seeds", "[1,1]"], "--seeds must be"),
-        ([], "give --config, --variant and --out"),
+        ([], "pass --config, --out, and --variant"),
     ],
     ids=" ".join,
 )
@@ -143,7 +143,7 @@ def test_variants_are_added_to_those_of_an_earlier_command(folder):
 
 def test_an_earlier_command_chose_by_another_metric(folder):
     earlier = planned("plain=plain.yaml")
-    with pytest.raises(ValueError, match=r"choose their checkpoints by different metrics: .*val/ce.*val/accuracy"):
+    with pytest.raises(ValueError, match=r"select checkpoints by different metrics: .*val/ce.*val/accuracy"):
         planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier, earlier.variants)
 
 

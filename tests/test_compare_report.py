@@ -161,7 +161,7 @@ def test_without_validation_nothing_is_chosen(val):
     assert report.summary.chosen("grid") is None
     assert "*" not in report.markdown()
     assert "- none of the 2 variants of grid was chosen: no mean of val/accuracy is known." in report.notes()
-    with pytest.raises(ValueError, match="no validation tells which variant"):
+    with pytest.raises(ValueError, match="no validation metric to choose a variant"):
         add_equal_cost(tuned, rows, "grid")
 
 
@@ -184,7 +184,7 @@ def test_plain_training_with_the_seconds_of_rdrop(trainer, expected):
     before.variants["plain"]["trainer"] = trainer
     after = add_equal_cost(before, HAND, "rdrop")
     assert after.variants["plain-time-of-rdrop"]["trainer"] == expected
-    assert "plain-time-of-rdrop is plain with the seconds of rdrop, by 1.60 times" in report_of(after, HAND).notes()
+    assert "plain-time-of-rdrop is plain trained as long as rdrop, for 1.60 times" in report_of(after, HAND).notes()
     # it is made once: what later seeds take changes it no more
     slower = [*HAND, row("plain", 6, 0.5), row("rdrop", 6, 0.5, seconds=100.0)]
     assert add_equal_cost(after, slower, "rdrop") == after
@@ -209,5 +209,5 @@ def test_doubled_rows_have_no_alpha_from_anywhere(tmp_path):
 
 
 def test_no_equal_cost_without_seconds():
-    with pytest.raises(ValueError, match="no seed of both rdrop and plain is finished"):
+    with pytest.raises(ValueError, match="no seed is finished for both rdrop and plain"):
         add_equal_cost(plan("plain", "rdrop"), [failed("rdrop", 1), row("plain", 1, 0.5)], "rdrop")

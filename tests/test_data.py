@@ -107,14 +107,14 @@ def test_labels_come_from_the_training_table(table):
 
 def test_what_is_missing_is_named(table):
     rows = [{"sentence": "a", "label": "x"}, {"sentence": "b", "label": "z"}]
-    with pytest.raises(ValueError, match=r"no train table: give train="):
+    with pytest.raises(ValueError, match=r"no train table\. Pass train="):
         Words().setup("fit")
     with pytest.raises(
         ValueError, match=r"t\.json: no column 'review', only 'sentence', 'label'\. Name .* text=\.\.\."
     ):
         Words(train=table("t.json", rows), text="review").setup("fit")
     data = Words(train=table("t.json", rows), labels=["x", "y"])
-    with pytest.raises(ValueError, match=r"t\.json, line 2: the label 'z' is none of the 2 classes \(x, y\)"):
+    with pytest.raises(ValueError, match=r"t\.json, line 2: the label 'z' is not one of the 2 classes \(x, y\)"):
         data.setup("fit")
 
 
@@ -237,7 +237,7 @@ def test_a_class_for_each_word(table, letters):
     assert batch["input_ids"].tolist() == [[2, 3, 4], [5, 0, 0]]
     assert batch["labels"].tolist() == [[1, -100, 0], [0, -100, -100]]
     wrong = TokenDataModule(letters, table("t.json", [{"words": ["a"], "tags": []}]), text="words", label="tags")
-    with pytest.raises(ValueError, match="1 words in 'words' and 0 classes in 'tags'"):
+    with pytest.raises(ValueError, match="1 words in 'words' but 0 classes in 'tags'"):
         wrong.setup("fit")
 
 

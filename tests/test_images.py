@@ -69,9 +69,9 @@ def test_transforms_are_timms(folder):
 
 
 def test_wrong_folders(folder):
-    with pytest.raises(ValueError, match=r"no folder .*other.train: put the images"):
+    with pytest.raises(ValueError, match=r"no folder .*other.train\. Put the images"):
         ImageFolderDataModule(str(folder / "other")).setup("fit")
-    with pytest.raises(ValueError, match=r"test.green is none of the 1 classes \(red\)"):
+    with pytest.raises(ValueError, match=r"test.green is not one of the 1 classes \(red\)"):
         ImageFolderDataModule(str(folder), labels=["red"]).test_dataloader()
 
 
@@ -133,10 +133,10 @@ def test_a_layer_scale_that_starts_tiny_hides_no_dropout(name, model_args):
     ("arguments", "message"),
     [
         ({"architecture": "vit_tiny_patch16_225"}, r"no model of timm\. Did you mean vit_tiny_patch16_224"),
-        ({"architecture": VIT, "model_args": {"drop_pth": 1}}, r"does not take what it is given: .*drop_pth"),
+        ({"architecture": VIT, "model_args": {"drop_pth": 1}}, r"does not accept its arguments: .*drop_pth"),
         ({"architecture": "torchvision.models.alexnet", "drop_path": 0.1}, r"drop_path=0\.1 needs stochastic depth"),
-        ({"architecture": "torchvision.models.alexnet", "pretrained": True}, r"pretrained=True is for timm's models"),
-        ({"architecture": "torchvision.models.alexnet", "gradient_checkpointing": True}, r"is for timm's models"),
+        ({"architecture": "torchvision.models.alexnet", "pretrained": True}, r"pretrained=True needs a timm model"),
+        ({"architecture": "torchvision.models.alexnet", "gradient_checkpointing": True}, r"needs a timm model"),
         ({"architecture": VIT, "frozen_below": "blcks.2"}, r"frozen_below='blcks\.2' is not a submodule"),
     ],
 )

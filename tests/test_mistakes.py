@@ -24,13 +24,13 @@ CONFIGS = {
 }
 
 MISTAKES = {
-    "": "give a subcommand: fit, validate, test, predict.",
+    "": "a subcommand is required: fit, validate, test, predict.",
     "fti": "there is no 'fti', only fit, validate, test, predict. Did you mean fit?",
-    "fit": "give --model.",
+    "fit": "--model is required.",
     "--trainer.max_epochs=3 fit": (
-        "options stand behind the subcommand, as in lightning-rdrop fit --trainer.max_epochs."
+        "options come after the subcommand, as in lightning-rdrop fit --trainer.max_epochs."
     ),
-    "LINE stray": "'stray' is not understood: options begin with --.",
+    "LINE stray": "unexpected argument 'stray': options begin with --.",
     "LINE --ckpt_path": "argument --ckpt_path: expected one argument",
     "LINE --trainer.max_epcohs=3": "there is no option --trainer.max_epcohs. Did you mean --trainer.max_epochs?",
     "LINE --trainer.max_epochs=three": "trainer.max_epochs: must be int, got 'three'.",
@@ -38,7 +38,7 @@ MISTAKES = {
     "LINE --trainer.accelerator=gpuu": "You selected an invalid accelerator name: `accelerator='gpuu'`.",
     "LINE --callback.alpha=AlphaScheduler": "there is no option --callback.alpha. Did you mean --callbacks.alpha?",
     "LINE --callbacks=AlphaScheduler": (
-        "callbacks: each has a name: write --callbacks.NAME=CLASS, such as --callbacks.alpha=AlphaScheduler."
+        "callbacks: each needs a name. Write --callbacks.NAME=CLASS, such as --callbacks.alpha=AlphaScheduler."
     ),
     "LINE --callbacks.alpha=AlphaSchduler": (
         "callbacks: there is no class AlphaSchduler. Did you mean AlphaScheduler?"
@@ -47,7 +47,7 @@ MISTAKES = {
         "callbacks: AlphaScheduler has no argument rmap. Did you mean ramp?"
     ),
     "LINE --callbacks.alpha.ramp=3": (
-        "callbacks: nothing says which callback has ramp: give its class before, --callbacks.NAME=CLASS."
+        "callbacks: ramp belongs to no callback. Pass the class first: --callbacks.NAME=CLASS."
     ),
     "LINE --model.rdrop_alhpa=1": "model: Classifier has no argument rdrop_alhpa. Did you mean rdrop_alpha?",
     "LINE --model.rdrop_alpha=-1": "rdrop_alpha must be a finite number >= 0, got -1.0.",
@@ -69,7 +69,7 @@ MISTAKES = {
     "LINE --optimizer=Adam --optimizer.learning_rate=3": "optimizer: Adam has no argument learning_rate.",
     "LINE --predictions=out.csv": "there is no option --predictions.",
     "fit --model.pretrained=bert --model=SequenceClassifier": (
-        "model: LightningModule has no argument pretrained. Give --model=CLASS before its arguments."
+        "model: LightningModule has no argument pretrained. Pass --model=CLASS before its arguments."
     ),
     "fit --model=SequenceClassifier --model.num_classes=2 --model.pretrained=./nope": (
         "pretrained='./nope' cannot be loaded: "
@@ -84,11 +84,11 @@ MISTAKES = {
     "LINE --config=callback.yaml": "callbacks: AlphaScheduler has no argument shpae. Did you mean shape?",
     "LINE --config=value.yaml": "trainer.max_epochs: must be int, got 'many'.",
     "fit --model=other_lightning.Module": (
-        "model: other_lightning.Module is of lightning.pytorch, and this command is of pytorch_lightning: write import "
+        "model: other_lightning.Module uses lightning.pytorch, but this command needs pytorch_lightning: write import "
         "pytorch_lightning as pl in its file."
     ),
     "LINE --data=other_lightning.Data": (
-        "data: other_lightning.Data is of lightning.pytorch, and this command is of pytorch_lightning: write import "
+        "data: other_lightning.Data uses lightning.pytorch, but this command needs pytorch_lightning: write import "
         "pytorch_lightning as pl in its file."
     ),
     "predict LINE --predictions=out.txt": "predictions must be a .csv or .jsonl file, got 'out.txt'.",

@@ -124,7 +124,9 @@ def test_the_frozen_layers_of_a_pretrained_model_run_once(fit, pretrained):
 
 def test_an_adapter_and_frozen_layers_exclude_each_other(pretrained):
     pytest.importorskip("peft")
-    with pytest.raises(ValueError, match=r"frozen_below='encoder\.layer\.1' freezes a part .* and peft all of it"):
+    with pytest.raises(
+        ValueError, match=r"frozen_below='encoder\.layer\.1' freezes a part .* but peft freezes all of it"
+    ):
         SequenceClassifier(pretrained, 3, frozen_below="encoder.layer.1", peft={"r": 2})
 
 
@@ -147,15 +149,15 @@ def test_the_data_tell_how_many_classes_there_are(fit, bert, tmp_path):
     again = SequenceClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert (again.num_classes, again.classes) == (3, ["x", "y", "z"])
     torch.testing.assert_close(again.state_dict(), module.state_dict())
-    with pytest.raises(ValueError, match=r"The model has the classes \(x, y, z\), and the data have \(a, b, c\)"):
+    with pytest.raises(ValueError, match=r"The model has the classes \(x, y, z\), but the data have \(a, b, c\)"):
         fit(again, TextDataModule(bert, written(tmp_path, "other.csv", "abcabc"), batch_size=2))
 
 
 def test_a_number_of_classes_is_compared_with_the_data(fit, bert, tmp_path):
     data = TextDataModule(bert, written(tmp_path, "train.csv", "xyzxyz"))
-    with pytest.raises(ValueError, match=r"num_classes is 2, and the data have 3 classes \(x, y, z\)"):
+    with pytest.raises(ValueError, match=r"num_classes is 2, but the data have 3 classes \(x, y, z\)"):
         fit(SequenceClassifier(bert, 2), data)
-    with pytest.raises(ValueError, match=r"Classifier does not know how many classes there are: give num_classes="):
+    with pytest.raises(ValueError, match=r"Classifier does not know the number of classes\. Pass num_classes="):
         fit(Classifier(network()), [(torch.randn(2, 8), torch.tensor([0, 1]))])
 
 
@@ -203,7 +205,7 @@ def test_wrong_warmups(fit, rows):
     ):
         Classifier(network(), 3, warmup=1.5)
     with pytest.raises(
-        ValueError, match=r"warmup=0\.1 lets the learning rate fall until the end, and this training has"
+        ValueError, match=r"warmup=0\.1 decays the learning rate until the end of training, but this training has"
     ):
         fit(Classifier(network(), 3, warmup=0.1), rows, max_epochs=-1)
 

@@ -195,9 +195,9 @@ def test_a_class_for_each_word(tmp_path, bert, side):
 
 def test_what_no_table_can_hold(tmp_path, gpt2):
     data = TextDataModule(gpt2, predict=write(tmp_path / "in.csv", ROWS))
-    with pytest.raises(TypeError, match="CausalLM predicts the logits of all tokens, which no table can hold"):
+    with pytest.raises(TypeError, match="CausalLM predicts the logits of all tokens, which a table cannot hold"):
         predict(CausalLM(gpt2), data, tmp_path / "out.csv")
-    with pytest.raises(TypeError, match=r"Mine\.predict_step returned a dict, and not one prediction for each example"):
+    with pytest.raises(TypeError, match=r"Mine\.predict_step returned a dict, not one prediction for each example"):
         type("Mine", (Regressor,), {})(First()).readable({})
     assert not (tmp_path / "out.csv").exists()
 
@@ -281,12 +281,12 @@ def test_a_checkpoint_of_another_number_of_classes(trained, capsys):
     with pytest.raises(SystemExit):
         main(["test", *MODEL, f"--model.pretrained={bert}", "--model.num_classes=3", *DATA, f"--data.tokenizer={bert}",
               "--data.test=test.csv", *REST, f"--ckpt_path={checkpoint}"])  # fmt: skip
-    assert "error: num_classes is 3, and the checkpoint was trained for 2 classes.\n" in capsys.readouterr().err
+    assert "error: num_classes is 3, but the checkpoint was trained for 2 classes.\n" in capsys.readouterr().err
     trainer = pl.Trainer(**QUIET)
     data = TextDataModule(bert, test="test.csv")
-    with pytest.raises(ValueError, match=r"num_classes is 3, and the checkpoint was trained for 2 classes \(9, 10\)"):
+    with pytest.raises(ValueError, match=r"num_classes is 3, but the checkpoint was trained for 2 classes \(9, 10\)"):
         trainer.test(SequenceClassifier(bert, 3), data, ckpt_path=checkpoint)
-    with pytest.raises(ValueError, match=r"The model has the classes \(10, 9\), and .* trained for \(9, 10\)"):
+    with pytest.raises(ValueError, match=r"The model has the classes \(10, 9\), but .* trained for \(9, 10\)"):
         trainer.test(SequenceClassifier(bert, 2), TextDataModule(bert, test="test.csv", labels=["10", "9"]),
                      ckpt_path=checkpoint)  # fmt: skip
 

@@ -105,5 +105,5 @@ def test_seq2seq_of_a_model_that_shifts_in_its_forward_only(folder):
 
 
 def test_seq2seq_without_labels_is_refused(bart):
-    with pytest.raises(ValueError, match=r"input_ids, attention_mask and no labels.*decoder"):
+    with pytest.raises(ValueError, match=r"input_ids, attention_mask but no labels.*decoder"):
         Seq2Seq(bart).rdrop_step(texts(labels=False))

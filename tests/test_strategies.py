@@ -560,9 +560,9 @@ def test_a_language_model_is_sharded_with_its_logits_only(pair, tmp_path):
         two = pair.run(language_model, tmp_path, fused_head, strategy)
         assert two[0]["weights"] == two[1]["weights"]
         assert all(kl > 0 for rank in two for _, kl, _ in rank["steps"])
-    with pytest.raises(TypeError, match=r"the whole output layer, and that of .*GPT2LMHeadModel is sharded"):
+    with pytest.raises(TypeError, match=r"the whole output layer, but that of .*GPT2LMHeadModel is sharded"):
         pair.run(language_model, tmp_path, True, ModelParallelStrategy, seconds=30)
-    with pytest.raises(TypeError, match=r"the whole output layer, and that of .*GPT2LMHeadModel is sharded"):
+    with pytest.raises(TypeError, match=r"the whole output layer, but that of .*GPT2LMHeadModel is sharded"):
         pair.run(language_model, tmp_path, True, OnCPU, seconds=30)
 
 

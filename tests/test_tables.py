@@ -37,39 +37,39 @@ DAMAGED = {
     "NUL": (
         "t.csv",
         "sentence,label\na,x\nb\0,y\n",
-        "t.csv, line 3: a NUL character, so this is no text, or no UTF-8. Save it as UTF-8.",
+        "t.csv, line 3: a NUL character, so this is not UTF-8 text. Save the file as UTF-8.",
     ),
     "one cell too many": (
         "t.csv",
         "sentence,label\ngood, really good,x\n",
-        "t.csv, line 2: the header names 2 columns, and this row has 3. A text with a comma must be in double quotes.",
+        "t.csv, line 2: the header has 2 columns, but this row has 3. A text with a comma must be in double quotes.",
     ),
     "one cell too few": (
         "t.tsv",
         "sentence\tlabel\na\n",
-        "t.tsv, line 2: the header names 2 columns, and this row has 1.",
+        "t.tsv, line 2: the header has 2 columns, but this row has 1.",
     ),
     "a quote that does not end": (
         "t.csv",
         'sentence,label\na,x\n"b,y\nc,x\n',
-        "t.csv, line 3: wrong quoting (unexpected end of data). A text with a quote must be in double quotes, and the "
-        "quote in it doubled.",
+        "t.csv, line 3: wrong quoting (unexpected end of data). Put a text with a quote in double quotes, and double "
+        "the quote inside it.",
     ),
     "a quote that ends early": (
         "t.csv",
         'sentence,label\n"a "good" one",x\n',
-        "t.csv, line 2: wrong quoting (',' expected after '\"'). A text with a quote must be in double quotes, and the "
-        "quote in it doubled.",
+        "t.csv, line 2: wrong quoting (',' expected after '\"'). Put a text with a quote in double quotes, and double "
+        "the quote inside it.",
     ),
     "semicolons": (
         "t.csv",
         "sentence;label\na;x\n",
-        "t.csv, line 1: the cells are divided by ';', and in a .csv file by ','.",
+        "t.csv, line 1: the cells are separated by ';', but a .csv file needs ','.",
     ),
     "a column twice": (
         "t.csv",
         "sentence,label,label\na,x,x\n",
-        "t.csv, line 1: the header names the column 'label' twice.",
+        "t.csv, line 1: the header has the column 'label' twice.",
     ),
     "another case": (
         "t.csv",
@@ -101,17 +101,17 @@ DAMAGED = {
     "mixed labels": (
         "t.jsonl",
         lines({"sentence": "a", "label": 1}, {"sentence": "b", "label": "1"}),
-        "t.jsonl, line 2: the label '1' is a str, and one before it an int. Write all as texts.",
+        "t.jsonl, line 2: the label '1' is a str, but an earlier one is an int. Write all labels as texts.",
     ),
     "a list as a label": (
         "t.jsonl",
         lines({"sentence": "a", "label": ["x"]}),
-        "t.jsonl, line 1: a class is a text or an integer, got ['x'] (list).",
+        "t.jsonl, line 1: a class must be a text or an integer, got ['x'] (list).",
     ),
     "a fraction as a label": (
         "t.jsonl",
         lines({"sentence": "a", "label": 0.5}),
-        "t.jsonl, line 1: a class is a text or an integer, got 0.5 (float).",
+        "t.jsonl, line 1: a class must be a text or an integer, got 0.5 (float).",
     ),
     "a number as a text": (
         "t.jsonl",
@@ -121,7 +121,7 @@ DAMAGED = {
     "all labels the same": (
         "t.csv",
         "sentence,label\na,x\nb,x\n",
-        "All labels of the train table are 'x': there is nothing to tell apart.",
+        "All labels of the train table are 'x', so there is nothing to learn.",
     ),
     "a bad line": (
         "t.jsonl",
@@ -139,7 +139,7 @@ DAMAGED = {
         "t.json",
         json.dumps({"rows": []}, indent=2),
         "t.json, line 1: not a JSON object: '{' (Expecting property name enclosed in double quotes at column 2). The "
-        "file is a single object; write an array of objects, or an object a line.",
+        "file is a single object; write an array of objects, or one object per line.",
     ),
     "by columns, as pandas writes it": (
         "t.json",
@@ -151,13 +151,13 @@ DAMAGED = {
     "another format": (
         "t.xlsx",
         "PK",
-        "t.xlsx: a table is a .csv, .tsv, .json, .jsonl or .parquet file, or the folder of a Hugging Face DatasetDict, "
-        "not .xlsx.",
+        "t.xlsx: a table must be a .csv, .tsv, .json, .jsonl or .parquet file, or the folder of a Hugging Face "
+        "DatasetDict, not .xlsx.",
     ),
     "another folder": (
         "t/t.csv",
         GOOD,
-        "t: a folder, and not that of a Hugging Face DatasetDict (save_to_disk). Give a file.",
+        "t: not the folder of a Hugging Face Dataset or DatasetDict (save_to_disk).",
     ),
 }
 
@@ -182,7 +182,7 @@ def test_a_damaged_table_is_refused_in_one_line(tmp_path, monkeypatch, name, con
     ("kind", "row", "message"),
     [
         (MultilabelTextDataModule, {"label": "x"}, "the column 'label' must be a list of classes, got 'x' (str)"),
-        (MultilabelTextDataModule, {"label": ["x", ""]}, "a class is a text or an integer, got '' (str)"),
+        (MultilabelTextDataModule, {"label": ["x", ""]}, "a class must be a text or an integer, got '' (str)"),
         (TextRegressionDataModule, {"label": "high"}, "the column 'label' must be a finite number, got 'high' (str)"),
         (TextRegressionDataModule, {"label": True}, "the column 'label' must be a finite number, got True (bool)"),
         (TextRegressionDataModule, {"label": "inf"}, "the column 'label' must be a finite number, got 'inf' (str)"),
@@ -190,7 +190,7 @@ def test_a_damaged_table_is_refused_in_one_line(tmp_path, monkeypatch, name, con
         (TokenDataModule, {"words": "a b", "tags": ["x"]}, "the column 'words' must be a list of words, got 'a b'"),
         (TokenDataModule, {"words": ["a", ""], "tags": ["x", "y"]}, "must be a list of words, got ['a', ''] (list)"),
         (TokenDataModule, {"words": ["a"], "tags": "x"}, "the column 'tags' must be a list of classes, got 'x' (str)"),
-        (TokenDataModule, {"words": ["a"], "tags": ["x", "y"]}, "1 words in 'words' and 2 classes in 'tags'"),
+        (TokenDataModule, {"words": ["a"], "tags": ["x", "y"]}, "1 words in 'words' but 2 classes in 'tags'"),
     ],
 )
 def test_a_damaged_row_of_another_task(tmp_path, kind, row, message):
@@ -203,7 +203,7 @@ def test_a_damaged_row_of_another_task(tmp_path, kind, row, message):
 
 def test_several_labels_that_are_all_empty(tmp_path):
     path = write(tmp_path, "t.jsonl", lines({"sentence": "a", "label": []}))
-    with pytest.raises(ValueError, match="All labels of the train table are empty: there is nothing to tell apart"):
+    with pytest.raises(ValueError, match="All labels of the train table are empty, so there is nothing to learn"):
         MultilabelTextDataModule("none", path).setup("fit")
 
 
@@ -217,7 +217,7 @@ def test_a_validation_table_is_checked_as_the_training_table_is(tmp_path):
     train, val = write(tmp_path, "train.csv", GOOD), write(tmp_path, "val.csv", GOOD + "c,z\n")
     data = TextDataModule("none", train, val)
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"val\.csv, line 4: the label 'z' is none of the 2 classes \(x, y\)"):
+    with pytest.raises(ValueError, match=r"val\.csv, line 4: the label 'z' is not one of the 2 classes \(x, y\)"):
         data.val_dataloader()
 
 
@@ -270,14 +270,14 @@ def test_integers_sort_as_numbers_in_every_format(tmp_path, name, contents):
 
 
 def test_a_class_twice():
-    with pytest.raises(ValueError, match="labels has 'x' twice"):
+    with pytest.raises(ValueError, match="labels contains 'x' twice"):
         TextDataModule("none", labels=["x", "y", "x"])
 
 
 def test_without_a_training_table_the_classes_are_asked_for(tmp_path):
     data = TextDataModule("none", test=write(tmp_path, "t.csv", GOOD))
     data.setup("test")
-    with pytest.raises(ValueError, match=r"give the ckpt_path of a model that was trained on them, or labels"):
+    with pytest.raises(ValueError, match=r"Pass the ckpt_path of a model that was trained on them, or labels"):
         data.test_dataloader()
     data.labels = ["x", "y"]  # as a checkpoint does
     assert len(data.test_dataloader().dataset) == 2
@@ -312,7 +312,7 @@ def test_hugging_face_tables_have_the_names_of_their_classes(saved):
 
 
 def test_a_hugging_face_split_that_is_not_there(saved):
-    with pytest.raises(ValueError, match=r"the splits train, validation, test, and none for 'predict'\. .*all.train"):
+    with pytest.raises(ValueError, match=r"the splits train, validation, test, but none for 'predict'\. .*all.train"):
         read_table(saved / "all", "predict")
     (saved / "bad.parquet").write_text("sentence,label")
     with pytest.raises(ValueError, match=r"bad\.parquet: not a Parquet file"):

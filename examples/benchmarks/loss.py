@@ -1,12 +1,12 @@
-"""What the loss costs, forward and backward, beside plain cross-entropy and other ways to write R-Drop:
+"""Cost of the loss, forward and backward, compared with cross-entropy and other implementations of R-Drop:
 
     python examples/benchmarks/loss.py
-    python examples/benchmarks/loss.py --quick    # two minutes: times alone, with one thread, not of the largest size
-    python examples/benchmarks/loss.py --device cuda    # a larger head, in bfloat16; beside Liger's, if installed
+    python examples/benchmarks/loss.py --quick    # two minutes: only times, one thread, without the largest size
+    python examples/benchmarks/loss.py --device cuda    # a larger head, in bfloat16; also Liger's, if installed
 
-Ratios of medians to ``F.cross_entropy`` on the same 2N rows, all ways in turns in one process, and the peak of memory
-that each adds, on a CPU in a process of its own. Prints the tables and on what they were measured, and writes loss.csv
-and loss.png.
+Median times relative to ``F.cross_entropy`` on the same 2N rows, with all implementations taking turns in one process,
+and the peak memory that each adds, on a CPU in a separate process. Prints the tables and the machine, and writes
+loss.csv and loss.png.
 """
 
 import argparse
@@ -36,9 +36,9 @@ except ImportError:
 ALPHA = 4.0
 SIZES = [(64, 15), (512, 119), (4096, 1000), (2048, 8000), (512, 32000), (2048, 32000)]
 HEAD = {"cpu": (2048, 512, 32000), "cuda": (8192, 4096, 128256)}
-"""N, D, C. On a GPU those of a Llama, in bfloat16."""
+"""N, D, C; on a GPU the sizes of a Llama, in bfloat16."""
 LEAST = 3
-"""Rounds at the least, however long they take."""
+"""Minimum number of rounds, however long they take."""
 
 
 def plain(logits, target):
@@ -46,7 +46,7 @@ def plain(logits, target):
 
 
 def official(logits, target):
-    """The README of the official repository, with the scale of our alpha."""
+    """The README of the official repository, with alpha on our scale."""
     p, q = logits
     ce = 0.5 * (F.cross_entropy(p, target) + F.cross_entropy(q, target))
     one = F.kl_div(F.log_softmax(p, dim=-1), F.softmax(q, dim=-1), reduction="none").sum()
@@ -55,7 +55,7 @@ def official(logits, target):
 
 
 def paddlenlp(logits, target):
-    """PaddleNLP's RDropLoss beside one cross-entropy, with the scale of our alpha."""
+    """PaddleNLP's RDropLoss plus one cross-entropy, with alpha on our scale."""
     p, q = logits
     one = F.kl_div(F.log_softmax(p, dim=-1), F.softmax(q, dim=-1), reduction="batchmean")
     other = F.kl_div(F.log_softmax(q, dim=-1), F.softmax(p, dim=-1), reduction="batchmean")
@@ -63,7 +63,7 @@ def paddlenlp(logits, target):
 
 
 def composite(logits, target):
-    """The formula in the space of logarithms, where the log-softmax is made once and nothing underflows."""
+    """The formula in log space, with a single log-softmax and without underflow."""
     log_p = logits.log_softmax(-1)
     (p, q), gap = log_p.exp(), log_p[0] - log_p[1]
     ce = F.nll_loss(log_p.flatten(0, 1), target.repeat(2))
@@ -87,7 +87,7 @@ def official_head(hidden, weight, target):
 
 
 def chunked_head(hidden, weight, target):
-    """torch's own, which is plain cross-entropy."""
+    """torch's own head, with plain cross-entropy."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden.flatten(0, 1), weight, target.repeat(2), options=options)
 
@@ -97,7 +97,7 @@ def ours_head(hidden, weight, target):
 
 
 def liger_head(hidden, weight, target):
-    """Liger's, which is plain cross-entropy."""
+    """Liger's head, with plain cross-entropy."""
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden.flatten(0, 1), target.repeat(2))
 
 
@@ -118,7 +118,7 @@ if LigerFusedLinearCrossEntropyLoss is not None and torch.cuda.is_available():
 
 
 def arguments(size, device):
-    """Leaves and target: logits (2, N, C), or hidden states (2, N, D) and a weight (C, D)."""
+    """Leaf tensors and target: logits (2, N, C), or hidden states (2, N, D) and a weight (C, D)."""
     torch.manual_seed(0)
     rows, *_, classes = size
     target = torch.randint(classes, (rows,), device=device)
@@ -150,9 +150,9 @@ def clocked(loss, leaves, target, calls=1):
 
 
 def times(size, device, threads, rounds, seconds):
-    """The median time of a step for each way, all in turns."""
+    """The median time of a step for each implementation; they take turns."""
     leaves, target = arguments(size, device)
-    torch.compiler.reset()  # each size as in a training that has no other
+    torch.compiler.reset()  # compile each size as if it were the only one
     torch.set_num_threads(threads)
     found, calls, end = {}, {}, time.monotonic() + seconds
     for name, loss in ways(size).items():
@@ -166,7 +166,7 @@ def times(size, device, threads, rounds, seconds):
 
 
 def peak(name, size, device):
-    """Bytes that a step adds to what its arguments take."""
+    """Bytes that a step needs in addition to its arguments."""
     (states, *head), target = arguments(size, device)
     leaves = [states, *head]
     step(ways(size)[name], [states[:, :64].detach().requires_grad_(), *head], target[:64])  # compiles as well
@@ -176,7 +176,7 @@ def peak(name, size, device):
 
 
 def resident(device, reset=False):
-    """The largest number of bytes that this process has held, from now on after a reset where the system knows one."""
+    """Peak memory of this process in bytes, since the last reset if the system supports it."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -216,7 +216,7 @@ def measure(sizes, given):
 
 
 def table(sizes, title, given):
-    """Measures, and prints line by line."""
+    """Measure, and print row by row."""
     names, rows = list(ways(sizes[0])), []
     peak = [] if given.quick else [f"peak memory, MiB: {', '.join(names)}"]
     columns = [f"{title}, threads", "plain, ms", *names[1:], *peak]
@@ -232,7 +232,7 @@ def table(sizes, title, given):
 
 
 def machine(device):
-    """What the figures belong to."""
+    """Date, hardware and version of torch."""
     if device == "cuda":
         return f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}"
     processor = platform.processor() or platform.machine()
@@ -267,11 +267,11 @@ def draw(rows, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, nargs="+", default=None, help="by default 1 and 2, on a GPU 1")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="default: 1 and 2, on a GPU 1")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=20, help="for a size, after its first few rounds")
+    parser.add_argument("--seconds", type=float, default=20, help="per size, after its minimum rounds")
     parser.add_argument("--quick", action="store_true", help="about two minutes")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="of loss.csv and loss.png")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="for loss.csv and loss.png")
     given = parser.parse_args()
     if given.quick:
         given.threads, given.seconds, LEAST = [1], 2, 1

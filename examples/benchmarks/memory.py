@@ -1,12 +1,12 @@
-"""What a step of a language model costs in memory and time, plain and by each way of R-Drop.
+"""Memory and time of a training step of a language model, plain and with several settings of R-Drop.
 
-    python examples/benchmarks/memory.py head   # a LoRA, and a vocabulary of 128,000: where the logits fill the memory
-    python examples/benchmarks/memory.py ways   # all of a small model is trained: what saves memory, and for what time
+    python examples/benchmarks/memory.py head   # LoRA with a vocabulary of 128,000: logits dominate the memory
+    python examples/benchmarks/memory.py ways   # full training of a small model: settings that save memory
     python examples/benchmarks/memory.py head --device cuda --layers 8 --width 2048 --batch 4
 
-A Llama with random weights. Each way has a process of its own, in which peak memory is what its steps, and the guard's
-look at the first batch, add to model and batch; time is the median step without the first two. Prints a table, and
-writes memory_head.csv or memory_ways.csv.
+A Llama with random weights. Each setting runs in a separate process. Peak memory is what the steps, including the guard
+on the first batch, need in addition to model and batch; time is the median step without the first two. Prints a table,
+and writes memory_head.csv or memory_ways.csv.
 """
 
 import argparse
@@ -47,7 +47,7 @@ WAYS = {
     "LoRA, gradient checkpointing, fused_head": (LORA | CHECKPOINTS | FUSED, 1),
 }
 TABLES = {"head": HEAD, "ways": WAYS}
-"""By the name of a way, the arguments of CausalLM and the number of micro-batches in a step."""
+"""Arguments of CausalLM and number of micro-batches per step, by the name of the setting."""
 SIZES = {
     "head": {"vocabulary": 128_000, "width": 512, "layers": 2, "batch": 1, "lengths": [512, 1024]},
     "ways": {"vocabulary": 8_000, "width": 256, "layers": 6, "batch": 8, "lengths": [256]},
@@ -66,7 +66,7 @@ def write_model(folder, given):
 
 
 def usual(module, batch):
-    """As most code does it: the batch twice, two cross-entropies, F.kl_div in both directions, all on the logits."""
+    """The usual code: the batch twice, two cross-entropies, F.kl_div in both directions, all on the full logits."""
     inputs, target = module.rdrop_unpack(batch)
     logits = module.rdrop_predict({name: torch.cat([value, value]) for name, value in inputs.items()})
     p, q = (part.flatten(0, 1) for part in logits.float().chunk(2))
@@ -78,7 +78,7 @@ def usual(module, batch):
 
 
 def measure(folder, way, length, given):
-    """Bytes that steps add, and seconds of each but the first two."""
+    """Bytes that steps add, and the seconds of each step after the first two."""
     from lightning_rdrop.modules import CausalLM
 
     logging.disable(logging.WARNING)
@@ -108,11 +108,11 @@ def measure(folder, way, length, given):
 
 
 def begin(device):
-    """Forget the peak of memory so far; returns what is taken."""
+    """Reset the peak memory; returns the memory in use."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # of Linux
+    Path("/proc/self/clear_refs").write_text("5")  # Linux only
     return resident("VmRSS")
 
 
@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path("."), help="of the CSV")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="for the CSV")
     given = parser.parse_args()
     for name, size in SIZES[given.table].items():
         setattr(given, name, getattr(given, name) or size)

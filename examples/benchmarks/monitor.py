@@ -1,9 +1,9 @@
-"""What the monitor costs: a validation with it, as a ratio of the same validation without:
+"""Cost of the monitor: the time of a validation with it, relative to the same validation without:
 
     python examples/benchmarks/monitor.py
 
-Medians over rounds in which all ways take turns. By forward passes alone the ratio of K passes is K + 2: these passes,
-one with dropout off, and that of the validation itself. Prints a table.
+Medians over rounds in which all settings take turns. Counting forward passes, the ratio for K passes is K + 2: the K
+passes, one with dropout off, and the validation's own. Prints a table.
 """
 
 import random

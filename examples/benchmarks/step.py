@@ -1,12 +1,12 @@
-"""What a whole training step costs, doubled early or late, beside steps that are written by hand:
+"""Cost of a whole training step, with the batch duplicated early or late, compared with hand-written steps:
 
     python examples/benchmarks/step.py
     python examples/benchmarks/step.py --device cuda
 
-Seconds of a Lightning step, median over rounds in which all ways take turns, and the peak of memory that each adds, on
-a CPU in a process of its own. The ideal of a late split is plain training on twice the rows in a forward that was
-written for it: the layers before the split once and without a gradient, the others twice. Prints the tables, and writes
-step.csv and step.png.
+Seconds of a Lightning step, as a median over rounds in which all variants take turns, and the peak memory that each
+adds, on a CPU in a separate process. The ideal of a late split is plain training on twice the rows with a forward
+written for it: the layers before the split run once and without gradient, the others on twice the rows. Prints the
+tables, and writes step.csv and step.png.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def texts():
 
 
 class Image(nn.Module):
-    """Convolutions without dropout, and a head with it."""
+    """Convolutions without dropout, and a head with dropout."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def pairs():
 
 
 def layers_of(network):
-    """What is before the first layer, and the layers, of which the lower ones can run once."""
+    """The embeddings, the layers, of which the lower ones can run once, and the name of these layers."""
     if hasattr(network, "bert"):
         return [network.bert.embeddings], network.bert.encoder.layer, "encoder.layer"
     encoder = network.model.encoder
@@ -95,7 +95,7 @@ def layers_of(network):
 
 
 def frozen(network, share):
-    """A share of the layers neither trained nor random, and the number of the first of the others."""
+    """Freeze a share of the layers, without dropout; returns the index of the first layer above."""
     embeddings, layers, _ = layers_of(network)
     first = round(share * len(layers))
     for part in [*embeddings, *layers[:first]] if share else []:
@@ -113,7 +113,7 @@ def unpack(batch):
 
 
 class Step(pl.LightningModule):
-    """Whatever all ways have in common."""
+    """The common part of all variants."""
 
     def __init__(self, network, **rdrop):
         super().__init__(**rdrop)
@@ -171,7 +171,7 @@ class Official(Step):
 
 
 class ByHand(Doubled):
-    """Cross-entropy on twice the rows, doubled late in a forward that was written for this network."""
+    """Cross-entropy on twice the rows, doubled late in a forward written for this network."""
 
     def __init__(self, network, first):
         super().__init__(network)
@@ -212,7 +212,7 @@ MODELS = {
 
 
 def ways(name):
-    """Each way to train a model: a function that makes the module."""
+    """The variants of training a model, as functions that build the module."""
     make, _ = MODELS[name]
 
     def late(share, by_hand=False, at=None):
@@ -241,7 +241,7 @@ def ways(name):
 
 
 class Clock(pl.Callback):
-    """From the beginning of a step to that of the next."""
+    """Measure from the start of each step to the start of the next."""
 
     def __init__(self):
         self.times = []
@@ -253,7 +253,7 @@ class Clock(pl.Callback):
 
 
 def train(module, batch, steps, device):
-    """Seconds of each step, without the first ones."""
+    """Seconds of each step after the first two."""
     clock = Clock()
     trainer = pl.Trainer(
         accelerator=device,
@@ -272,7 +272,7 @@ def train(module, batch, steps, device):
 
 
 def seconds(name, rounds, steps, device):
-    """The median step of each way; in every round each way has its turn."""
+    """The median step of each variant, over rounds in which all take turns."""
     torch.manual_seed(0)
     batch = MODELS[name][1]()
     modules = {way: build() for way, build in ways(name).items()}
@@ -280,14 +280,14 @@ def seconds(name, rounds, steps, device):
         train(module, batch, 3, device)  # the guard, and the search for a split
     found = {way: [] for way in modules}
     for _ in range(rounds):
-        # in a random order, since whoever follows a small one has to ask for memory again
+        # in random order, because a variant that follows a smaller one has to allocate memory again
         for way in random.sample(list(modules), len(modules)):
             found[way] += train(modules[way], batch, steps, device)
     return {way: statistics.median(times) for way, times in found.items()}
 
 
 def peak(name, way, device):
-    """Bytes that training adds to what module and batch take."""
+    """Bytes that training needs in addition to module and batch."""
     torch.set_num_threads(2)
     logging.disable(logging.INFO)
     batch, module = MODELS[name][1](), ways(name)[way]()
@@ -348,9 +348,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="of a round, the first two of which are not counted")
+    parser.add_argument("--steps", type=int, default=6, help="per round, the first two of which are not counted")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--folder", type=Path, default=Path("."), help="of step.csv and step.png")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="for step.csv and step.png")
     given = parser.parse_args()
     torch.set_num_threads(2)
     random.seed(0)

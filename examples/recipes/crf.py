@@ -1,4 +1,4 @@
-"""A linear-chain CRF as a Distance of one's own: its transitions are parameters, trained and saved with the module."""
+"""A linear-chain CRF as a custom Distance: its transitions are parameters, trained and saved with the module."""
 
 import pytorch_lightning as pl
 import torch

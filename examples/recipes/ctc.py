@@ -1,4 +1,4 @@
-"""Speech recognition with CTC: the prediction is a pair, logits and how many of their frames count."""
+"""Speech recognition with CTC: the prediction is a pair, the logits and their numbers of valid frames."""
 
 import pytorch_lightning as pl
 import torch
@@ -15,7 +15,7 @@ class Recognizer(RDropMixin, pl.LightningModule):
         self.encoder = nn.LSTM(features, 32, batch_first=True, bidirectional=True)
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(64, tokens))
 
-    def forward(self, frames, lengths):  # by their names in the batch; both are doubled, so that each view has its own
+    def forward(self, frames, lengths):  # matched to the batch by name; both are doubled, so each view has its own
         packed = pack_padded_sequence(frames, lengths.cpu(), batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.encoder(packed)[0], batch_first=True, total_length=frames.shape[1])
         return self.head(hidden), lengths
@@ -28,7 +28,7 @@ def utterances(number=64):
     tokens = torch.randint(1, 5, (number, 3))
     frames = torch.eye(8)[tokens].repeat_interleave(4, 1) * torch.tensor([1.0, 1, 1, 0]).repeat(3)[:, None]
     lengths = 4 * torch.randint(1, 4, (number,))
-    tokens[torch.arange(3) >= lengths[:, None] // 4] = -100  # padding; or give (tokens, lengths) as the target
+    tokens[torch.arange(3) >= lengths[:, None] // 4] = -100  # padding; or use (tokens, lengths) as the target
     return [{"frames": x, "lengths": n, "labels": y} for x, n, y in zip(frames, lengths, tokens, strict=True)]
 
 

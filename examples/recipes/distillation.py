@@ -32,7 +32,7 @@ class Student(RDropMixin, pl.LightningModule):
 
 
 if __name__ == "__main__":
-    teacher = nn.Linear(8, 3)  # in earnest, a larger network that is trained already
+    teacher = nn.Linear(8, 3)  # in practice, a larger pretrained network
     x = torch.randn(64, 8)
     network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
     data = DataLoader(TensorDataset(x, teacher(x).argmax(-1)), 16, shuffle=True)

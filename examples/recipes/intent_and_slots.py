@@ -1,4 +1,4 @@
-"""An intent for each sentence and a slot for each of its words: two predictions, each with a distance of its own."""
+"""An intent for each sentence and a slot for each of its words: two predictions, each with its own distance."""
 
 import pytorch_lightning as pl
 import torch
@@ -10,7 +10,7 @@ from lightning_rdrop import Categorical, RDropMixin, Together
 
 class Assistant(RDropMixin, pl.LightningModule):
     def __init__(self, words=50, intents=3, slots=5):
-        # kl is stronger for the slots; rdrop_distance={"intent": Categorical(), "slots": Categorical()} has no factors
+        # a larger alpha for the slots; without factors, pass rdrop_distance={"intent": Categorical(), ...}
         distances = {"intent": Categorical(label_smoothing=0.1), "slots": Categorical()}
         super().__init__(rdrop_distance=Together(distances, weights={"slots": 0.5}, alphas={"slots": 2.0}))
         self.embedding = nn.Sequential(nn.Embedding(words, 32), nn.Dropout(0.3))
@@ -28,7 +28,7 @@ class Assistant(RDropMixin, pl.LightningModule):
 def sentences(number=64):
     words = torch.randint(50, (number, 8))
     slots = words % 5
-    slots[:, 6:] = -100  # padding counts in neither term
+    slots[:, 6:] = -100  # padding is ignored in both terms
     return [(x, {"intent": x[0] % 3, "slots": y}) for x, y in zip(words, slots, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""LoRA around any model by peft: the base is frozen and adapters are trained, with a dropout of their own."""
+"""LoRA with peft around any model: the base is frozen, and adapters with their own dropout are trained."""
 
 import pytorch_lightning as pl
 import torch
@@ -14,7 +14,7 @@ class Adapted(RDropMixin, pl.LightningModule):
         super().__init__(**kwargs)
         lora = LoraConfig(r=8, lora_dropout=0.1, target_modules=["query", "value"], task_type="SEQ_CLS")
         self.network = get_peft_model(base, lora)
-        dropout.switch_on(self.network)  # from_pretrained hands models out in eval mode
+        dropout.switch_on(self.network)  # from_pretrained returns models in eval mode
 
     def forward(self, **inputs):
         return self.network(**inputs)

@@ -1,4 +1,4 @@
-"""Masked language modelling: cross-entropy of the masked tokens, consistency of all that are no padding."""
+"""Masked language modeling: cross-entropy of the masked tokens, consistency of all tokens except padding."""
 
 import pytorch_lightning as pl
 import torch
@@ -16,7 +16,7 @@ class MaskedLM(RDropMixin, pl.LightningModule):
     def forward(self, **inputs):
         return self.network(**inputs)
 
-    def rdrop_unpack(self, batch):  # a token that is not masked has no label, but a kl; padding has neither
+    def rdrop_unpack(self, batch):  # unmasked tokens have no label but count for kl; padding counts for neither
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return inputs, (batch["labels"], batch["attention_mask"])
 
@@ -24,7 +24,7 @@ class MaskedLM(RDropMixin, pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def masked(texts):  # what transformers' DataCollatorForLanguageModeling makes of them
+def masked(texts):  # a short version of transformers' DataCollatorForLanguageModeling
     ids = torch.stack(texts)
     chosen = (torch.rand(ids.shape) < 0.15) & (ids != 0)
     labels = ids.where(chosen, -100)

@@ -1,4 +1,4 @@
-"""Two crops of each image in the place of two copies, both mixed up with those of another image; crops by kornia."""
+"""Two random crops of each image instead of two copies, with mixup; the crops are by kornia."""
 
 import pytorch_lightning as pl
 import torch
@@ -16,12 +16,12 @@ class TwoCrops(RDropMixin, pl.LightningModule):
         self.classes = classes
         self.augment = AugmentationSequential(RandomResizedCrop((16, 16), scale=(0.6, 1.0)), RandomHorizontalFlip())
         stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-        self.network = nn.Sequential(stem, nn.Dropout(0.1), nn.Linear(64, classes))  # dropout may be there or not
+        self.network = nn.Sequential(stem, nn.Dropout(0.1), nn.Linear(64, classes))  # dropout is optional here
 
     def forward(self, x):
         return self.network(x)
 
-    def rdrop_unpack(self, batch):  # a batch at a time, on its device; crops of a data set go into Views as well
+    def rdrop_unpack(self, batch):  # whole batches, on their device; a data set may return Views of its crops instead
         images, labels = batch
         share, other = torch.distributions.Beta(0.4, 0.4).sample(), torch.randperm(len(images))
         first, second, target = self.augment(images), self.augment(images), F.one_hot(labels, self.classes).float()

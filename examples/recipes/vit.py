@@ -1,4 +1,4 @@
-"""A network of timm: dropout and drop path when it is made, and a batch that is doubled where they begin."""
+"""A timm network: set dropout and drop path at construction, and double the batch at the first dropout."""
 
 import pytorch_lightning as pl
 import timm

@@ -1,4 +1,4 @@
-"""Several variants of a config over several seeds, each a `fit` of its own, and a table with intervals."""
+"""Compare variants of a config over several seeds, each run a separate `fit`, in a table with intervals."""
 
 from lightning_rdrop.compare.command import compare
 

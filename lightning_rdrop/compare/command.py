@@ -26,18 +26,18 @@ from lightning_rdrop.compare.summary import Summary
 def parser() -> ArgumentParser:
     """The arguments of the command."""
     parser = ArgumentParser(prog="lightning-rdrop compare", description=__doc__)
-    parser.add_argument("--config", action="append", default=[], help="Config of fit that all variants share.")
+    parser.add_argument("--config", action="append", default=[], help="Config of fit shared by all variants.")
     parser.add_argument(
         "--variant",
         action="append",
         default=[],
-        help="NAME=FILE.yaml, or NAME='--model.rdrop_alpha=1', laid over the config; the first is the reference.",
+        help="NAME=FILE.yaml, or NAME='--model.rdrop_alpha=1', applied over the config; the first is the reference.",
     )
     parser.add_argument(
         "--grid",
         action="append",
         default=[],
-        help="KEY=VALUE,VALUE makes variants of the config, NAME:KEY=VALUE,VALUE of a variant; several are combined.",
+        help="KEY=VALUE,VALUE makes variants of the config, NAME:KEY=VALUE,VALUE of a variant; grids are combined.",
     )
     parser.add_argument(
         "--equal-cost",
@@ -45,21 +45,21 @@ def parser() -> ArgumentParser:
         const="",
         default=None,
         metavar="NAME",
-        help="Add the reference with the seconds of this variant (default: the second), and the variant with alpha 0.",
+        help="Add the reference trained as long as this variant (default: the second), and the variant with alpha 0.",
     )
-    parser.add_argument("--seeds", type=int | list[int], default=5, help="5 is 1 to 5; or a list.")
-    parser.add_argument("--seed-to", action="append", default=[], help="Also set to the seed: data.init_args.draw")
-    parser.add_argument("--out", type=str | None, default=None, help="Folder of results, report and runs.")
-    parser.add_argument("--workers", type=int, default=1, help="Runs at a time.")
-    parser.add_argument("--executor", type=Literal["local", "slurm"], default="local", help="Where runs take place.")
-    parser.add_argument("--slurm", type=dict[str, Any], default={}, help="Of sbatch: --slurm.partition gpu")
-    parser.add_argument("--keep-checkpoints", type=bool, default=False, help="Keep those of finished runs.")
-    parser.add_argument("--report", type=str | None, default=None, help="Only report on this folder.")
+    parser.add_argument("--seeds", type=int | list[int], default=5, help="A number (5 is 1 to 5), or a list.")
+    parser.add_argument("--seed-to", action="append", default=[], help="Also set this to the seed: data.init_args.draw")
+    parser.add_argument("--out", type=str | None, default=None, help="Folder for results, report and runs.")
+    parser.add_argument("--workers", type=int, default=1, help="Number of parallel runs.")
+    parser.add_argument("--executor", type=Literal["local", "slurm"], default="local", help="Where to run.")
+    parser.add_argument("--slurm", type=dict[str, Any], default={}, help="Options of sbatch: --slurm.partition gpu")
+    parser.add_argument("--keep-checkpoints", type=bool, default=False, help="Keep checkpoints of finished runs.")
+    parser.add_argument("--report", type=str | None, default=None, help="Only write the report of this folder.")
     return parser
 
 
 def compare(args: Sequence[str]) -> None:
-    """Run what has not been run yet, and report."""
+    """Run what is missing, and report."""
     missing = [name for name in ("submitit", "scipy", "rich", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"compare needs {', '.join(missing)}: pip install 'lightning-rdrop[compare]'")
@@ -73,31 +73,31 @@ def compare(args: Sequence[str]) -> None:
         print(f"lightning-rdrop compare: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        print("Stopped. Run the same command to continue.", file=sys.stderr)
         sys.exit(130)
 
 
 def compare_all(given: Namespace) -> None:
     """Plan, run and report."""
     if given.out is None or not given.config or not (given.variant or given.grid):
-        raise ValueError("give --config, --variant and --out; or --report FOLDER for the report alone.")
+        raise ValueError("pass --config, --out, and --variant or --grid; or only --report FOLDER.")
     if given.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {given.workers}.")
     seeds = [*range(1, given.seeds + 1)] if isinstance(given.seeds, int) else given.seeds
     if not seeds or len({*seeds}) < len(seeds):
-        raise ValueError(f"--seeds must be a number of seeds, 1 or more, or different ones, got {given.seeds}.")
+        raise ValueError(f"--seeds must be a number >= 1, or a list of different seeds, got {given.seeds}.")
     plan = Plan.of(given.config, given.variant, given.grid, given.seed_to)
-    dear = None if given.equal_cost is None else _dear(plan, given.equal_cost)
+    matched = None if given.equal_cost is None else _equal_cost_variant(plan, given.equal_cost)
     folder = Path(given.out)
-    with _alone(folder), _interruptible():
+    with _locked(folder), _interruptible():
         earlier = Plan.read(folder)
         whole = plan.continues(earlier, _begun(folder)) if earlier else plan
         engine = Engine(given.executor, given.workers, given.slurm)
         names = [*plan.variants]
         rows = work(whole, names, seeds, folder, engine, given.keep_checkpoints)
-        if dear is not None:
-            whole = add_equal_cost(whole, rows, dear)
-            added = [*whole.equal_cost[dear]]
+        if matched is not None:
+            whole = add_equal_cost(whole, rows, matched)
+            added = [*whole.equal_cost[matched]]
             rows, names = work(whole, added, seeds, folder, engine, given.keep_checkpoints), names + added
         report_on(folder)
     rows = [row for row in rows if row["variant"] in names and row["seed"] in seeds]
@@ -105,8 +105,8 @@ def compare_all(given: Namespace) -> None:
         last = failed[-1]
         print(
             f"{len(failed)} of {len(rows)} runs failed, such as {last['variant']}, seed {last['seed']}: "
-            f"{last['status'].removeprefix('failed: ')}. The same command runs them again; {folder / 'report.md'} "
-            "names all.",
+            f"{last['status'].removeprefix('failed: ')}. Run the same command to retry them; {folder / 'report.md'} "
+            "lists all.",
             file=sys.stderr,
         )
         sys.exit(1)
@@ -115,9 +115,9 @@ def compare_all(given: Namespace) -> None:
 def work(
     plan: Plan, names: Sequence[str], seeds: Sequence[int], folder: Path, engine: Engine, keep_checkpoints: bool
 ) -> list[Row]:
-    """Run these variants with these seeds where it is not done yet, and keep ``results.csv`` up to date.
+    """Run these variants with these seeds unless already done, and keep ``results.csv`` up to date.
 
-    The runs of a seed follow each other, so that pairs are there from the beginning.
+    All variants of a seed run before the next seed, so that the report has pairs from the beginning.
     """
     plan.write(folder)
     place = folder.absolute() / "runs"
@@ -127,7 +127,7 @@ def work(
         for name in names
     ]
     table = Results(folder / "results.csv", [*plan.variants])
-    for run in runs:  # what ended after an earlier command had been killed
+    for run in runs:  # runs that ended after an earlier command was killed
         if run.result is not None:
             table.add(run)
     waiting = [run for run in runs if not table.is_done(run)]
@@ -145,49 +145,48 @@ def report_on(folder: Path) -> None:
 
     plan = Plan.read(folder)
     if plan is None:
-        raise ValueError(f"--report {folder}: there is no comparison.yaml in it, which every comparison begins with.")
+        raise ValueError(f"--report {folder}: there is no comparison.yaml in it. Pass the --out of a comparison.")
     report, console = Report(Summary(plan, Results(folder / "results.csv").rows)), Console()
-    if not console.is_terminal:  # a file has no width, and rich takes it for 80 columns
+    if not console.is_terminal:  # rich assumes 80 columns for a file
         console.width = max(console.width, 200)
     report.write(folder)
     console.print(report.table())
     console.print(report.notes(), highlight=False)
 
 
-def _dear(plan: Plan, name: str) -> str:
-    """The variant whose cost others are to have."""
+def _equal_cost_variant(plan: Plan, name: str) -> str:
+    """The variant of ``--equal-cost``, by default the second."""
     others = [*plan.families][1:]
     name = name or next(iter(others), "")
     if name not in others:
-        raise ValueError(f"--equal-cost {name}: give a variant besides the reference: {', '.join(others) or 'none'}.")
+        raise ValueError(f"--equal-cost {name}: pass a variant besides the reference: {', '.join(others) or 'none'}.")
     return name
 
 
 def _begun(folder: Path) -> set[str]:
-    """The variants with a run that has not failed: it is done, or may still be going on."""
+    """The variants with a run that is done, or may still be running."""
     runs = [lock.parent for lock in folder.glob("runs/*/*/lock")]
     going = {run.parent.name for run in runs if not (run / "result.json").exists()}
     return going | {row["variant"] for row in finished(Results(folder / "results.csv").rows)}
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """A context in which no other command compares in this folder."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder against other compare commands."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--out {folder}: another compare is at work in it.") from None
+            raise ValueError(f"--out {folder}: another compare command is using it.") from None
         yield
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """A context in which SIGTERM does what Ctrl-C does, for the runs too.
+    """Let SIGTERM and SIGINT interrupt this command and its runs.
 
-    A shell that starts a command in the background lets it, and all that it starts, ignore SIGINT, by which runs are
-    stopped.
+    Runs are stopped by SIGINT, which a shell makes background commands and their children ignore.
     """
     earlier = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGINT, signal.SIGTERM)}
     try:

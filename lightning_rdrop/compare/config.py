@@ -1,4 +1,4 @@
-"""Configs as ``lightning-rdrop fit`` understands them, without anything being run."""
+"""Resolve configs as ``lightning-rdrop fit`` does, without running anything."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def resolve(arguments: Sequence[str]) -> Config:
     """The config that ``fit`` would run with these arguments.
 
     Args:
-        arguments: those of the command line.
+        arguments: of the command line.
 
     Raises:
-        ValueError: ``fit`` does not take them.
+        ValueError: ``fit`` does not accept them.
     """
     printed, errors = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(errors):
@@ -44,7 +44,7 @@ def arguments_of(overlay: str) -> list[str]:
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """What differs between two configs, a line for each value."""
+    """The differences between two configs, a line for each value."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
         f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
@@ -54,7 +54,7 @@ def changes(old: Config, new: Config) -> list[str]:
 
 
 def instances(config: Config, key: str) -> Iterator[Config]:
-    """The classes, with their arguments, under a key such as ``trainer.logger``: one, a list, or several by name."""
+    """The class configs under a key such as ``trainer.logger``, which has one, a list, or several by name."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -66,13 +66,13 @@ def instances(config: Config, key: str) -> Iterator[Config]:
 
 
 def callbacks(config: Config) -> Iterator[Config]:
-    """All callbacks of a config, in the order in which the Trainer has them."""
+    """All callbacks of a config, in the order of the Trainer."""
     yield from instances(config, "trainer.callbacks")
     yield from instances(config, "callbacks")
 
 
 def checkpointed(config: Config) -> tuple[str, str] | None:
-    """The metric by which checkpoints are chosen, and whether by its ``"max"`` or ``"min"``; None if by none."""
+    """The metric that selects checkpoints, and its mode, ``"max"`` or ``"min"``; None if there is none."""
     for callback in callbacks(config):
         arguments = callback.get("init_args", {})
         if callback["class_path"].endswith("Checkpoint") and arguments.get("monitor"):
@@ -81,7 +81,7 @@ def checkpointed(config: Config) -> tuple[str, str] | None:
 
 
 def _reason(printed: str) -> str:
-    """What a parser printed, without the usage before it and the types around it."""
+    """The error in the output of a parser, without usage and types."""
     said = printed.rpartition("error: ")[2].strip()
     option = re.search(r"class_path '([\w.]+)':\s+(Option '[\w.]+' is not accepted)", said)
     return f"{option[2]} by {option[1]}." if option else said

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, on this machine or on a SLURM cluster, by submitit."""
+"""Execute runs in separate processes with submitit, on this machine or on a SLURM cluster."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from submitit import Job
 
 _A_YEAR = 365 * 24 * 60
-"""In minutes. submitit's local jobs end after 2 minutes otherwise."""
+"""In minutes. Otherwise submitit stops local jobs after 2 minutes."""
 
 
 class Engine:
-    """Runs, several at a time.
+    """Execute several runs at a time.
 
-    A run locks its folder, and gives back the result that it finds there: one that is still going on, because the
-    process that began it was killed, is awaited instead of being run a second time.
+    A run locks its folder, and returns the result that it finds there. If it is still active because the process that
+    started it was killed, the engine waits for it instead of running it again.
 
     Args:
         name: ``"local"`` or ``"slurm"``.
-        workers: how many run at a time; on a SLURM cluster, how many jobs are queued.
+        workers: number of parallel runs; on a SLURM cluster, of queued jobs.
         slurm: arguments of ``sbatch``, such as ``{"partition": "gpu", "time": 120}``.
     """
 
@@ -38,7 +38,7 @@ class Engine:
         self.slurm = slurm or {}
 
     def execute(self, runs: Sequence[Run]) -> Iterator[Run]:
-        """Run them in this order, and give each as it ends, with a result. What interrupts this, stops them."""
+        """Execute runs in this order, and yield each when it has a result. An interruption stops them all."""
         waiting, free = list(runs), list(range(self.workers))
         running: list[tuple[Job[None], Run, int]] = []
         try:
@@ -81,25 +81,26 @@ class Engine:
         state = job.state.lower() if self.name == "slurm" else "killed, or out of memory"
         log = job.paths.stdout
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        said = lines[-1][:200] if lines else "with nothing"
+        said = lines[-1][:200] if lines else "(empty)"
         return f"ended without a result ({state}); {log.relative_to(run.folder.parents[2])} ends: {said}"
 
 
 def _share(slot: int, workers: int) -> list[int]:
-    """The GPUs of one of several workers; where there are fewer than workers, they share them."""
+    """The GPUs of one of several workers; they share GPUs if there are fewer of these."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         gpus = [int(gpu) for gpu in given.split(",") if gpu] if given is not None else range(torch.cuda.device_count())
     except ValueError:
-        raise ValueError(f"CUDA_VISIBLE_DEVICES={given} must list numbers, such as 0,1, to be shared out.") from None
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={given} must list numbers, such as 0,1, to be divided.") from None
     return [*gpus][slot::workers] or ([gpus[slot % len(gpus)]] if gpus else [])
 
 
 @contextmanager
 def _output_into(path: Path) -> Iterator[None]:
-    """A context in which a process is started that prints there: what an interrupt makes it say is not for the user.
+    """Redirect the output of a process that is started in this context to a file.
 
-    Nor is it to keep open, should it outlive this process, what this one prints to.
+    What it prints on an interrupt is not for the user, and if it outlives this process it must not keep our output
+    open.
     """
     kept = [(stream, os.dup(stream)) for stream in (1, 2)]
     try:

@@ -1,4 +1,4 @@
-"""What R-Drop is to be measured against besides plain training: the same time, and the same rows, without its kl."""
+"""Controls for R-Drop besides plain training: the same time, and the same doubled rows without the kl."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_rdrop.compare.summary import Summary
 
 
 def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
-    """The plan with two more variants, once the runs have shown what R-Drop costs.
+    """Add two variants to the plan, once the runs have shown what R-Drop costs.
 
-    ``REFERENCE-time-of-NAME`` is the reference with the seconds of R-Drop, by as many more epochs (and steps, where
-    ``max_steps`` is given); ``NAME-alpha0`` is R-Drop with alpha 0, so that only the rows are doubled. They are made
-    once: later seeds find them as they are.
+    ``REFERENCE-time-of-NAME`` is the reference trained as long as R-Drop, with proportionally more epochs (and steps,
+    if ``max_steps`` is set); ``NAME-alpha0`` is R-Drop with alpha 0, so that only the rows are doubled. They are added
+    once and stay the same for later seeds.
 
     Args:
-        plan: with the variant, or the grid of variants of which the chosen one is taken.
+        plan: contains the variant, or its grid, whose chosen variant is used.
         rows: the runs so far.
         family: the variant with R-Drop.
 
@@ -32,17 +32,17 @@ def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
     summary = Summary(plan, rows)
     reference, variant = (summary.chosen(one) for one in (next(iter(plan.families)), family))
     if reference is None or variant is None:
-        raise ValueError(f"--equal-cost {family}: no validation tells which variant of the grid to take.")
+        raise ValueError(f"--equal-cost {family}: no validation metric to choose a variant of the grid by.")
     ratio = max(1.0, summary.relative(variant, "seconds"))
     if math.isnan(summary.relative(variant, "seconds")):
-        raise ValueError(f"--equal-cost {family}: no seed of both {variant} and {reference} is finished.")
+        raise ValueError(f"--equal-cost {family}: no seed is finished for both {variant} and {reference}.")
     added = {
         f"{next(iter(plan.families))}-time-of-{family}": _longer(plan.variants[reference], ratio),
         f"{family}-alpha0": _without_kl(plan.variants[variant]),
     }
     reasons = (
-        f"{reference} with the seconds of {variant}, by {ratio:.2f} times its epochs or steps",
-        f"{variant} with alpha 0, which doubles the rows and has no kl",
+        f"{reference} trained as long as {variant}, for {ratio:.2f} times its epochs or steps",
+        f"{variant} with alpha 0, which doubles the rows without the kl",
     )
     families = plan.families | {name: [name] for name in added}
     equal_cost = plan.equal_cost | {family: dict(zip(added, reasons, strict=True))}

@@ -1,4 +1,4 @@
-"""What is compared: variants with their configs, and which is the reference."""
+"""The plan of a comparison: variants, their configs, and the reference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import yaml
 from lightning_rdrop.compare.config import Config, arguments_of, changes, checkpointed, resolve
 
 _GRID = "grid"
-"""The family of a grid that is not one of a variant."""
+"""The family of a grid that belongs to no variant."""
 
 
 @dataclass
 class Plan:
-    """A comparison; it is kept in ``comparison.yaml``.
+    """A comparison, saved as ``comparison.yaml``.
 
     Args:
-        variants: their configs by name.
-        families: the variants of a grid, by the name of what they are variants of. One of them is chosen, on
-            validation, to stand for all. A variant without a grid is a family of its own.
-        seed_to: arguments besides ``seed_everything`` that a run's seed is given to.
-        equal_cost: the variants that were added at the cost of one, by its name, and what each of them is.
+        variants: configs by name.
+        families: the variants of each grid, by the name of the variant that the grid belongs to. One of them is chosen
+            on validation to represent the grid. A variant without a grid is its own family.
+        seed_to: arguments besides ``seed_everything`` that are set to a run's seed.
+        equal_cost: the variants added to match the cost of a variant, by its name, with a description of each.
     """
 
     variants: dict[str, Config] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Plan:
     def of(
         cls, base: Sequence[str], variants: Sequence[str], grids: Sequence[str] = (), seed_to: Sequence[str] = ()
     ) -> Plan:
-        """The plan of a command, every config of which is one that ``fit`` takes.
+        """The plan of a command; ``fit`` must accept all of its configs.
 
         Args:
             base: config files.
@@ -46,7 +46,7 @@ class Plan:
             seed_to: as above.
 
         Raises:
-            ValueError: a variant that ``fit`` does not take, or two of one name.
+            ValueError: ``fit`` does not accept a variant, or two have the same name.
         """
         files = [argument for path in base for argument in ("--config", path)]
         _resolve("--config", files)
@@ -54,7 +54,7 @@ class Plan:
         for variant in variants:
             name, overlay = _split(variant)
             if name in overlays:
-                raise ValueError(f"--variant {variant}: there are two of the name {name}.")
+                raise ValueError(f"--variant {variant}: there are two with the name {name}.")
             overlays[name] = overlay
         axes = [_axis(grid, overlays) for grid in grids]
         if any(name == _GRID for name, _ in axes):
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def monitor(self) -> tuple[str, str] | None:
-        """The validation metric by which checkpoints are chosen, and ``"max"`` or ``"min"``."""
+        """The validation metric that selects checkpoints, and ``"max"`` or ``"min"``."""
         return checkpointed(next(iter(self.variants.values())))
 
     @classmethod
@@ -90,33 +90,32 @@ class Plan:
         return cls(**kept)
 
     def write(self, folder: Path) -> None:
-        """Keep it, whole or not at all."""
+        """Write the plan atomically."""
         part = folder / "comparison.part"
         part.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
         part.replace(folder / "comparison.yaml")
 
     def continues(self, earlier: Plan, begun: Collection[str]) -> Plan:
-        """This plan with the variants of an earlier command that it does not name again.
+        """This plan, extended by the other variants of an earlier command.
 
         Args:
             earlier: the plan of that command.
-            begun: its variants with runs that have not failed, whose configs stay.
+            begun: its variants with runs that have not failed, whose configs must not change.
 
         Raises:
-            ValueError: a config is another one under the same name, or checkpoints are chosen by another metric.
+            ValueError: such a config differs, or ``seed_to``, or the metric that selects checkpoints.
         """
         for name in self.variants.keys() & earlier.variants.keys() & {*begun}:
             different = changes(earlier.variants[name], self.variants[name])
-            if different and (different := changes(_of_today(earlier.variants[name]), self.variants[name])):
+            if different and (different := changes(_with_new_defaults(earlier.variants[name]), self.variants[name])):
                 more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
                 raise ValueError(
-                    f"variant {name} has another config than the runs that are there already: "
-                    f"{'; '.join(different[:5])}{more}. Give it another name, or the comparison another --out."
+                    f"variant {name} has another config than its existing runs: "
+                    f"{'; '.join(different[:5])}{more}. Use another name or another --out."
                 )
         if self.seed_to != earlier.seed_to:
             raise ValueError(
-                f"--seed-to was {earlier.seed_to} for the runs that are there already, and is {self.seed_to} now. "
-                "Give the comparison another --out."
+                f"--seed-to was {earlier.seed_to} for the existing runs, but is {self.seed_to} now. Use another --out."
             )
         families = {
             name: list(dict.fromkeys([*self.families.get(name, []), *earlier.families.get(name, [])]))
@@ -129,7 +128,7 @@ class Plan:
 
 
 def settings_of(variant: str) -> dict[str, str]:
-    """What a grid sets in one of its variants.
+    """The settings of a grid's variant, from its name.
 
     Example:
         >>> settings_of("rdrop:rdrop_alpha=1,p=0.3"), settings_of("plain")
@@ -139,11 +138,11 @@ def settings_of(variant: str) -> dict[str, str]:
     return {key: value for key, equals, value in settings if equals}
 
 
-def _of_today(config: Config) -> Config:
-    """A config of an earlier version, with the defaults of arguments that have been added since."""
+def _with_new_defaults(config: Config) -> Config:
+    """A config of an earlier version, with the defaults of arguments added since."""
     try:
         return resolve(["--config", yaml.safe_dump(config)])
-    except ValueError:  # it has arguments that there are no more
+    except ValueError:  # it has arguments that no longer exist
         return config
 
 
@@ -151,14 +150,14 @@ def _split(variant: str) -> tuple[str, str]:
     name, equals, overlay = variant.partition("=")
     if not equals or not name or set(name) & set("/\\:") or name.startswith((".", "-")) or name == _GRID:
         raise ValueError(
-            f"--variant {variant}: write NAME=FILE.yaml, or NAME='--model.rdrop_alpha=1'. A name is one of a folder, "
-            f"without slashes and colons, and not {_GRID}."
+            f"--variant {variant}: write NAME=FILE.yaml, or NAME='--model.rdrop_alpha=1'. The name becomes a folder: "
+            f"it has no slashes or colons, does not begin with . or -, and is not {_GRID}."
         )
     return name, overlay
 
 
 def _axis(grid: str, variants: dict[str, str]) -> tuple[str, list[tuple[str, str]]]:
-    """The variant that a grid is one of, and its settings, key and value each."""
+    """The variant that a grid belongs to, and the grid's settings, each a key and a value."""
     left, _, values = grid.partition("=")
     name, colon, key = left.rpartition(":")
     settings = [(key, value) for value in values.split(",") if value]
@@ -170,16 +169,16 @@ def _axis(grid: str, variants: dict[str, str]) -> tuple[str, list[tuple[str, str
 
 
 def _same_monitor(plan: Plan) -> None:
-    """Values are chosen, and columns compared, by one validation metric."""
+    """Check that all variants select checkpoints by the same metric, and that a grid has one."""
     monitors = {name: checkpointed(config) for name, config in plan.variants.items()}
     if len(set(monitors.values())) > 1:
-        raise ValueError(f"the variants choose their checkpoints by different metrics: {monitors}.")
+        raise ValueError(f"the variants select checkpoints by different metrics: {monitors}.")
     if plan.monitor is None and any(len(members) > 1 for members in plan.families.values()):
-        raise ValueError("--grid chooses on validation: give the config a ModelCheckpoint with a monitor and a mode.")
+        raise ValueError("--grid chooses on validation: add a ModelCheckpoint with a monitor and a mode to the config.")
 
 
 def _resolve(what: str, arguments: Sequence[str]) -> Config:
-    """The config of these arguments, or what is wrong with them, and where."""
+    """The config of these arguments; an error begins with the option they come from."""
     try:
         return resolve(arguments)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How far a comparison has come, while it runs."""
+"""The progress of a running comparison."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """The table so far, a bar over all runs and the time left; where there is no terminal, a line for each run.
+    """The table so far, a bar over all runs and the time left; without a terminal, a line for each run.
 
     Args:
         total: the number of runs.
-        waiting: those that are not finished yet.
+        waiting: the runs that are not finished yet.
     """
 
     def __init__(self, total: int, waiting: Sequence[Run]) -> None:
@@ -47,7 +47,7 @@ class Progress:
         self.live.stop()
 
     def ended(self, run: Run, row: Row, report: Report) -> None:
-        """Show that a run has ended, with this line of the table."""
+        """Show that a run has ended, with this row of the table."""
         from rich.console import Group
 
         self.waiting.remove(run)
@@ -63,7 +63,7 @@ class Progress:
             print(f"[{task.completed:.0f}/{task.total:.0f}] {run.variant}, seed {run.seed}: {said}. {left}", flush=True)
 
     def _left(self, rows: Sequence[Row]) -> str:
-        """The time left: what the waiting runs will take by those of their variants, with what else a run takes."""
+        """The time left, from the mean seconds of each variant and the overhead per run."""
         known = [row for row in rows if "seconds" in row]
         if not self.waiting or not self._seconds:
             return ""

@@ -1,4 +1,4 @@
-"""What a comparison shows: a table with intervals, for the terminal and as Markdown, and a picture."""
+"""The report of a comparison: a table with intervals, for the terminal and as Markdown, and pictures."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _VERDICTS = {
     0: {1: "higher", 0: "not shown", -1: "lower"},
     -1: {1: "worse", 0: "not shown", -1: "better"},
 }
-"""What is said of the sign of a difference, by which way is better."""
+"""The verdict on a difference, by which direction is better and by its sign."""
 
 
 class Report:
     """The tables of a comparison.
 
     Args:
-        summary: its numbers.
+        summary: the numbers.
     """
 
     def __init__(self, summary: Summary) -> None:
@@ -49,7 +49,7 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        """The tables of all metrics, and what they say."""
+        """The tables of all metrics, with notes and failed runs."""
         parts = [f"# {len(self.summary.plan.variants)} variants, {len(finished(self.summary.rows))} runs"]
         for metric in self.summary.metrics:
             parts += [f"## {metric}", _markdown([self._header(), *self._cells(metric)])]
@@ -65,10 +65,10 @@ class Report:
         plan, reference = self.summary.plan, self.summary.reference
         notes = [
             f"difference: paired, over the seeds that a variant has in common with {reference}, with its 95 % interval "
-            "by Student's t. Where that contains 0, a difference is not shown. The interval is that of one comparison: "
-            "of twenty variants that change nothing, one will seem to.",
-            "needs: the seeds with which a paired t-test at 5 % would see a difference of this size and this variance "
-            "with a probability of 80 %.",
+            "by Student's t. If the interval contains 0, the verdict is 'not shown'. It is not corrected for "
+            "multiple comparisons: of twenty variants without any effect, one will seem to have one.",
+            "needs: the number of seeds with which a paired t-test at 5 % detects a difference of this size and "
+            "variance with a power of 80 %.",
             f"time, of training and validation, and peak memory are relative to {reference}.",
         ]
         for family, members in plan.families.items():
@@ -76,7 +76,7 @@ class Report:
                 chosen, metric = self.summary.chosen(family), plan.monitor[0]
                 notes.append(
                     f"{chosen} (marked *) was chosen among {len(members)} variants by the mean of {metric}, on "
-                    f"validation data only, to stand for {family}. To pick another of them by its test metric would "
+                    f"validation data only, to represent {family}. Picking another one by its test metric would "
                     "overstate it."
                     if chosen
                     else f"none of the {len(members)} variants of {family} was chosen: no mean of {metric} is known."
@@ -87,7 +87,7 @@ class Report:
         return "\n".join(f"- {note}" for note in notes)
 
     def write(self, folder: Path) -> None:
-        """``report.md`` and its pictures, beside the results."""
+        """Write ``report.md`` and its pictures to the folder of the results."""
         pictures = ""
         plan = self.summary.plan
         if self.summary.metrics:
@@ -105,7 +105,7 @@ class Report:
         (folder / "report.md").write_text(self.markdown() + pictures)
 
     def _write_grid(self, folder: Path, family: str, members: Sequence[str]) -> str:
-        """The picture of a grid of two settings, and the line that shows it."""
+        """Draw a grid of two settings; returns the Markdown that shows it, or nothing for other grids."""
         settings = {name: settings_of(name) for name in members}
         axes, *others = {tuple(keys) for keys in settings.values()}
         metric, reference = self.summary.metrics[0], self.summary.reference

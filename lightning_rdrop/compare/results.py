@@ -1,4 +1,4 @@
-"""The table of all runs, a line each, as a CSV."""
+"""The table of all runs, a row each, as a CSV."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _OTHERS = ("variant", "seed", *_COSTS, "status")
 
 
 class Results:
-    """``results.csv``: variant, seed, the metrics of the test, the best one of the validation, the costs, the status.
+    """``results.csv``: variant, seed, test metrics, best validation metric, costs, status.
 
     Args:
-        path: of the file, which need not be there yet.
-        variants: their order; then that of the file.
+        path: of the file, which may not exist yet.
+        variants: in the order of the table; others follow in the order of the file.
     """
 
     def __init__(self, path: Path, variants: Sequence[str] = ()) -> None:
@@ -30,7 +30,7 @@ class Results:
 
     @property
     def rows(self) -> list[Row]:
-        """The lines, by variant and seed."""
+        """The rows, sorted by variant and seed."""
         return [self._rows[key] for key in sorted(self._rows, key=lambda key: (self._order[key[0]], key[1]))]
 
     def is_done(self, run: Run) -> bool:
@@ -38,7 +38,7 @@ class Results:
         return bool(self._rows.get((run.variant, run.seed), {}).get("status") == "done")
 
     def add(self, run: Run) -> Row:
-        """Take in a run that has ended, and replace the file at once: whoever reads or interrupts finds a whole one."""
+        """Add a run that has ended, and replace the file atomically."""
         result = run.result or {}
         row: Row = {"variant": run.variant, "seed": run.seed} | result.get("test", {}) | result.get("validation", {})
         row |= {cost: result[cost] for cost in _COSTS if cost in result} | {"status": result["status"]}
@@ -59,12 +59,12 @@ class Results:
 
 
 def metrics(rows: Iterable[Row]) -> list[str]:
-    """The columns of the test and, last, of the validation."""
+    """The columns of test metrics and, last, of the validation metric."""
     return list(dict.fromkeys(name for row in rows for name in row if name not in _OTHERS))
 
 
 def finished(rows: Iterable[Row]) -> list[Row]:
-    """The lines of runs that did not fail."""
+    """The rows of runs that did not fail."""
     return [row for row in rows if row["status"] == "done"]
 
 

@@ -1,4 +1,4 @@
-"""One run: an ordinary `fit` of one config with one seed, in a process of its own."""
+"""One run: an ordinary `fit` of one config with one seed, in its own process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Run:
 
     Args:
         variant: its name.
-        seed: given to ``seed_everything``, and to the arguments of ``seed_to``.
+        seed: value of ``seed_everything``, and of the arguments in ``seed_to``.
         config: of the variant.
-        folder: where all that it writes is put.
+        folder: for everything that the run writes.
         seed_to: further arguments that are set to the seed, such as ``data.init_args.draw``.
-        keep_checkpoints: whether the checkpoints stay after the test.
+        keep_checkpoints: whether to keep the checkpoints after the test.
     """
 
     variant: str
@@ -44,20 +44,20 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What it measured, or why it failed; None if it has not ended."""
+        """The measurements, or why the run failed; None if it has not ended."""
         path = self.folder / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def write(self, result: dict[str, Any]) -> None:
-        """Write the result at once: there is none, or a whole one."""
+        """Write the result atomically."""
         path = self.folder / "result.json"
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result, indent=1))
         part.replace(path)
 
     def __call__(self) -> None:
-        """Train and test, once, whoever else does the same: a finished run is not run again, a running one awaited."""
-        if _rank():  # a further process of a distributed run
+        """Train and test once: a finished run is not repeated, and a running one is waited for."""
+        if _rank():  # another process of the same run
             self._fit()
             return
         with (self.folder / "lock").open("w") as lock:
@@ -85,7 +85,7 @@ class Run:
 
 
 class Measured(RDropCLI):
-    """The CLI, with a stop-watch."""
+    """The CLI, with time and memory measured."""
 
     def before_fit(self) -> None:
         super().before_fit()
@@ -101,7 +101,7 @@ class Measured(RDropCLI):
         super().after_fit()
 
     def measured(self) -> dict[str, Any]:
-        """What one line of the table needs."""
+        """The values of one row of the table."""
         test = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if both := test.keys() & self._validation.keys():
             raise ValueError(f"validation and test both log {both.pop()}: log them as val/... and test/...")
@@ -115,7 +115,7 @@ class Measured(RDropCLI):
 
 
 def _isolated(config: Config, folder: Path) -> Config:
-    """The config with a folder of its own for all that a training writes, so that runs at the same time do not meet."""
+    """The config with a separate folder for everything that training writes, so that parallel runs do not conflict."""
     config = copy.deepcopy(config)
     config.pop("seed_everything", None)
     config["test_after_fit"] = True
@@ -127,17 +127,17 @@ def _isolated(config: Config, folder: Path) -> Config:
         if (callback.get("init_args") or {}).get("dirpath"):
             callback["init_args"]["dirpath"] = str(folder / "checkpoints")
     if not any("ProgressBar" in callback["class_path"] for callback in callbacks(config)):
-        trainer["enable_progress_bar"] = False  # nobody watches a log
+        trainer["enable_progress_bar"] = False  # of no use in a log file
     return config
 
 
 def _rank() -> int:
-    """Which process of a distributed run this is."""
+    """The rank of this process in a distributed run."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def _peak_memory() -> float:
-    """MiB that tensors took on the GPU, or all of the process did on the CPU."""
+    """Peak memory in MiB, of the tensors on the GPU or of the whole process on the CPU."""
     if used := (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0):
         return used / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -147,6 +147,6 @@ def _say(error: Exception) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    # torch has an error for the memory of a GPU, and none for that of a CPU
+    # torch has an out-of-memory error for the GPU only
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said
     return f"out of memory ({said})" if memory else said

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 _ROUNDING = 1e-5
-"""Of a value in a table, which has six digits."""
+"""Relative rounding error of a value in the table, which has six digits."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a variant is than the reference, over the same seeds.
+    """A variant minus the reference, over the same seeds.
 
     Args:
         mean: of the differences.
-        margin: half of its 95 % interval; NaN for one seed, and where all seeds differ by the same.
-        needed: the seeds with which a difference of this size would be seen; None for none, or more than a million.
+        margin: half the width of its 95 % interval; NaN for one seed, or if all differences are equal.
+        needed: the number of seeds that detects such a difference; None for no difference, or more than a million.
     """
 
     mean: float
@@ -27,7 +27,7 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval lies above or below 0; else 0: nothing is shown."""
+        """1 or -1 if the whole interval is above or below 0, else 0."""
         return (self.mean > self.margin) - (self.mean < -self.margin)
 
 
@@ -36,11 +36,11 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
     .. math:: \bar d \pm t_{0.975,\,n-1}\, \frac{s_d}{\sqrt{n}}
 
-    Differences that are equal, but for rounding, have no interval: a few counts may well agree by chance, and their
-    :math:`s_d` of 0 does not say how far the next one would be off.
+    Differences that are equal up to rounding have no interval: a few may agree by chance, and an :math:`s_d` of 0 does
+    not say how much the next one would differ.
 
     Args:
-        values, reference: one for each seed, in the same order.
+        values, reference: a value for each seed, in the same order.
 
     Example:
         >>> difference = paired_difference([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])  # 2, 3 and 1; t is 4.303
@@ -59,17 +59,17 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
 
 def seeds_needed(effect: float, power: float = 0.8) -> int | None:
-    """The seeds with which a two-sided paired t-test at 5 % sees a difference with this probability.
+    """The number of seeds with which a two-sided paired t-test at 5 % detects a difference with this probability.
 
     Args:
         effect: the difference, in standard deviations of the paired differences.
         power: the probability.
 
     Returns:
-        At least 2; None if there is no effect, or more than a million would not do.
+        At least 2; None if there is no effect, or a million seeds are not enough.
 
     Example:
-        >>> seeds_needed(0.5), seeds_needed(1.0), seeds_needed(0.0)  # as in every table of power
+        >>> seeds_needed(0.5), seeds_needed(1.0), seeds_needed(0.0)  # as in power tables
         (34, 10, None)
     """
     if not effect > 0:

@@ -1,4 +1,4 @@
-"""What the runs of a comparison amount to, in numbers."""
+"""The numbers of a comparison, computed from its runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Line:
 
     Args:
         variant: its name.
-        chosen: whether it stands for a grid.
-        seeds, failed: how many runs were finished, and how many failed.
+        chosen: whether it represents a grid.
+        failed: the number of failed runs.
         validation: the mean of the best validation metric.
-        values: the metric of each seed.
+        values: the metric of each finished seed.
         difference: to the reference; None for the reference itself, and without a seed in common.
         seconds, memory: relative to the reference.
     """
@@ -59,20 +59,20 @@ class Summary:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the test; that of the checkpoints first."""
+        """The test metrics, first the counterpart of the one that selects checkpoints."""
         names = [name for name in metrics(self.rows) if self.plan.monitor is None or name != self.plan.monitor[0]]
         return sorted(names, key=lambda name: not self.better(name))
 
     @property
     def reference(self) -> str:
-        """The variant that the others are compared with: the first, or the chosen one of its grid."""
+        """The variant that the others are compared with, which is the first, or the chosen one of its grid."""
         family, members = next(iter(self.plan.families.items()))
         return self.chosen(family) or members[0]
 
     def chosen(self, family: str) -> str | None:
-        """The variant of a grid with the best validation metric, a mean over the seeds that all of them have.
+        """The variant of a grid with the best mean validation metric, over the seeds that all its variants have.
 
-        None where no such mean is known.
+        None if no such mean is known.
 
         Raises:
             ValueError: there is no such variant or grid.
@@ -93,7 +93,7 @@ class Summary:
         return best((name for name in means if math.isfinite(means[name])), key=means.__getitem__, default=None)
 
     def not_finite(self) -> Iterator[str]:
-        """The finished runs with a value that is NaN or infinite, and which."""
+        """The finished runs with NaN or infinite values, and these values."""
         for row in finished(self.rows):
             bad = [f"{name} is {row[name]}" for name in metrics([row]) if not math.isfinite(row[name])]
             if bad:
@@ -113,7 +113,7 @@ class Summary:
         return sum(own[seed] for seed in common) / sum(other[seed] for seed in common) if common else math.nan
 
     def better(self, metric: str) -> int:
-        """1 where higher values of a metric are better, -1 where lower are; 0 where that is unknown."""
+        """1 if higher values of a metric are better, -1 if lower are, 0 if unknown."""
         monitor, mode = self.plan.monitor or ("", "")
         if metric != re.sub(r"^val(id|idation)?(?=[/_])", "test", monitor):
             return 0

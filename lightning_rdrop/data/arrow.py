@@ -1,4 +1,4 @@
-"""Read tables that Hugging Face datasets are saved as: Parquet files and folders."""
+"""Read saved Hugging Face datasets: Parquet files and folders."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SPLITS = {
     "predict": ("predict",),
     "unlabeled": ("unlabeled", "unsupervised"),
 }
-"""What the splits of a ``DatasetDict`` are called."""
+"""Names of each split in a ``DatasetDict``."""
 
 
 def read_parquet(path: Path) -> Table:
     """Read a Parquet file.
 
     Raises:
-        ValueError: the file is none.
+        ValueError: it is not a Parquet file.
         ModuleNotFoundError: pyarrow is not installed.
     """
     parquet = require("pyarrow.parquet", "datasets", f"{path}: a Parquet file")
     try:
         table = parquet.read_table(path)
-    except Exception as error:  # of pyarrow's own kinds
+    except Exception as error:  # pyarrow has its own exceptions
         raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}).") from None
     described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     return _named(table.to_pylist(), described.get("info", {}).get("features", {}), str(path))
@@ -40,25 +40,25 @@ def read_folder(path: Path, split: str | None) -> Table:
     """Read a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote.
 
     Raises:
-        ValueError: another folder, or a ``DatasetDict`` without this split.
+        ValueError: the folder is not a saved dataset, or is a ``DatasetDict`` without this split.
         ModuleNotFoundError: datasets is not installed.
     """
     if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        raise ValueError(f"{path}: a folder, and not that of a Hugging Face DatasetDict (save_to_disk). Give a file.")
+        raise ValueError(f"{path}: not the folder of a Hugging Face Dataset or DatasetDict (save_to_disk).")
     found = require("datasets", "datasets", f"{path}: a folder").load_from_disk(str(path))
     if isinstance(found, dict):
         name = next((name for name in SPLITS.get(split or "", ()) if name in found), None)
         if name is None:
             raise ValueError(
-                f"{path}: the DatasetDict has the splits {', '.join(found)}, and none for {split!r}. "
-                f"Give one of them: {path / next(iter(found), 'split')}."
+                f"{path}: the DatasetDict has the splits {', '.join(found)}, but none for {split!r}. "
+                f"Pass the path of one of them, such as {path / next(iter(found), 'split')}."
             )
         path, found = path / name, found[name]
     return _named(found.to_list(), found.features.to_dict(), str(path))
 
 
 def _named(rows: Sequence[Row], features: Mapping[str, Any], source: str) -> Table:
-    """Class labels by their names; -1 is none."""
+    """Replace class labels by their names, and -1 by None."""
     names = {column: found for column, feature in features.items() if (found := _class_names(feature))}
     if not names:
         return Table(rows, source)

@@ -1,4 +1,4 @@
-"""What the cells of a table may hold."""
+"""Read and check the cells of a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def cell(row: Row, column: str) -> Any:
     """The cell of a row in a column.
 
     Raises:
-        ValueError: there is no such column, or the cell is blank.
+        ValueError: the column is missing, or the cell is blank.
 
     Example:
         >>> cell({"Label": "x"}, "label")
@@ -34,7 +34,7 @@ def cell(row: Row, column: str) -> Any:
 
 
 def no_column(row: Row, column: str) -> str:
-    """What to say of a row that lacks a column, with the one that was probably meant."""
+    """The message for a missing column, with the one that was probably meant."""
     near = [name for name in row if name.strip().casefold() == column.casefold()]
     near = near or difflib.get_close_matches(column, row, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -42,10 +42,10 @@ def no_column(row: Row, column: str) -> str:
 
 
 def text(row: Row, column: str) -> str:
-    """A text.
+    """The text in a cell.
 
     Raises:
-        ValueError: the cell is blank or no text.
+        ValueError: the cell is blank or not a text.
     """
     value = cell(row, column)
     if not isinstance(value, str):
@@ -54,10 +54,10 @@ def text(row: Row, column: str) -> str:
 
 
 def number(row: Row, column: str) -> float:
-    """A finite number.
+    """The finite number in a cell.
 
     Raises:
-        ValueError: the cell is blank or no number.
+        ValueError: the cell is blank or not a finite number.
 
     Example:
         >>> number({"score": "2.5"}, "score")
@@ -74,22 +74,22 @@ def number(row: Row, column: str) -> float:
 
 
 def items(row: Row, column: str, what: str) -> list[Any]:
-    """A list.
+    """The list in a cell.
 
     Raises:
-        ValueError: the cell is missing or no list.
+        ValueError: the cell is blank or not a list.
     """
     value = cell(row, column)
     if not isinstance(value, list):
-        raise ValueError(f"the column {column!r} must be a list of {what}, got {spell(value)}; JSON holds lists.")
+        raise ValueError(f"the column {column!r} must be a list of {what}, got {spell(value)}. Use JSON for lists.")
     return value
 
 
 def class_name(value: Any) -> str:
-    """The name of a class: a text without the space around it, or an integer, which pandas may write as 1.0.
+    """The name of a class: a text without surrounding whitespace, or an integer, which pandas may write as 1.0.
 
     Raises:
-        ValueError: something else.
+        ValueError: the value is neither.
 
     Example:
         >>> class_name(" good"), class_name(3), class_name(3.0)
@@ -99,12 +99,12 @@ def class_name(value: Any) -> str:
         value = int(value)
     name = str(value).strip()
     if not isinstance(value, (str, int)) or not name:
-        raise ValueError(f"a class is a text or an integer, got {spell(value)}.")
+        raise ValueError(f"a class must be a text or an integer, got {spell(value)}.")
     return name
 
 
 def fraction(names: Iterable[str]) -> str | None:
-    """A fraction among names that are all numbers; None where one is no number, or all are whole.
+    """The first fraction among names that are all numbers; None if one is not a number, or all are integers.
 
     Example:
         >>> fraction(["1", "4.5"]), fraction(["1.0", "2.0"]), fraction(["1.5", "none"])
@@ -120,7 +120,7 @@ def fraction(names: Iterable[str]) -> str | None:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Classes in the order of their indices: by number if all are integers, else by text.
+    """Class names in index order: sorted as numbers if all are integers, else as texts.
 
     Example:
         >>> in_order({"10", "9"}), in_order({"10", "9", "none"})

@@ -23,30 +23,30 @@ from lightning_rdrop.submodules import few
 
 
 class Example(NamedTuple):
-    """A conversation, cut to the length of the model."""
+    """A tokenized conversation, truncated to ``max_length``."""
 
     ids: array[int]
     labels: array[int]
-    """Those of the assistant, and -100 elsewhere."""
+    """The tokens of the assistant, and -100 elsewhere."""
 
 
 class ChatDataModule(pl.LightningDataModule):
-    """Batches for a chat model, which learns what the assistant says: all other tokens have the label -100.
+    """Batches for a chat model, which is trained on the assistant's tokens: all others have the label -100.
 
     A table has ``messages``, a list of ``{"role": ..., "content": ...}``; or ``prompt`` and ``completion``, two texts.
-    They are written by the tokenizer's own chat template. Training batches are of conversations of about one length.
+    The tokenizer's chat template formats them. Training batches group conversations of similar length.
 
     Args:
         tokenizer: name or folder of a Hugging Face tokenizer with a chat template.
         train, val, test: a table (see :func:`read_table`), such as a ``.jsonl`` file, for each stage, all optional.
-        batch_size: B, the conversations of a batch, before R-Drop duplicates them.
-        max_length: longer conversations are cut at their end, in tokens. One in which the assistant says nothing up to
-            there is left out.
+        batch_size: B, the number of conversations in a batch, before R-Drop duplicates them.
+        max_length: in tokens; longer conversations are truncated at the end, and dropped if no token of the assistant
+            is left.
         num_workers: worker processes of each data loader.
 
     Raises:
-        ValueError: the tokenizer has no chat template; a row that is no conversation, or that the template refuses,
-            with the file and the line; a stage without a table.
+        ValueError: the tokenizer has no chat template; a row is not a conversation, or the template rejects it, with
+            the file and the line; a stage has no table.
 
     Shapes:
         ``input_ids``, ``attention_mask`` and ``labels`` (B, T), padded on the right.
@@ -77,10 +77,10 @@ class ChatDataModule(pl.LightningDataModule):
         auto = require("transformers", "huggingface", f"tokenizer={self.name!r}").AutoTokenizer
         tokenizer = auto.from_pretrained(self.name)
         if not isinstance(tokenizer.chat_template, str) or not tokenizer.is_fast:
-            lacks = "chat template" if tokenizer.is_fast else "offsets, as it is a slow one"
+            lacks = "chat template" if tokenizer.is_fast else "offsets, because it is not a fast tokenizer"
             raise ValueError(
-                f"tokenizer={self.name!r} has no {lacks}. Take that of a chat model, or set tokenizer.chat_template "
-                "and save it."
+                f"tokenizer={self.name!r} has no {lacks}. Use the fast tokenizer of a chat model, or set "
+                "tokenizer.chat_template and save it."
             )
         return tokenizer
 
@@ -89,7 +89,7 @@ class ChatDataModule(pl.LightningDataModule):
             self.examples("train")
 
     def examples(self, split: str) -> list[Example]:
-        """The conversations of ``"train"``, ``"val"`` or ``"test"`` that teach something, tokenized once.
+        """The conversations of ``"train"``, ``"val"`` or ``"test"`` that have labels, tokenized once.
 
         Raises:
             ValueError: there are none.
@@ -97,10 +97,10 @@ class ChatDataModule(pl.LightningDataModule):
         if split not in self._examples:
             path = self.tables[split]
             if path is None:
-                raise ValueError(f"There is no {split} table: give {split}=..., a .jsonl file with messages.")
+                raise ValueError(f"There is no {split} table. Pass {split}=..., such as a .jsonl file with messages.")
             table, found = read_table(path, split), list[Example]()
             table.check(lambda row: found.append(self.encode(row)))
-            self._examples[split] = self._teaching(found, table)
+            self._examples[split] = self._with_labels(found, table)
         return self._examples[split]
 
     def encode(self, row: Row) -> Example:
@@ -120,9 +120,9 @@ class ChatDataModule(pl.LightningDataModule):
         return self._loader(self.examples("test"))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """One batch."""
+        """Pad examples to a batch."""
         padding = self.tokenizer.pad_token_id
-        if padding is None:  # the attention mask tells it from an end
+        if padding is None:  # the attention mask marks the padding
             padding = self.tokenizer.eos_token_id or 0
         return {
             "input_ids": _padded([one.ids for one in examples], padding),
@@ -140,16 +140,16 @@ class ChatDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _teaching(self, examples: list[Example], table: Table) -> list[Example]:
-        """Those of which a label is left. The first token is predicted by none."""
+    def _with_labels(self, examples: list[Example], table: Table) -> list[Example]:
+        """The examples with a label after the first token, which nothing predicts."""
         kept = [any(label != -100 for label in one.labels[1:]) for one in examples]
         if not all(kept):
             places = few(table.place(index) for index, keep in enumerate(kept) if not keep)
-            left = f"{kept.count(False)} of {len(kept)} conversations, in which the assistant says nothing"
-            said = f"{left} within max_length={self.max_length} tokens: {places}."
+            dropped = f"{kept.count(False)} of {len(kept)} conversations have no text of the assistant"
+            said = f"{dropped} within max_length={self.max_length} tokens: {places}."
             if not any(kept):
-                raise ValueError(f"There are only {said} Raise max_length.")
-            rank_zero_warn(f"Left out are {said}")
+                raise ValueError(f"{said} Increase max_length.")
+            rank_zero_warn(f"{said} They are dropped.")
         return [one for one, keep in zip(examples, kept, strict=True) if keep]
 
 

@@ -1,4 +1,4 @@
-"""The classes that the rows of a table belong to."""
+"""The classes of the rows of a table."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from lightning_rdrop.data.table import Row, Table
 
 @runtime_checkable
 class KnowsClasses(Protocol):
-    """Data that know the classes of their examples."""
+    """A data module that knows the classes of its examples."""
 
     labels: list[str] | None
-    """Their names in the order of their indices, if they are known."""
+    """Class names in index order; None if not known yet."""
 
     def known_labels(self) -> list[str] | None:
-        """The same, found out if need be; None if the labels are no classes."""
+        """The class names, read from the data if necessary; None if the labels are not classes."""
 
 
 def check_classes(table: Table, classes: Callable[[Row], Sequence[Any]], known: Sequence[str] | None) -> None:
-    """All are texts or all are integers, and all are known.
+    """Check that all classes are texts or all are integers, and that all are known.
 
     Args:
-        table: of rows with labels.
-        classes: those of a row.
-        known: the names that are allowed; None allows all.
+        table: rows with labels.
+        classes: returns the classes of a row.
+        known: the allowed names; None allows all.
 
     Raises:
-        ValueError: a class is something else, with its place.
+        ValueError: a class is invalid; the message has its place.
 
     Example:
         >>> check_classes(Table([{"label": 1}, {"label": "b"}], "t.json"), lambda row: [row["label"]], None)
         Traceback (most recent call last):
-        ValueError: t.json, row 2: the label 'b' is a str, and one before it an int. Write all as texts.
+        ValueError: t.json, row 2: the label 'b' is a str, but an earlier one is an int. Write all labels as texts.
     """
     names = None if known is None else set(known)
     kinds: dict[str, Any] = {}
@@ -45,19 +45,21 @@ def check_classes(table: Table, classes: Callable[[Row], Sequence[Any]], known: 
             kind = "int" if isinstance(label, float) else type(label).__name__
             other = next((other for other in kinds if other != kind), None)
             if other is not None:
-                raise ValueError(f"the label {label!r} is a {kind}, and one before it an {other}. Write all as texts.")
+                raise ValueError(
+                    f"the label {label!r} is a {kind}, but an earlier one is an {other}. Write all labels as texts."
+                )
             kinds[kind] = label
             if names is not None and name not in names:
-                raise ValueError(f"the label {name!r} is none of the {len(names)} classes {some(known or ())}.")
+                raise ValueError(f"the label {name!r} is not one of the {len(names)} classes {some(known or ())}.")
 
     table.check(check)
 
 
 def distinct(labels: Sequence[Any]) -> list[str]:
-    """The names of classes.
+    """The names of classes that must be distinct.
 
     Raises:
-        ValueError: one of them twice.
+        ValueError: a name occurs twice.
 
     Example:
         >>> distinct(["good", "bad"])
@@ -66,12 +68,12 @@ def distinct(labels: Sequence[Any]) -> list[str]:
     names = [class_name(label) for label in labels]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"labels has {sorted(twice)[0]!r} twice.")
+        raise ValueError(f"labels contains {sorted(twice)[0]!r} twice.")
     return names
 
 
 def some(names: Sequence[str]) -> str:
-    """Names in brackets, ten at most.
+    """At most ten names in parentheses, for a message.
 
     Example:
         >>> some(["good", "bad"])

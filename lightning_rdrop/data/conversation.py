@@ -1,4 +1,4 @@
-"""A conversation as tokens: which of them the assistant says is what a model learns."""
+"""Tokenize a conversation, and mark the tokens of the assistant, which a model learns."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from lightning_rdrop.data import cells
 from lightning_rdrop.data.table import Row
 
 Message = Mapping[str, str]
-"""Its ``role`` and its ``content``."""
+"""A message, with its ``role`` and ``content``."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""A template with this block says itself what the assistant says."""
+"""A template with this block marks the text of the assistant itself."""
 
 
 class Conversation(NamedTuple):
     """The tokens of a conversation."""
 
     ids: list[int]
-    """All of them."""
+    """All token ids."""
     said: list[bool]
-    """Whether each is the assistant's: its content, and the mark that ends its turn."""
+    """Whether each token is the assistant's, including the one that ends its turn."""
 
 
 def messages_of(row: Row) -> list[Message]:
-    """The messages of a row: ``messages``, or ``prompt`` and ``completion``, which are one of the user and its answer.
+    """The messages of a row: ``messages``, or a ``prompt`` by the user and its ``completion`` by the assistant.
 
     Raises:
-        ValueError: it has neither; or something else is in them; or the assistant says nothing.
+        ValueError: the row has neither; a message is malformed; there is no message of the assistant.
 
     Example:
         >>> messages_of({"prompt": "Two and two?", "completion": "Four."})
@@ -42,25 +42,25 @@ def messages_of(row: Row) -> list[Message]:
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise ValueError(f"a message is {{'role': 'user', 'content': 'a text'}}, got {cells.spell(message)}.")
+            raise ValueError(f"a message must be {{'role': 'user', 'content': 'a text'}}, got {cells.spell(message)}.")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message has the role 'assistant', and there is nothing to learn.")
+        raise ValueError("no message has the role 'assistant', so there is nothing to learn.")
     return list(messages)
 
 
 def tokenized(tokenizer: Any, messages: Sequence[Message]) -> Conversation:
-    """A conversation as the tokenizer's own chat template writes it.
+    """Tokenize a conversation with the tokenizer's chat template.
 
-    What the assistant says is what its template marks by ``{% generation %}``. Without such marks it is what a message
-    adds behind the prompt that asks for it, up to the end of its turn; white space behind that is the template's.
+    The assistant's text is what the template marks with ``{% generation %}``. Without such marks it is what a message
+    adds after the generation prompt, including the token that ends the turn, but not whitespace after that token.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         messages: those of the conversation.
 
     Raises:
-        ValueError: the template refuses the messages; or it writes earlier ones in another way when others follow, so
-            that the parts cannot be told.
+        ValueError: the template rejects the messages, or formats earlier ones differently when others follow, so that
+            the assistant's text cannot be located.
     """
     if _MARKED.search(tokenizer.chat_template):
         marked = _templated(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -74,13 +74,13 @@ def tokenized(tokenizer: Any, messages: Sequence[Message]) -> Conversation:
 
 
 def _span(tokenizer: Any, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int]:
-    """From where to where in the text a turn of the assistant goes."""
+    """Start and end of a turn of the assistant in the text."""
     before: str = _templated(tokenizer, messages[:turn], tokenize=False, add_generation_prompt=True)
     behind: str = _templated(tokenizer, messages[: turn + 1], tokenize=False)
     if not (text.startswith(behind) and behind.startswith(before)):
         raise ValueError(
-            f"the chat template writes message {turn + 1} in another way when others follow it, or not behind the "
-            "prompt that asks for it, so that what the assistant says cannot be told. Put {% generation %} and "
+            f"the chat template formats message {turn + 1} differently when others follow it, or not after the "
+            "generation prompt, so the assistant's text cannot be located. Put {% generation %} and "
             "{% endgeneration %} around it in tokenizer.chat_template, and save the tokenizer."
         )
     stripped = behind.rstrip()
@@ -93,4 +93,4 @@ def _templated(tokenizer: Any, messages: Sequence[Message], **how: Any) -> Any:
         return tokenizer.apply_chat_template([dict(message) for message in messages], **how)
     except Exception as error:  # whatever a template raises
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses messages of {roles or 'nobody'}: {error}") from error
+        raise ValueError(f"the chat template rejects messages with the roles {roles or '(none)'}: {error}") from error

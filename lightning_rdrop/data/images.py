@@ -16,23 +16,23 @@ from lightning_rdrop.extras import require
 class ImageFolderDataModule(pl.LightningDataModule):
     """Batches of images and their classes, from folders ``train/CLASS/*.png``, ``val/CLASS/...`` and ``test/...``.
 
-    Images are read by torchvision's ``ImageFolder``, and made to tensors by timm's transforms, those of training with
-    its augmentation. Both views of an example are of one augmented image.
+    torchvision's ``ImageFolder`` reads the images, and timm's transforms convert them to tensors, with augmentation in
+    training. Both views of an example are copies of one augmented image.
 
     Args:
-        folder: holds ``train``, and ``val`` and ``test`` where these are asked for.
-        architecture: the timm model for which the images are made: its size, interpolation, mean and deviation.
-            ``None`` is 224 and those of ImageNet.
-        transforms: arguments of ``timm.data.create_transform`` to change these: ``{input_size: [3, 384, 384]}``.
+        folder: contains ``train``, and ``val`` and ``test`` if needed.
+        architecture: the timm model whose image size, interpolation, mean and standard deviation are used; ``None`` is
+            224 and those of ImageNet.
+        transforms: arguments of ``timm.data.create_transform`` that override these: ``{input_size: [3, 384, 384]}``.
         augmentation: more such arguments for training, such as ``{auto_augment: rand-m9-mstd0.5, re_prob: 0.25}``.
-        labels: the classes in the order of their indices; ``None`` takes those of a checkpoint, or sorts the folders of
+        labels: the class names in index order; ``None`` takes those of a checkpoint, or the sorted folders of
             ``train``.
-        batch_size: B, the images of a batch, before R-Drop duplicates them.
+        batch_size: B, the number of images in a batch, before R-Drop duplicates them.
         num_workers: worker processes of each data loader.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
-        ValueError: a folder of no class; a split that is not there.
+        ValueError: a folder that is not a class; a split that does not exist.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             self.known_labels()
 
     def known_labels(self) -> list[str]:
-        """The classes in the order of their indices; if none are known yet, the folders of ``train``."""
+        """The class names in index order; if none are known yet, the sorted folders of ``train``."""
         if self.labels is None:
             self.labels = sorted(path.name for path in self.split("train").iterdir() if path.is_dir())
         return self.labels
@@ -69,13 +69,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
         """The folder of ``"train"``, ``"val"`` or ``"test"``.
 
         Raises:
-            ValueError: there is none.
+            ValueError: it does not exist.
         """
         path = self.folder / name
         if not path.is_dir():
-            raise ValueError(
-                f"There is no folder {path}: put the images of each class into one of its own, {name}/CLASS."
-            )
+            raise ValueError(f"There is no folder {path}. Put the images of each class into a folder {name}/CLASS.")
         return path
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -88,7 +86,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return self._loader("test")
 
     def transform(self, *, training: bool) -> Any:
-        """Hook: what makes a tensor of an image."""
+        """Hook: the transform from an image to a tensor."""
         timm = require("timm", "vision", "ImageFolderDataModule")
         size = {"input_size": (3, 224, 224)}
         known = size if self.architecture is None else timm.get_pretrained_cfg(self.architecture).to_dict()
@@ -100,7 +98,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         datasets = require("torchvision", "vision", "ImageFolderDataModule").datasets
         images = datasets.ImageFolder(str(folder), self.transform(training=training))
         if unknown := [name for name in images.classes if name not in labels]:
-            raise ValueError(f"{folder / unknown[0]} is none of the {len(labels)} classes {some(labels)}.")
+            raise ValueError(f"{folder / unknown[0]} is not one of the {len(labels)} classes {some(labels)}.")
         images.target_transform = [labels.index(name) for name in images.classes].__getitem__  # a class may be missing
         return DataLoader(
             images,

@@ -11,10 +11,10 @@ from lightning_rdrop.data.table import Row, Table
 
 
 def read_json(path: Path) -> Table:
-    """Read one array of objects, or an object a line; NaN is a missing cell, as pandas writes it.
+    """Read an array of objects, or one object per line; NaN is a missing cell, as pandas writes it.
 
     Raises:
-        ValueError: something else is in the file.
+        ValueError: the file has other content.
     """
     text = read_text(path)
     table = _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)
@@ -76,7 +76,7 @@ def _one_object(text: str) -> str:
         json.loads(text)
     except ValueError:
         return ""
-    return " The file is a single object; write an array of objects, or an object a line."
+    return " The file is a single object; write an array of objects, or one object per line."
 
 
 def _excerpt(text: str) -> str:

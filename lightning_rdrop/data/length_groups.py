@@ -1,4 +1,4 @@
-"""A random order in which neighbours have about the same length, so that batches are padded little."""
+"""A random order that keeps examples of similar length together, so that batches need little padding."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch.utils.data import DistributedSampler
 
 _POOL = 50
-"""So many batches are sorted at a time: more would pad less, and leave less to chance."""
+"""Number of batches sorted at a time; more would reduce padding, but also randomness."""
 
 
 class LengthGroups(DistributedSampler[int]):
-    """Indices in groups of about one length; groups, and what is in them, are drawn anew in each epoch.
+    """Indices in groups of similar length; the groups and their order are redrawn in each epoch.
 
-    It shares them out among ranks by itself: by a sampler around it, Lightning would mix the groups.
+    It distributes indices among ranks itself, because a sampler that Lightning wraps around it would mix the groups.
 
     Args:
         lengths: of the examples.
-        batch_size: B, the examples of a rank's batch.
+        batch_size: B, the number of examples in a rank's batch.
         num_replicas: the number of ranks.
-        rank: which of them this is.
+        rank: index of this rank.
         seed: of the order, the same on all ranks.
 
     Example:
@@ -41,7 +41,7 @@ class LengthGroups(DistributedSampler[int]):
 
     @classmethod
     def of(cls, data: pl.LightningDataModule, lengths: Sequence[int], batch_size: int) -> LengthGroups:
-        """Those of a training: for the ranks of its Trainer, in an order by the seed of ``seed_everything``."""
+        """The groups for the ranks of the data's Trainer, with the seed of ``seed_everything``."""
         ranks = getattr(data.trainer and data.trainer.strategy, "distributed_sampler_kwargs", {})
         return cls(lengths, batch_size, **ranks, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
 
@@ -51,8 +51,8 @@ class LengthGroups(DistributedSampler[int]):
         groups: list[torch.Tensor] = []
         for pool in torch.split(order, _POOL * self.group):
             groups += torch.split(pool[self.lengths[pool].argsort(descending=True)], self.group)
-        last = [groups.pop()] if groups and len(groups[-1]) < self.group else []  # smaller batches end the epoch
+        last = [groups.pop()] if groups and len(groups[-1]) < self.group else []  # the incomplete group comes last
         drawn = [groups[index] for index in torch.randperm(len(groups), generator=generator).tolist()]
         indices: list[int] = list(chain.from_iterable(group.tolist() for group in (*drawn, *last)))
-        even = (indices * self.num_replicas)[: self.total_size]  # as many for each rank: some come twice
+        even = (indices * self.num_replicas)[: self.total_size]  # the same number for each rank, so some come twice
         return iter(even[self.rank :: self.num_replicas])

@@ -1,4 +1,4 @@
-"""Tables of texts that have several labels each."""
+"""Tables of texts with several labels each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of a file, or what keeps it from being one."""
+"""Read a text file, or explain why it is not one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}, line {line}: a NUL character, so this is no text, or no UTF-8. Save it as UTF-8.")
+        raise ValueError(f"{path}, line {line}: a NUL character, so this is not UTF-8 text. Save the file as UTF-8.")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty.")
     return text

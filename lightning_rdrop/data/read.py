@@ -1,4 +1,4 @@
-"""Read a table from a file, whatever its format."""
+"""Read a table from a file of any supported format."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": read_json,
     ".parquet": read_parquet,
 }
-"""What reads a file, by its suffix."""
+"""The function that reads a file, by its suffix."""
 
 
 def read_table(path: str | Path, split: str | None = None) -> Table:
-    """Read a table of one row an example, whose cells have the names of their columns.
+    """Read a table with one row per example, as mappings from column names to cells.
 
-    ``.csv`` and ``.tsv`` have a header line. ``.json`` and ``.jsonl`` hold an object a line, or one array of objects.
-    ``.parquet`` and the folder of a Hugging Face ``Dataset`` or ``DatasetDict`` (``save_to_disk``) are tables as well;
-    there a class label is read by its name. Text is UTF-8, with a byte-order mark or without.
+    ``.csv`` and ``.tsv`` have a header line. ``.json`` and ``.jsonl`` contain one object per line, or an array of
+    objects. ``.parquet`` and the folder of a Hugging Face ``Dataset`` or ``DatasetDict`` (``save_to_disk``) work as
+    well; class labels are replaced by their names. Text is UTF-8, with or without a byte-order mark.
 
     Args:
         path: the file or folder.
         split: ``"train"``, ``"val"``, ``"test"``, ``"predict"`` or ``"unlabeled"``: the part of a ``DatasetDict``.
 
     Raises:
-        ValueError: another format, or a damaged file; the message has the file and the line.
+        ValueError: an unknown format, or a malformed file; the message has the file and the line.
         FileNotFoundError: there is no such file.
-        ModuleNotFoundError: a Parquet file or a folder, without the package that reads it.
+        ModuleNotFoundError: the package that reads a Parquet file or a folder is not installed.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if not path.is_dir() and suffix not in READERS:
         raise ValueError(
-            f"{path}: a table is a .csv, .tsv, .json, .jsonl or .parquet file, or the folder of a Hugging Face "
+            f"{path}: a table must be a .csv, .tsv, .json, .jsonl or .parquet file, or the folder of a Hugging Face "
             f"DatasetDict, not {suffix or 'a file without a suffix'}."
         )
     if not path.exists():
@@ -53,7 +53,7 @@ def read_table(path: str | Path, split: str | None = None) -> Table:
 
 
 def similar_file(path: Path) -> str:
-    """A sentence with the file that is probably meant by one that is not there; empty if none is like it."""
+    """Suggest the file name closest to a missing one; empty if none is similar."""
     stems = {other.stem: other.name for other in path.parent.glob(f"*{path.suffix}")}
     near = difflib.get_close_matches(path.stem, stems, n=1)
     return f" Did you mean {stems[near[0]]}?" if near else ""

@@ -1,4 +1,4 @@
-"""Tables of texts that have a number each."""
+"""Tables of texts with a number each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of pairs of sentences, which are encoded one by one."""
+"""Tables of sentence pairs, whose sentences are encoded separately."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_rdrop.data.table import Row
 
 
 class SentencePairDataModule(TextRegressionDataModule):
-    """Batches for sentence embeddings: training has the sentences of both columns, one by one, without labels.
+    """Batches for sentence embeddings: training uses each sentence of both columns, without labels.
 
-    Validation and test have scored pairs, ``{"first": ..., "second": ..., "labels": ...}``, with each sentence encoded
-    by itself, where :class:`TextRegressionDataModule` encodes a pair as one text. Prediction has the first column.
+    Validation and test use scored pairs, ``{"first": ..., "second": ..., "labels": ...}``, whose sentences are encoded
+    separately; :class:`TextRegressionDataModule` encodes a pair as one text. Prediction uses the first column.
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``text`` and ``pair`` are the columns of the sentences, and
-            ``label`` that of the score, which a training table need not have.
+            ``label`` that of the score, which a training table does not need.
     """
 
     without_labels = ("train", "unlabeled", "predict")

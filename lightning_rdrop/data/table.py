@@ -1,4 +1,4 @@
-"""Rows that know their places in a file."""
+"""Rows that know their place in a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Table(list[Row]):
     Args:
         rows: mappings from columns to cells.
         source: the file.
-        lines: the line in which each row begins; None for files without lines.
+        lines: the line on which each row begins; None for files without lines.
 
     Example:
         >>> Table([{"sentence": "a"}], "train.csv", [2]).place(0)
@@ -29,14 +29,14 @@ class Table(list[Row]):
         self.lines = lines
 
     def place(self, index: int) -> str:
-        """Where a row stands, for a message."""
+        """The place of a row, for a message."""
         return f"{self.source}, row {index + 1}" if self.lines is None else f"{self.source}, line {self.lines[index]}"
 
     def check(self, refuse: Callable[[Row], object]) -> None:
         """Call a check with each row.
 
         Raises:
-            ValueError: what the check raises, after the place of the row.
+            ValueError: the check's message, after the place of the row.
         """
         for index, row in enumerate(self):
             try:

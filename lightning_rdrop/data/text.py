@@ -24,9 +24,9 @@ from lightning_rdrop.data.tokenizer import CachedTokenizer
 class TextDataModule(pl.LightningDataModule):
     """Batches for text classification: the tokenized texts, and ``labels`` as class indices.
 
-    With ``label=None`` batches have no labels, as for a language model. For other labels there are
-    :class:`MultilabelTextDataModule` (several classes a text), :class:`TextRegressionDataModule` (a number),
-    :class:`TextToTextDataModule` (another text) and :class:`TokenDataModule` (a class for each word).
+    With ``label=None`` batches have no labels, as for a language model. For other labels use
+    :class:`MultilabelTextDataModule` (several classes per text), :class:`TextRegressionDataModule` (a number),
+    :class:`TextToTextDataModule` (another text) or :class:`TokenDataModule` (a class for each word).
 
     A text is tokenized once, not in every epoch.
 
@@ -38,18 +38,18 @@ class TextDataModule(pl.LightningDataModule):
         text: the column of the text.
         pair: the column of a second text, for sentence pairs.
         label: the column of the label; ``None`` if there is none.
-        labels: the classes in the order of their indices; ``None`` takes those of a checkpoint, or sorts those of the
-            training table.
-        batch_size: B, the examples of a batch, before R-Drop duplicates them.
-        unlabeled_batch_size: B of the unlabelled part; ``None`` is ``batch_size``.
-        max_length: longer texts are truncated, in tokens.
-        group_by_length: make training batches of texts of about one length, counted in characters, which are padded
-            less; their order is random.
+        labels: the class names in index order; ``None`` takes those of a checkpoint, or sorts those of the training
+            table.
+        batch_size: B, the number of examples in a batch, before R-Drop duplicates them.
+        unlabeled_batch_size: B of the unlabeled part; ``None`` is ``batch_size``.
+        max_length: in tokens; longer texts are truncated.
+        group_by_length: group training texts of similar length, in characters, to reduce padding; the batches are in
+            random order.
         num_workers: worker processes of each data loader.
 
     Raises:
-        ValueError: a table that lacks a column or has an invalid cell, with the file and the line; a stage
-            without a table; classes that nothing tells.
+        ValueError: a table lacks a column or has an invalid cell, with the file and the line; a stage has no table;
+            the classes are unknown.
 
     Override :meth:`rows` to read texts from elsewhere, :meth:`encode` to tokenize them differently, and
     :meth:`classes` and :meth:`targets` for other labels.
@@ -58,9 +58,9 @@ class TextDataModule(pl.LightningDataModule):
     without_labels: ClassVar[tuple[str, ...]] = ("unlabeled", "predict")
     """The splits whose labels are dropped."""
     has_classes: ClassVar[bool] = True
-    """Whether the labels are classes, which a training table tells."""
+    """Whether the labels are classes, whose names the training table provides."""
     fewest_classes: ClassVar[int] = 2
-    """Fewer cannot be told apart."""
+    """Minimum number of different classes in a training table."""
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class TextDataModule(pl.LightningDataModule):
         return self._read[split]
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> Mapping[str, Tensor]:
-        """Hook: the network's inputs for some texts, padded to one length."""
+        """Hook: the network's inputs for a batch of texts, padded to the same length."""
         return self.tokens(texts, pairs)
 
     def classes(self, row: Row) -> Sequence[Any]:
-        """Hook: the classes of a row; a ValueError for an invalid label."""
+        """Hook: the classes of a row; raises a ValueError for an invalid label."""
         return [cells.cell(row, self.label)]
 
     def targets(self, rows: list[Row], encoded: Any) -> Tensor:
-        """Hook: the labels of rows that have some."""
+        """Hook: the labels of labeled rows, as a tensor."""
         return torch.tensor([self.index(row[self.label]) for row in rows])
 
     def index(self, label: Any) -> int:
@@ -127,9 +127,9 @@ class TextDataModule(pl.LightningDataModule):
             self.known_labels()
 
     def known_labels(self) -> list[str] | None:
-        """The classes in the order of their indices; if none are known yet, those of the training table.
+        """The class names in index order; if none are known yet, those of the training table.
 
-        None if the labels are no classes.
+        None if the labels are not classes.
 
         Raises:
             ValueError: there is no training table either, or all its labels are the same.
@@ -139,17 +139,17 @@ class TextDataModule(pl.LightningDataModule):
         if self.labels is None:
             if self.rows("train") is None:
                 raise ValueError(
-                    "The classes are not known: give the ckpt_path of a model that was trained on them, or labels."
+                    "The classes are not known. Pass the ckpt_path of a model that was trained on them, or labels."
                 )
             rows = self.table("train")
             labels = cells.in_order({cells.class_name(one) for row in rows for one in self.classes(row)})
             if len(labels) < self.fewest_classes:
                 only = repr(labels[0]) if labels else "empty"
-                raise ValueError(f"All labels of the train table are {only}: there is nothing to tell apart.")
+                raise ValueError(f"All labels of the train table are {only}, so there is nothing to learn.")
             if example := cells.fraction(labels):
                 rank_zero_warn(
                     f"The train table has {len(labels)} different labels, numbers with fractions such as {example}; "
-                    "each is taken as a class. For regression use TextRegressionDataModule and SequenceRegressor; if "
+                    "each is treated as a class. For regression use TextRegressionDataModule and SequenceRegressor; if "
                     "they are classes, name them with labels=[...]."
                 )
             self.labels = labels
@@ -171,13 +171,13 @@ class TextDataModule(pl.LightningDataModule):
         return self._loader("predict")
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
-        """One batch: the encoded texts, and ``labels`` where the rows have them."""
+        """One batch: the encoded texts, and ``labels`` if the rows have them."""
         encoded = self.encode(*self.columns(rows))
         labeled = all(self.label in row for row in rows)
         return {**encoded, "labels": self.targets(rows, encoded)} if labeled else dict(encoded)
 
     def columns(self, rows: Sequence[Row]) -> tuple[list[Any], list[Any] | None]:
-        """The texts of some rows, and their second texts if there is a column of these."""
+        """The texts of some rows, and their second texts if ``pair`` is set."""
         pairs = None if self.pair is None else [row[self.pair] for row in rows]
         return [row[self.text] for row in rows], pairs
 
@@ -185,16 +185,16 @@ class TextDataModule(pl.LightningDataModule):
         """The rows of a split, checked once.
 
         Raises:
-            ValueError: there are none; or a cell is missing, blank or of another kind, or a class is unknown.
+            ValueError: there are none; a cell is missing, blank or of the wrong type; a class is unknown.
         """
         if split not in self._checked:
             rows = self.rows(split)
             if not rows:
                 formats = ".csv, .tsv, .json, .jsonl or .parquet file"
-                raise ValueError(f"There is no {split} table: give {split}=..., a {formats}.")
+                raise ValueError(f"There is no {split} table. Pass {split}=..., a {formats}.")
             table = rows if isinstance(rows, Table) else Table(rows, f"{split} table")
             labeled = self.label is not None and split not in self.without_labels
-            if self.label is not None and not labeled:  # its labels may be blanks, which are no classes
+            if self.label is not None and not labeled:  # its labels may be blank
                 kept = ({column: cell for column, cell in row.items() if column != self.label} for row in table)
                 table = Table(kept, table.source, table.lines)
             try:
@@ -209,13 +209,13 @@ class TextDataModule(pl.LightningDataModule):
         return self._checked[split]
 
     def check(self, row: Row) -> None:
-        """Hook: refuse a row with an invalid text, by a ValueError."""
+        """Hook: raise a ValueError for a row with an invalid text."""
         for column in (self.text, self.pair):
             if column is not None:
                 cells.text(row, column)
 
     def align(self, rows: Sequence[Row], cells: Sequence[Row]) -> Sequence[Row]:
-        """Hook: the predictions for some rows, as cells beside those of the rows."""
+        """Hook: align the predicted cells with the rows that they are written next to."""
         return cells
 
     @cached_property
@@ -224,7 +224,7 @@ class TextDataModule(pl.LightningDataModule):
         return CachedTokenizer(self.tokenizer, self.max_length)
 
     def _require_columns(self, table: Table, arguments: Sequence[str]) -> None:
-        """Refuse columns that no row has, by the arguments that name them."""
+        """Raise a ValueError for a column that no row has, with the argument that names it."""
         for argument in arguments:
             column = getattr(self, argument)
             if column is not None and not any(column in row for row in table):
@@ -234,7 +234,7 @@ class TextDataModule(pl.LightningDataModule):
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Row]:
         rows = self.table(split)
         if self.num_workers and not is_overridden("encode", self, TextDataModule):
-            self.remember(rows)  # or each worker would tokenize, in every epoch
+            self.remember(rows)  # otherwise each worker would tokenize, in every epoch
         size = self.unlabeled_batch_size or self.batch_size if split == "unlabeled" else self.batch_size
         groups = None
         if shuffle and self.group_by_length:
@@ -252,5 +252,5 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def remember(self, rows: Sequence[Row]) -> None:
-        """Tokenize all that the collation of these rows will ask for."""
+        """Tokenize in advance everything that collating these rows needs."""
         self.tokens.remember(*self.columns(rows))

@@ -1,4 +1,4 @@
-"""Tables of texts that have a target text each."""
+"""Tables of texts with a target text each."""
 
 from __future__ import annotations
 

@@ -14,24 +14,24 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_rdrop.extras import from_pretrained, require
 
 Text = str | Sequence[str]
-"""A text, or the words of one."""
+"""A text, or a list of its words."""
 
 
 class Tokens(NamedTuple):
-    """What a tokenizer makes of a text."""
+    """A tokenized text."""
 
     ids: dict[str, array[int]]
-    """``input_ids`` and whatever else the model takes, of the same length."""
+    """``input_ids`` and the model's other inputs, of the same length."""
     starts: dict[int, int]
-    """Of a text that is a list of words: where the first token of each word is."""
+    """Position of the first token of each word, if the text is a list of words."""
 
 
 class CachedTokenizer:
-    """Tokenizes each text once, however many epochs it is seen in; a batch is padded to its longest text.
+    """Tokenize each text once, not in every epoch; a batch is padded to its longest text.
 
     Args:
         name: name or folder of a Hugging Face tokenizer.
-        max_length: longer texts are truncated, in tokens.
+        max_length: in tokens; longer texts are truncated.
         words: whether texts are lists of words.
     """
 
@@ -42,7 +42,7 @@ class CachedTokenizer:
         self._known: dict[Hashable, Tokens] = {}
 
     def remember(self, texts: Sequence[Text], pairs: Sequence[str] | None = None, *, target: bool = False) -> None:
-        """Tokenize those texts, or pairs of texts, that are new."""
+        """Tokenize the texts, or pairs of texts, that are new."""
         new = {key: number for number, key in enumerate(self._keys(texts, pairs, target)) if key not in self._known}
         if not new:
             return
@@ -59,7 +59,7 @@ class CachedTokenizer:
             self._known[key] = Tokens({name: array("q", ids[row]) for name, ids in encoded.items()}, starts)
 
     def __call__(self, texts: Sequence[Text], pairs: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """The network's inputs for some texts, or pairs of texts, padded to one length."""
+        """The network's inputs for texts, or pairs of texts, padded to the same length."""
         rows = [{name: ids.tolist() for name, ids in tokens.ids.items()} for tokens in self._look_up(texts, pairs)]
         return dict(self._tokenizer.pad(rows, padding=True, return_tensors="pt"))
 
@@ -69,7 +69,7 @@ class CachedTokenizer:
         return pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def starts(self, texts: Sequence[Text], width: int) -> list[dict[int, int]]:
-        """Where the first token of each word is in a batch that is ``width`` tokens wide."""
+        """Positions of the first token of each word in a batch of ``width`` tokens."""
         left = self._tokenizer.padding_side == "left"
         found = []
         for tokens in self._look_up(texts):
@@ -92,8 +92,8 @@ class CachedTokenizer:
     def _tokenizer(self) -> Any:
         auto = require("transformers", "huggingface", f"tokenizer={self.name!r}").AutoTokenizer
         tokenizer = from_pretrained(auto, "tokenizer", self.name)
-        if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the attention mask tells padding from an end
+        if tokenizer.pad_token is None:  # GPT-2 and Llama have none; the attention mask marks the padding
             tokenizer.pad_token = tokenizer.eos_token
-        # it advises to tokenize and pad at once, which would tokenize in every epoch
+        # silence its advice to tokenize and pad in one call, which would tokenize in every epoch
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
         return tokenizer

@@ -1,4 +1,4 @@
-"""Tables of sentences that have a class for each word."""
+"""Tables of sentences with a class for each word."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TokenDataModule(TextDataModule):
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``text`` is a column of lists of words, and ``label`` one of
-            lists of classes, one a word.
+            lists of classes, one per word.
     """
 
     def check(self, row: Row) -> None:
@@ -32,7 +32,7 @@ class TokenDataModule(TextDataModule):
         classes = cells.items(row, self.label, "classes")
         if len(classes) != len(row[self.text]):
             raise ValueError(
-                f"{len(row[self.text])} words in {self.text!r} and {len(classes)} classes in {self.label!r}; each word "
+                f"{len(row[self.text])} words in {self.text!r} but {len(classes)} classes in {self.label!r}; each word "
                 "needs one."
             )
         return classes

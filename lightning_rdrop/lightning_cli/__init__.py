@@ -1,4 +1,4 @@
-"""LightningCLI for R-Drop, and how it says in one line what is wrong."""
+"""LightningCLI for R-Drop, with one-line error messages."""
 
 from lightning_rdrop.lightning_cli.failures import is_message
 from lightning_rdrop.lightning_cli.mistakes import explain

@@ -1,4 +1,4 @@
-"""Which errors are messages to the user, for whom a traceback would hide them."""
+"""Tell errors that are messages to the user from those that need a traceback."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _OTHERS = {"__main__", "torch", *sys.stdlib_module_names}
 
 
 def is_message(error: BaseException) -> bool:
-    """Whether an error was raised on purpose by this package or Lightning, and no code of the user's took part.
+    """Whether this package or Lightning raised an error on purpose, with no user code in the traceback.
 
-    In code of the user's, only the traceback tells where the cause is; and an error that nobody raised is a bug.
+    The cause of an error in user code is found in its traceback, and an error without a ``raise`` is a bug.
     """
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
         return False

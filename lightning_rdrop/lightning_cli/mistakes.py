@@ -1,7 +1,6 @@
-"""What is wrong with a command line, in one line, with the name that was probably meant.
+"""Turn an error message of jsonargparse into one line, with the name that was probably meant.
 
-jsonargparse says it in many lines, of which most are about types. Here they are read again; what is not understood is
-kept, on one line.
+jsonargparse prints many lines, most of them about types. A message that matches no rule is kept, joined to one line.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _NOISE = re.compile(
     r"Expected a path but .* not accessible|Expected a <class 'dict'>|"
     r"Not a valid subclass of \w+\.?|Subclass types expect one of:|a class path \(str\)|a dict with"
 )
-_UNSAID = ("pytorch_lightning.LightningModule", "pytorch_lightning.LightningDataModule")
-"""What jsonargparse takes an argument to be of, where no class has been given."""
+_BASE_CLASSES = ("pytorch_lightning.LightningModule", "pytorch_lightning.LightningDataModule")
+"""The classes that jsonargparse names if no class was given."""
 _EXPECTED = re.compile(r"Expected a (.+?)(?:\. Got value: (.*))?")
 
 
 @dataclass
 class _Message:
-    """A message of jsonargparse, taken apart."""
+    """A parsed message of jsonargparse."""
 
     parser: ArgumentParser | None
     keys: list[str] = field(default_factory=list)
@@ -54,11 +53,11 @@ class _Message:
 
 
 def explain(message: str, parser: ArgumentParser | None = None) -> str:
-    """A message of jsonargparse in one line.
+    """Shorten a message of jsonargparse to one line.
 
     Args:
-        message: what its ``ArgumentParser.error`` is called with.
-        parser: the parser that said it, which knows the options.
+        message: the argument of its ``ArgumentParser.error``.
+        parser: the parser that raised it, which knows the options.
 
     Example:
         >>> parser = ArgumentParser()
@@ -72,12 +71,12 @@ def explain(message: str, parser: ArgumentParser | None = None) -> str:
             if match := pattern.search(cause):
                 return _placed(found, say(found, *match.groups()))
     if found.key == "callbacks" and not found.causes:
-        return "callbacks: each has a name: write --callbacks.NAME=CLASS, such as --callbacks.alpha=AlphaScheduler."
+        return "callbacks: each needs a name. Write --callbacks.NAME=CLASS, such as --callbacks.alpha=AlphaScheduler."
     return _placed(found, _expected(found) or " ".join(found.causes) or " ".join(message.split()))
 
 
 def near(name: str, candidates: Iterable[str]) -> str:
-    """A sentence with the candidate that is most like a name; empty if none is.
+    """Suggest the candidate closest to a name; empty if none is similar.
 
     Example:
         >>> near("alhpa", ["alpha", "beta"])
@@ -111,20 +110,20 @@ def _placed(found: _Message, said: str) -> str:
 
 def _no_argument(found: _Message, name: str) -> str:
     if found.owner == "pytorch_lightning.Callback":
-        return f"nothing says which callback has {name}: give its class before, --callbacks.NAME=CLASS."
+        return f"{name} belongs to no callback. Pass the class first: --callbacks.NAME=CLASS."
     hint = near(name, _arguments(found.owner))
-    if found.owner in _UNSAID:
-        hint = f" Give --{found.key}=CLASS before its arguments."
+    if found.owner in _BASE_CLASSES:
+        hint = f" Pass --{found.key}=CLASS before its arguments."
     return f"{found.owner.rpartition('.')[2]} has no argument {name}.{hint}"
 
 
 def _no_option(found: _Message, given: str) -> str:
     option = given.split()[0].partition("=")[0]
     if not option.startswith("-"):
-        return f"{option!r} is not understood: options begin with --."
+        return f"unexpected argument {option!r}: options begin with --."
     name = option.lstrip("-")
     if "subcommand" in found.options:
-        return f"options stand behind the subcommand, as in lightning-rdrop fit {option}."
+        return f"options come after the subcommand, as in lightning-rdrop fit {option}."
     return f"there is no option {option}.{_near_option(name, found.options)}"
 
 
@@ -133,7 +132,7 @@ def _no_key(found: _Message, name: str) -> str:
 
 
 def _near_option(name: str, known: Iterable[str], dashes: str = "--") -> str:
-    """The whole name, or its beginning where a class of whatever arguments stands: ``--callback.alpha``."""
+    """Suggest a similar option; if the first part of the name is unknown, correct only that: ``callback.alpha``."""
     known = list(known)
     head, dot, rest = name.partition(".")
     heads = {key.partition(".")[0] for key in known}
@@ -149,7 +148,7 @@ def _no_class(found: _Message, name: str) -> str:
         names = {one.__name__ for base in _classes(bases) for one in _subclasses(base)}
         if hint := near(name, sorted(names)):
             return f"there is no class {name}.{hint}"
-    return f"there is no class {name}. One of your own is given with its module, as module.{name}."
+    return f"there is no class {name}. Write your own classes with their module, as module.{name}."
 
 
 def _no_attribute(found: _Message, module: str, name: str) -> str:
@@ -165,17 +164,17 @@ def _no_subclass(found: _Message, base: str) -> str:
     one = _load(found.value)
     if isinstance(one, type) and any(parent.__module__.startswith("lightning.pytorch") for parent in one.__mro__):
         return (
-            f"{found.value} is of lightning.pytorch, and this command is of pytorch_lightning: write import "
+            f"{found.value} uses lightning.pytorch, but this command needs pytorch_lightning: write import "
             "pytorch_lightning as pl in its file."
         )
-    return f"{found.value} is no {base}."
+    return f"{found.value} is not a subclass of {base}."
 
 
 def _required(found: _Message, *names: str) -> str:
     name = next(filter(None, names))
     if found.owner:
         return f"{found.owner.rpartition('.')[2]} needs {name}."
-    return f"give --{name.partition('.')[2] or name}."
+    return f"--{name.partition('.')[2] or name} is required."
 
 
 def _no_choice(found: _Message, name: str, choices: str) -> str:
@@ -188,7 +187,7 @@ def _no_file(found: _Message, path: str) -> str:
 
 
 def _no_subcommand(found: _Message, names: str) -> str:
-    return f"give a subcommand: {names.replace(',', ', ')}."
+    return f"a subcommand is required: {names.replace(',', ', ')}."
 
 
 def _expected(found: _Message) -> str:
@@ -206,7 +205,7 @@ def _expected(found: _Message) -> str:
 
 
 def _arguments(path: str) -> list[str]:
-    """The arguments that a class takes, through its bases."""
+    """The arguments of a class, including those of its bases."""
     owner = _load(path)
     if not isinstance(owner, type):
         return []

@@ -16,7 +16,7 @@ _LITERAL = re.compile(r"``(.+?)``|`([^`\n]+?)(?: <[^>\n]*>)?`_?")
 
 
 class PlainHelp(DefaultHelpFormatter):
-    """Formats help, which is made of docstrings, without their markup."""
+    """Format help without the markup of the docstrings that it is made of."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return super()._split_lines(without_markup(text), width)
@@ -26,7 +26,7 @@ class PlainHelp(DefaultHelpFormatter):
 
 
 class LaidOver(ActionConfigFile):
-    """``--config`` that lays named callbacks over those of the files before; jsonargparse replaces a mapping."""
+    """``--config`` that merges named callbacks with those of earlier files; jsonargparse replaces the mapping."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         named = {key: one for key, one in cfg.items() if key.split(".")[-1] == "callbacks" and isinstance(one, dict)}
@@ -36,13 +36,13 @@ class LaidOver(ActionConfigFile):
 
 
 class RDropParser(LightningArgumentParser):
-    """A parser that says in one line what is wrong; with ``JSONARGPARSE_DEBUG=true`` it raises instead."""
+    """A parser with one-line error messages; with ``JSONARGPARSE_DEBUG=true`` it raises the full error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=PlainHelp, **kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Like ``ArgumentParser.add_argument``, with the config files laid over each other."""
+        """Like ``ArgumentParser.add_argument``, but named callbacks of config files are merged."""
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = LaidOver
         return super().add_argument(*args, **kwargs)
@@ -55,7 +55,7 @@ class RDropParser(LightningArgumentParser):
 
 
 def without_markup(text: str) -> str:
-    """A text without the roles and quotes of Sphinx.
+    """Remove the roles and quotes of Sphinx from a text.
 
     Example:
         >>> without_markup("see :class:`~lightning_rdrop.modules.Task`, ``None`` or :func:`read_table`")

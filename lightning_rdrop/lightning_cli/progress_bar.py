@@ -1,4 +1,4 @@
-"""A progress bar that shows alpha, ce and kl on a screen of 80 columns."""
+"""A progress bar that shows alpha, ce and kl in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 
 class NarrowProgressBar(TQDMProgressBar):
-    """Lightning's bar of text with less around the metrics, and short names for them.
+    """Lightning's text progress bar with less decoration, and short names for the metrics.
 
     Example:
         >>> shortened({"v_num": 0, "train/ce": 0.5, "val/accuracy": 0.9, "train/loss": 1.0, "val/loss": 2.0})
@@ -26,7 +26,7 @@ class NarrowProgressBar(TQDMProgressBar):
 
 
 def shortened(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics under names without a stage where that is no other's name, and without the logger's version."""
+    """Drop the logger's version, and the stage from names that stay unique without it."""
     short: dict[str, Any] = {}
     for name, value in metrics.items():
         end = name.removeprefix("train/").removeprefix("val/")

@@ -1,4 +1,4 @@
-"""LoRA by peft: put around a frozen model, kept in checkpoints without it, written as a folder that peft loads."""
+"""LoRA with peft: wrap a frozen model, keep it out of checkpoints, and write a folder that peft loads."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _TASKS = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForTokenClassification": "TOKEN_CLS",
 }
-"""What peft calls the task of a class of transformers."""
+"""peft's task type for each ``AutoModel`` class."""
 _OUTPUT_LAYER = r"(.*\.)?(classifier|score)(\..*)?"
-"""That of a classifier is new. peft trains it as it is, and cannot put an adapter on it as well."""
+"""The output layer of a classifier is new: peft trains it fully and cannot put an adapter on it as well."""
 
 
 def adapt(network: nn.Module, lora: Mapping[str, Any], auto: str, *, quantized: bool = False) -> nn.Module:
-    """The model, frozen, with low-rank adapters around its layers.
+    """Freeze a model and put low-rank adapters around its layers.
 
     Args:
         network: a Hugging Face model.
         lora: arguments of ``peft.LoraConfig`` by name.
-        auto: the class of transformers that loaded it.
-        quantized: whether it is kept in fewer bits; its norms, and its embeddings, are not.
+        auto: name of the ``AutoModel`` class that loaded it.
+        quantized: whether its weights are quantized; norms and embeddings are not.
 
     Raises:
         ModuleNotFoundError: peft is not installed.
@@ -42,7 +42,7 @@ def adapt(network: nn.Module, lora: Mapping[str, Any], auto: str, *, quantized: 
     for name in lora:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else "There are r, lora_alpha, lora_dropout, target_modules, ..."
+            hint = f"Did you mean {near[0]}?" if near else "Known are r, lora_alpha, lora_dropout, target_modules, ..."
             raise ValueError(f"peft: LoraConfig has no argument {name!r}. {hint}")
     if quantized:
         network = peft.prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
@@ -54,9 +54,9 @@ def adapt(network: nn.Module, lora: Mapping[str, Any], auto: str, *, quantized: 
 
 
 def leave_out_frozen(module: nn.Module, state: dict[str, Any]) -> None:
-    """Delete from the state of a module all but trained parameters and buffers.
+    """Delete everything from a module's state except trained parameters and buffers.
 
-    Besides frozen parameters that is what quantization adds to them, as ``weight.absmax`` and ``SCB``.
+    This also removes what quantization adds to frozen parameters, such as ``weight.absmax`` and ``SCB``.
     """
     buffers = module.named_buffers(remove_duplicate=False)
     kept = {name for name, _ in buffers} | {name for name, each in _with_tied(module) if each.requires_grad}
@@ -65,14 +65,14 @@ def leave_out_frozen(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def fill_in_frozen(module: nn.Module, state: dict[str, Any]) -> None:
-    """Add the frozen parameters that a state lacks as the module has them, which are those of the base model."""
+    """Add the frozen parameters missing from a state, with the module's values, which are those of the base model."""
     for name, parameter in _with_tied(module):
         if not parameter.requires_grad:
             state.setdefault(name, parameter.detach())
 
 
 def _with_tied(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Its parameters, of which tied ones have two names."""
+    """The named parameters; a tied parameter appears under each of its names."""
     return module.named_parameters(remove_duplicate=False)
 
 
@@ -81,12 +81,12 @@ def save_adapter(network: Any, folder: Path, checkpoint: Path | None, *, write: 
 
     Args:
         network: a peft model, the ``network`` of a module.
-        folder: is made.
-        checkpoint: the file whose weights are written; ``None`` takes those of the network.
-        write: whether this process writes, which one of several does.
+        folder: created if missing.
+        checkpoint: the file to take the weights from; ``None`` takes those of the network.
+        write: whether this process writes; only one process does.
     """
     state = None
     if checkpoint is not None:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]  # this run wrote it
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]  # written by this run
         state = {name.removeprefix("network."): value for name, value in saved.items()}
     network.save_pretrained(folder, state_dict=state, is_main_process=write)

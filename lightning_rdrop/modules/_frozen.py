@@ -1,4 +1,4 @@
-"""The lower part of a network, kept as it is: not trained, and nothing dropped in it."""
+"""Freeze the lower part of a network: no training and no dropout there."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lightning_rdrop.submodules import matching
 
 
 def freeze_below(network: nn.Module, name: str) -> None:
-    """Freeze all that stands before a submodule, and let nothing be dropped there.
+    """Freeze everything before a submodule, and switch off the dropout there.
 
-    Parts are taken to run in the order in which they stand.
+    Submodules are assumed to run in the order of ``named_modules()``.
 
     Args:
         network: changed in place.
         name: the dotted name of the submodule, or the end of it.
 
     Raises:
-        ValueError: there is no such submodule, or several.
+        ValueError: the name matches no submodule, or several.
 
     Example:
         >>> parts = (nn.Linear(2, 2), nn.Dropout(0.1), nn.Linear(2, 2), nn.Dropout(0.1))
@@ -38,5 +38,5 @@ def freeze_below(network: nn.Module, name: str) -> None:
             module.training = False
             below.add(module)
     layers = [layer for layer in stochastic_layers(network) if layer.module in below]
-    own = [layer.name for layer in layers if not layer.attribute.startswith("config.")]  # which the layers above share
+    own = [layer.name for layer in layers if not layer.attribute.startswith("config.")]  # shared with the layers above
     set_probability(network, dict.fromkeys(own, 0.0))

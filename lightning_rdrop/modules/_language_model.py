@@ -1,4 +1,4 @@
-"""What language models of Hugging Face share: tokens as predictions, and an output layer that can be fused."""
+"""Shared by the Hugging Face language models: token predictions, and an output layer fused with the loss."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LanguageModel(Pretrained):
 
     Args:
         network: the model.
-        metrics: what validation and test measure, besides the task loss.
+        metrics: metrics of validation and test, besides the task loss.
         fused_head: compute the training loss from the hidden states and the output layer, a few rows at a time, without
-            ever holding all logits. This saves most of the memory of a large vocabulary; the step's ``prediction`` is
-            None then.
+            materializing all logits. This saves most of the memory of a large vocabulary; the step's ``prediction`` is
+            then None.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`.
     """
 
@@ -47,35 +47,34 @@ class LanguageModel(Pretrained):
 
 
 def output_layer(network: Any) -> nn.Linear:
-    """The output layer of a Hugging Face language model as it is now, for an adapter may have been put on it.
+    """The current output layer of a Hugging Face language model, which peft may have replaced.
 
     Raises:
-        ValueError: it is not linear, or an adapter stands around it.
-        TypeError: its weight is sharded across ranks.
+        ValueError: it is not linear, or it has an adapter.
+        TypeError: its weight is sharded across ranks or quantized.
     """
     layer, name = network.get_output_embeddings(), type(network).__name__
     if isinstance(copies := getattr(layer, "modules_to_save", None), nn.ModuleDict):
         layer = copies[layer.active_adapter]  # peft trains a copy
-    layer = getattr(layer, "module", layer)  # of FSDP, version 1
+    layer = getattr(layer, "module", layer)  # FSDP1 wraps it
     if hasattr(layer, "base_layer"):
         raise ValueError(
-            f"fused_head=True takes the output layer of {name} alone, and an adapter, {type(layer).__name__}, stands "
-            "around it, which would never be trained. Leave the layer out of target_modules, as 'all-linear' does, or "
-            "leave fused_head at False."
+            f"fused_head=True uses the output layer of {name} without its adapter, {type(layer).__name__}, which would "
+            "never be trained. Leave the layer out of target_modules, as 'all-linear' does, or set fused_head=False."
         )
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"fused_head=True needs a linear output layer, and that of {name} is {layer!r}.")
+        raise ValueError(f"fused_head=True needs a linear output layer, but that of {name} is {layer!r}.")
     if is_sharded(layer.weight) or layer.weight.shape != (layer.out_features, layer.in_features):
         raise TypeError(
-            f"fused_head=True needs the whole output layer, and that of {name} is sharded across ranks, where FSDP and "
-            "DeepSpeed gather it in the layer's forward only, which is never called; or packed into fewer bits. Leave "
-            "fused_head at False, or train with DDP."
+            f"fused_head=True needs the whole output layer, but that of {name} is sharded across ranks or quantized. "
+            "FSDP and DeepSpeed gather it only in the layer's forward, which fused_head does not call. Set "
+            "fused_head=False, or train with DDP."
         )
     return layer
 
 
 def head_of(network: Any) -> Head:
-    """The output layer's weight, and all that is added to its result as the bias."""
+    """The weight of the output layer, and the sum of all biases added to its output."""
     layer = output_layer(network)
     biases = (layer.bias, getattr(network, "final_logits_bias", None))
     added = [bias.flatten() for bias in biases if bias is not None]
@@ -95,7 +94,7 @@ def hidden_states(network: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def check_head(network: Any) -> None:
-    """Try two tokens: the output layer applied to the hidden states must give the model's own logits.
+    """Check on two tokens that the output layer, applied to the hidden states, gives the model's own logits.
 
     Raises:
         ValueError: the model's output layer is not linear, or the model changes the logits further.
@@ -109,7 +108,7 @@ def check_head(network: Any) -> None:
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         raise ValueError(
             f"fused_head=True needs logits that come straight from the output layer, but {type(network).__name__} "
-            "changes them further, for instance by a soft cap. Leave fused_head at False."
+            "changes them further, for instance by a soft cap. Set fused_head=False."
         )
 
 

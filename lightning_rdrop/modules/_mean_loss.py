@@ -1,4 +1,4 @@
-"""The task loss of an evaluation, over all of its rows."""
+"""The task loss averaged over all rows of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_rdrop.distance import Distance, Together
 
 
 class MeanLoss(MetricCollection):
-    """D to the target, averaged over the rows of all batches and ranks; those of several predictions, and their sum.
+    """Mean of D to the target over all rows; for several predictions, the mean of each and their weighted sum.
 
     Args:
-        distance: D, under whose name of the task loss it is logged.
-        prefix: comes before that name.
+        distance: D, which also names the metric.
+        prefix: of that name.
 
     Example:
         >>> from torch import tensor
@@ -34,11 +34,11 @@ class MeanLoss(MetricCollection):
         super().__init__(_means(distance), prefix=prefix, compute_groups=False)
 
     def add_batch(self, distance: Distance, prediction: Any, target: Any) -> None:
-        """Count the rows of a batch.
+        """Update with the rows of a batch.
 
         Args:
-            distance: as in ``__init__``; not kept, for its parameters are the module's.
-            prediction, target: what it takes.
+            distance: as in ``__init__``; not stored here, because its parameters belong to the module.
+            prediction, target: arguments of the distance.
         """
         self._add(distance, prediction, target, "")
 
@@ -53,10 +53,10 @@ class MeanLoss(MetricCollection):
 
 
 def _means(distance: Distance) -> dict[str, Any]:
-    """A metric for the task loss, the first, and one for that of each part."""
+    """A metric for the task loss, which comes first, and one for that of each part."""
     term = distance.term_names[0]
     if not isinstance(distance, Together):
-        # weighted by tokens, hence exact for batches of any size; MeanMetric would skip NaN by default
+        # weighted by rows, so exact for batches of any size; MeanMetric skips NaN by default
         return {term: MeanMetric(nan_strategy=math.nan)}
     parts = {name: _means(distance.part(name)) for name in distance.distances}
     total = reduce(operator.add, (distance.weights[name] * next(iter(parts[name].values())) for name in parts))

@@ -1,4 +1,4 @@
-"""What modules with a pretrained Hugging Face model share."""
+"""Shared by the modules with a pretrained Hugging Face model."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from lightning_rdrop.modules.classifier import Classifier
 from lightning_rdrop.modules.task import Task
 
 LATER: Any = None
-"""In the place of a network that is loaded in ``configure_model``."""
+"""Placeholder for a network that ``configure_model`` loads."""
 TUNING = ("peft", "quantization", "gradient_checkpointing", "frozen_below")
-"""The arguments with which a model is loaded to be fine-tuned."""
+"""Arguments of fine-tuning that are passed on to ``load``."""
 
 
 class Pretrained(Task):
-    """A module whose model was loaded with its dropout switched on; it says so when a training begins.
+    """A module whose model is loaded with dropout on, which is logged when training starts.
 
-    With ``peft`` its checkpoints are without the frozen base, which ``pretrained`` has, and the adapter is written
-    beside them when a training ends.
+    With ``peft``, checkpoints leave out the frozen base model, and the adapter is saved next to them after training.
     """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.hparams.get("peft") and not shares_weights(self):  # FSDP loads its parts before any hook
+        if self.hparams.get("peft") and not shares_weights(self):  # FSDP loads its shards before any hook
             leave_out_frozen(self, checkpoint.get("state_dict", {}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -44,35 +43,35 @@ class Pretrained(Task):
             fill_in_frozen(self, checkpoint.get("state_dict", {}))
 
     def on_fit_end(self) -> None:
-        """Write the adapter of the best checkpoint, or of the weights at the end where no metric chooses one.
+        """Save the adapter of the best checkpoint, or the final adapter if no metric is monitored.
 
-        Where a rank has a part of the weights only, that is the adapter of the latest checkpoint.
+        If the weights are sharded, the final adapter is that of the latest checkpoint.
         """
         files = monitored_checkpoint(self.trainer) or self.trainer.checkpoint_callback
         if not self.hparams.get("peft") or not isinstance(files, ModelCheckpoint) or files.dirpath is None:
             return
         folder, saved = Path(files.dirpath) / "adapter", Path(files.best_model_path)
         if not saved.is_file() and shares_weights(self):
-            rank_zero_warn(f"No adapter was written to {folder}: this rank has a part of the weights only.")
+            rank_zero_warn(f"No adapter was saved to {folder}: the weights are sharded, and there is no checkpoint.")
             return
         taken = saved.is_file() and (files.monitor or shares_weights(self))
         save_adapter(self.network, folder, saved if taken else None, write=self.trainer.is_global_zero)
-        rank_zero_info(f"The adapter: {folder}. peft.PeftModel.from_pretrained(base, folder) loads it.")
+        rank_zero_info(f"Adapter saved to {folder}. Load it with peft.PeftModel.from_pretrained(base, folder).")
 
     def on_fit_start(self) -> None:
         on = [layer.name for layer in stochastic_layers(self.network) if layer.active]
         if on:
             rank_zero_info(
-                f"{self.hparams['pretrained']} was loaded in eval mode. Switched on for the training: {len(on)} "
-                f"dropout layers, {on[0]} to {on[-1]}."
+                f"{self.hparams['pretrained']} was loaded in eval mode. Switched on for training: {len(on)} dropout "
+                f"layers, {on[0]} to {on[-1]}."
             )
 
 
 class PretrainedClasses(Pretrained, ClassTask):
-    """Loads a model with an output for each class, as soon as their number is known."""
+    """Load a model with one output per class, as soon as the number of classes is known."""
 
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
-    """The class of transformers that loads it."""
+    """The transformers class that loads it."""
 
     def configure_model(self) -> None:
         if self.network is None:
@@ -82,7 +81,7 @@ class PretrainedClasses(Pretrained, ClassTask):
 
 
 class PretrainedClassifier(PretrainedClasses, Classifier):
-    """Classification of texts, or of their tokens; its subclasses describe the arguments."""
+    """Classification of texts or tokens; the subclasses document the arguments."""
 
     def __init__(
         self,
@@ -118,30 +117,30 @@ def load(
     Args:
         auto: the name of one of the ``AutoModel`` classes of transformers.
         pretrained: name or folder of the model.
-        peft: train a LoRA with these arguments of ``LoraConfig`` instead of the model.
-        quantization: keep the frozen model in fewer bits, with these arguments of ``BitsAndBytesConfig``.
-        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
-        frozen_below: the submodule below which nothing is trained and nothing dropped.
-        config: what else ``from_pretrained`` takes.
+        peft: train LoRA adapters, with these arguments of ``LoraConfig``, instead of the model.
+        quantization: quantize the frozen model, with these arguments of ``BitsAndBytesConfig``.
+        gradient_checkpointing: recompute activations inside a layer in the backward pass instead of storing them.
+        frozen_below: submodule below which the network is frozen and dropout is off.
+        config: other arguments of ``from_pretrained``.
 
     Raises:
         ModuleNotFoundError: transformers, or peft, is not installed.
         OSError: there is no such model, or it cannot be loaded.
-        ValueError: an argument that LoraConfig has not; ``quantization`` of a model that is to be trained; both
-            ``peft``, which freezes all of the model, and ``frozen_below``.
+        ValueError: an unknown argument of ``LoraConfig``; ``quantization`` without ``peft``; both ``peft`` and
+            ``frozen_below``.
     """
     transformers = require("transformers", "huggingface", auto)
     if quantization:
         if not peft:
             raise ValueError(
-                f"quantization={dict(quantization)} freezes the model, and there is nothing to train: give peft as "
-                "well, for instance {r: 8, lora_dropout: 0.1, target_modules: all-linear}."
+                f"quantization={dict(quantization)} freezes the model, so nothing is left to train. Pass peft as well, "
+                "for instance {r: 8, lora_dropout: 0.1, target_modules: all-linear}."
             )
         config["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
     if peft and frozen_below:
         raise ValueError(
-            f"frozen_below={frozen_below!r} freezes a part of the model, and peft all of it. Give one of them; "
-            "layers_to_transform of peft names the layers that have adapters."
+            f"frozen_below={frozen_below!r} freezes a part of the model, but peft freezes all of it. Pass only one of "
+            "them; peft's layers_to_transform selects the layers with adapters."
         )
     network: Any = from_pretrained(getattr(transformers, auto), "pretrained", pretrained, **config)
     if gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""Causal language modelling with a Hugging Face model."""
+"""Causal language modeling with a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_rdrop.modules._pretrained import load
 class CausalLM(LanguageModel):
     """Next-token prediction with a Hugging Face causal language model.
 
-    The targets are shifted here: position t predicts token t + 1. A batch has ``input_ids``, and ``labels`` of the same
-    shape if some tokens do not count (-100), such as those of a prompt; without labels, every token counts whose
-    ``attention_mask`` is not 0. Validation and test log the cross-entropy and the perplexity, per token.
+    The module shifts the targets: position t predicts token t + 1. A batch has ``input_ids``, and optionally ``labels``
+    of the same shape, with -100 for tokens that do not count, such as those of a prompt; without labels, all tokens
+    count whose ``attention_mask`` is not 0. Validation and test log the cross-entropy and the perplexity, per token.
 
     Args:
         pretrained: name or folder of the model, whose dropout is switched on.
-        fused_head: compute the training loss without ever holding all logits. This saves most of the memory of a large
-            vocabulary; the step's ``prediction`` is None then.
-        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``, as
-            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints are without the model then, and a
-            folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
-        quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
-        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
-        learning_rate: of AdamW; for LoRA 1e-4 and more.
+        fused_head: compute the training loss without materializing all logits. This saves most of the memory of a large
+            vocabulary; the step's ``prediction`` is then None.
+        peft: train low-rank adapters (LoRA) around the frozen model, with arguments of peft's ``LoraConfig`` such as
+            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints then leave out the model, and
+            ``peft.PeftModel.from_pretrained`` loads the folder ``adapter`` next to them.
+        quantization: quantize that model to 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; needs a GPU.
+        gradient_checkpointing: recompute activations inside a layer in the backward pass instead of storing them.
+        learning_rate: of AdamW; for LoRA 1e-4 or more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
@@ -66,7 +66,7 @@ class CausalLM(LanguageModel):
         return inputs, labels[:, 1:]
 
     def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[dict[str, Any], Tensor]:
-        return self.rdrop_unpack(batch)  # the texts are their own labels, which tell what is padding
+        return self.rdrop_unpack(batch)  # the texts are their own labels, with -100 for padding
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
         return super().rdrop_predict(inputs)[:, :-1]  # no token follows the last one
@@ -75,4 +75,4 @@ class CausalLM(LanguageModel):
         return super().rdrop_hidden(inputs)[:, :-1]
 
     def readable(self, prediction: Any, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
-        raise TypeError("CausalLM predicts the logits of all tokens, which no table can hold: use it from Python.")
+        raise TypeError("CausalLM predicts the logits of all tokens, which a table cannot hold. Predict from Python.")

@@ -16,8 +16,8 @@ from lightning_rdrop.predict import MCPrediction
 class Classifier(ClassTask):
     """Classification of examples, or of tokens, with any network that returns logits.
 
-    Validation and test log the cross-entropy, the accuracy, the macro F1 and Matthews' correlation over the rows
-    that the distance counts, -100 left out by default; prediction returns class probabilities.
+    Validation and test log the cross-entropy, the accuracy, the macro F1 and the Matthews correlation over the rows
+    that the distance counts, by default all but -100; prediction returns class probabilities.
 
     Args:
         network: returns logits (N, ..., C) for the inputs of a batch.
@@ -76,7 +76,7 @@ class Classifier(ClassTask):
 
 
 def _named(index: Any, names: list[str]) -> Any:
-    """The name of a class, or those of several, nested as the indices are."""
+    """The class name of an index, or a nested list of names for a nested list of indices."""
     return [_named(one, names) for one in index] if isinstance(index, list) else names[index]
 
 

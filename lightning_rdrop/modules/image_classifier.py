@@ -1,4 +1,4 @@
-"""Classification of images with a network of timm or torchvision."""
+"""Image classification with a timm or torchvision network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_rdrop.modules.classifier import Classifier
 
 
 class ImageClassifier(Classifier):
-    """Classification of images (N, channels, height, width) with a network of timm, or of torchvision.
+    """Classification of images (N, channels, height, width) with a timm or torchvision network.
 
     Args:
         architecture: the name of a timm model, such as ``vit_base_patch16_224``; or the dotted name of a constructor
@@ -25,19 +25,19 @@ class ImageClassifier(Classifier):
         num_classes: C of the logits (N, C); ``None`` takes the number of classes in an
             :class:`~lightning_rdrop.data.ImageFolderDataModule`.
         pretrained: start from timm's weights, with a new output layer.
-        dropout: the probability of all layers that drop elements; ``None`` is the network's own, which is mostly 0.
-        drop_path: the probability that the last block drops its branch for an example, towards which it rises with the
-            depth; ``None`` is the network's own.
-        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``blocks.6``. With the
-            same name, ``rdrop_duplicate_at`` lets what is frozen run once.
-        gradient_checkpointing: keep no activations inside a block, and make them again on the way back.
+        dropout: the probability of all layers that drop elements; ``None`` is the network's own, usually 0.
+        drop_path: the probability that the last block drops its branch for an example; it grows linearly from 0 in
+            the first block. ``None`` is the network's own.
+        frozen_below: the submodule below which the network is frozen and dropout is off, such as ``blocks.6``. Set
+            ``rdrop_duplicate_at`` to the same name to run the frozen part once.
+        gradient_checkpointing: recompute activations inside a block in the backward pass instead of storing them.
         model_args: further arguments of the constructor, such as ``{img_size: 384}``.
         learning_rate: of AdamW.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
-        ValueError: an architecture that is unknown, or that does not take what it is given.
+        ValueError: an architecture that is unknown, or does not accept its arguments.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ImageClassifier(Classifier):
         learning_rate: float = 1e-4,
         **kwargs: Any,
     ) -> None:
-        later: Any = None  # until the data tell how many classes there are
+        later: Any = None  # until the number of classes is known
         super().__init__(later, num_classes, learning_rate=learning_rate, **kwargs)
         if num_classes is not None:
             self.configure_model()
@@ -72,7 +72,7 @@ class ImageClassifier(Classifier):
         if given["gradient_checkpointing"]:
             if not hasattr(network, "set_grad_checkpointing"):
                 raise ValueError(
-                    f"gradient_checkpointing=True is for timm's models, and {given['architecture']} is none."
+                    f"gradient_checkpointing=True needs a timm model, and {given['architecture']} is not one."
                 )
             network.set_grad_checkpointing()
         self.network = network
@@ -81,22 +81,22 @@ class ImageClassifier(Classifier):
 def make(
     architecture: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]
 ) -> nn.Module:
-    """A network of timm by its name, or by a constructor with a dotted name.
+    """Build a timm model by its name, or a network by the dotted name of its constructor.
 
     Args:
         architecture: the name.
         num_classes: C of its logits (N, C).
         drop_path: the largest probability of its stochastic depth; ``None`` is its own.
-        arguments: further ones of the constructor.
+        arguments: further arguments of the constructor.
 
     Raises:
-        ValueError: the name is unknown, or does not take what it is given.
+        ValueError: the name is unknown, or the constructor does not accept the arguments.
     """
-    dotted = "." in architecture and find_spec(architecture.partition(".")[0]) is not None  # timm's have points, too
+    dotted = "." in architecture and find_spec(architecture.partition(".")[0]) is not None  # timm's may have dots, too
     try:
         return (_from_constructor if dotted else _from_timm)(architecture, num_classes, drop_path, arguments)
     except TypeError as error:
-        raise ValueError(f"architecture={architecture!r} does not take what it is given: {error}") from error
+        raise ValueError(f"architecture={architecture!r} does not accept its arguments: {error}") from error
 
 
 def _from_timm(name: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]) -> nn.Module:
@@ -104,7 +104,7 @@ def _from_timm(name: str, num_classes: int | None, drop_path: float | None, argu
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
-            f"architecture={name!r} is no model of timm. Did you mean {' or '.join(near) or 'a dotted name'}?"
+            f"architecture={name!r} is not a timm model. Did you mean {' or '.join(near) or 'a dotted name'}?"
         )
     rate = {} if drop_path is None else {"drop_path_rate": drop_path}
     network: nn.Module = timm.create_model(name, num_classes=num_classes, **rate, **arguments)
@@ -115,13 +115,13 @@ def _from_constructor(
     dotted: str, num_classes: int | None, drop_path: float | None, arguments: Mapping[str, Any]
 ) -> nn.Module:
     if arguments.get("pretrained"):
-        raise ValueError(f"pretrained=True is for timm's models: the weights of {dotted} have other classes.")
+        raise ValueError(f"pretrained=True needs a timm model: the weights of {dotted} are for other classes.")
     module, _, name = dotted.rpartition(".")
     network: nn.Module = getattr(import_module(module), name)(num_classes=num_classes, **arguments)
-    if drop_path is not None:  # torchvision's own numbers cannot be changed in every constructor
+    if drop_path is not None:  # not every constructor of torchvision takes it
         layers = [layer.name for layer in stochastic_layers(network) if layer.scope == "example"]
         if not layers:
-            raise ValueError(f"drop_path={drop_path} needs stochastic depth, and {dotted} has none.")
+            raise ValueError(f"drop_path={drop_path} needs stochastic depth, but {dotted} has none.")
         last = max(1, len(layers) - 1)
         set_probability(network, {layer: drop_path * number / last for number, layer in enumerate(layers)})
     return network

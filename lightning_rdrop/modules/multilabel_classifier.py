@@ -67,7 +67,7 @@ class MultilabelClassifier(ClassTask):
         return prediction if isinstance(prediction, MCPrediction) else prediction.float().sigmoid()
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
-        """The classes that are more likely than not, and their probabilities."""
+        """The classes with a probability above 0.5, and these probabilities."""
         names = self.classes or [str(index) for index in range(prediction.shape[-1])]
         found = []
         for values in prediction.tolist():

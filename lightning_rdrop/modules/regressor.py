@@ -16,7 +16,7 @@ class Regressor(Task):
     """Regression with any network, by least squares or with a predicted variance.
 
     Validation and test log the mean squared error (or the negative log-likelihood), the mean absolute error, and the
-    correlations of Pearson and Spearman, over all entries of the targets together.
+    Pearson and Spearman correlations, over all entries of the targets together.
 
     Args:
         network: returns a prediction of the target's shape, (N,) or (N, D); (N, ..., 2), mean and log-variance, for
@@ -48,8 +48,10 @@ class Regressor(Task):
             metrics.update(mean.float().flatten(), target.float().flatten())
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
-        """The mean of each example, and for ``Gaussian(log_variance=True)`` (N, ..., 2), its log-variance too; an
-        ``MCPrediction`` with ``mc_passes``."""
+        """The mean of each example.
+
+        Mean and log-variance (N, ..., 2) with ``Gaussian(log_variance=True)``; an ``MCPrediction`` with ``mc_passes``.
+        """
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
         distance = self.rdrop_distance.reader
         whole = isinstance(prediction, MCPrediction) or getattr(distance, "log_variance", False)

@@ -24,8 +24,8 @@ class SentenceEncoder(SimCSEMixin, Pretrained):
         pretrained: name or folder of the model, whose dropout is switched on.
         pooling: ``"cls"``, ``"mean"`` or ``"first-last-average"``, see :func:`~lightning_rdrop.simcse.pool`.
         learning_rate: of AdamW.
-        kwargs: the arguments of :class:`~lightning_rdrop.SimCSEMixin`, and of
-            :class:`~lightning_rdrop.modules.Task` those for the optimizer.
+        kwargs: the arguments of :class:`~lightning_rdrop.SimCSEMixin`, and the optimizer arguments of
+            :class:`~lightning_rdrop.modules.Task`.
     """
 
     unaveraged = "embeddings"
@@ -37,7 +37,7 @@ class SentenceEncoder(SimCSEMixin, Pretrained):
         network: Any = load("AutoModel", pretrained)
         if getattr(network, "pooler", None) is not None:
             network.pooler = None  # unused parameters, whose gradients DDP would wait for
-        # by keyword: jsonargparse cannot follow positional arguments through SimCSEMixin, and would ask for both
+        # by keyword: jsonargparse cannot follow positional arguments through SimCSEMixin, and would require both
         metrics = MetricCollection({"spearman": SpearmanCorrCoef()})
         super().__init__(network=network, metrics=metrics, learning_rate=learning_rate, **kwargs)
         self.pooling = pooling

@@ -1,4 +1,4 @@
-"""Sequence to sequence with a Hugging Face model, such as translation and summarisation."""
+"""Sequence-to-sequence tasks, such as translation and summarization, with a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ class RougeL(ROUGEScore):
 class Seq2Seq(LanguageModel):
     """Text generation from text with a Hugging Face seq2seq model.
 
-    Training is by teacher forcing: the decoder's inputs are the shifted labels. The labels themselves are not passed to
-    the model, which would compute a loss that nobody uses. Validation and test log the cross-entropy per token, and
-    score generated texts against the labels; prediction returns generated texts.
+    Training uses teacher forcing: the decoder's inputs are the shifted labels. The labels themselves are not passed to
+    the model, which would compute an unused loss. Validation and test log the cross-entropy per token, and score
+    generated texts against the labels; prediction returns generated texts.
 
     Args:
         pretrained: name or folder of the model, whose dropout is switched on, and of its tokenizer.
         scores: any of ``"sacrebleu"``, ``"chrf"`` and ``"rouge"`` (ROUGE-L), each in [0, 1]. ``None`` is sacreBLEU;
             with an empty list nothing is generated, which makes validation fast.
-        characters: score characters instead of words, as for Chinese. Spaces do not count: many tokenizers of
-            Chinese put them between all tokens.
+        characters: score characters instead of words, as for Chinese. Spaces are ignored, because many Chinese
+            tokenizers put them between all tokens.
         label_smoothing: of the cross-entropy.
         random_replacement: the probability that an input token of the decoder is replaced in training, in half of the
             texts; see :class:`~lightning_rdrop.transforms.RandomReplacement`. Its author uses 0.3.
-        fused_head: compute the training loss without ever holding all logits. This saves most of the memory of a large
-            vocabulary; the step's ``prediction`` is None then.
+        fused_head: compute the training loss without materializing all logits. This saves most of the memory of a large
+            vocabulary; the step's ``prediction`` is then None.
         max_new_tokens: the maximum length of a generated text, in tokens.
         num_beams: of beam search; 1 is greedy decoding.
-        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``, as
-            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints are without the model then, and a
-            folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
-        quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
-        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
-        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``model.decoder``
-            for the encoder of a BART, and its embeddings, which it shares with the decoder. Not with ``peft``.
-        learning_rate: of AdamW; for LoRA 1e-4 and more.
+        peft: train low-rank adapters (LoRA) around the frozen model, with arguments of peft's ``LoraConfig`` such as
+            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints then leave out the model, and
+            ``peft.PeftModel.from_pretrained`` loads the folder ``adapter`` next to them.
+        quantization: quantize that model to 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; needs a GPU.
+        gradient_checkpointing: recompute activations inside a layer in the backward pass instead of storing them.
+        frozen_below: the submodule below which the network is frozen and dropout is off; ``model.decoder`` freezes the
+            encoder of a BART and its embeddings, which the decoder shares. Not with ``peft``.
+        learning_rate: of AdamW; for LoRA 1e-4 or more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
@@ -121,7 +121,7 @@ class Seq2Seq(LanguageModel):
         labels = inputs.pop("labels", None)
         if labels is None:
             raise ValueError(
-                f"The batch has {', '.join(inputs)} and no labels, from which the inputs of the decoder are made. "
+                f"The batch has {', '.join(inputs)} but no labels, from which the decoder's inputs are made. "
                 "Without them some models feed the source to the decoder. Add labels (N, T), padded with -100."
             )
         if "decoder_input_ids" not in inputs:

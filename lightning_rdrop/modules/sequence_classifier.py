@@ -12,13 +12,13 @@ class SequenceClassifier(PretrainedClassifier):
         pretrained: name or folder of the model, whose dropout is switched on.
         num_classes: C of the logits (N, C); ``None`` takes the number of classes in a
             :class:`~lightning_rdrop.data.TextDataModule`.
-        peft: train low-rank adapters (LoRA) around the frozen model, with these arguments of peft's ``LoraConfig``, as
-            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints are without the model then, and a
-            folder ``adapter`` beside them is what ``peft.PeftModel.from_pretrained`` loads.
-        quantization: keep that model in 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; on a GPU.
-        gradient_checkpointing: keep no activations inside a layer, and make them again on the way back.
-        frozen_below: the submodule below which nothing is trained and nothing dropped, such as ``encoder.layer.6``.
-            With the same name, ``rdrop_duplicate_at`` lets what is frozen run once.
-        learning_rate: of AdamW; for LoRA 1e-4 and more.
+        peft: train low-rank adapters (LoRA) around the frozen model, with arguments of peft's ``LoraConfig`` such as
+            ``{r: 8, lora_dropout: 0.1, target_modules: all-linear}``. Checkpoints then leave out the model, and
+            ``peft.PeftModel.from_pretrained`` loads the folder ``adapter`` next to them.
+        quantization: quantize that model to 4 or 8 bits, with these arguments of ``BitsAndBytesConfig``; needs a GPU.
+        gradient_checkpointing: recompute activations inside a layer in the backward pass instead of storing them.
+        frozen_below: the submodule below which the network is frozen and dropout is off, such as ``encoder.layer.6``.
+            Set ``rdrop_duplicate_at`` to the same name to run the frozen part once.
+        learning_rate: of AdamW; for LoRA 1e-4 or more.
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
     """

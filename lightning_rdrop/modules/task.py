@@ -1,4 +1,4 @@
-"""What the ready-made modules share: a network, an optimizer, an evaluation."""
+"""Shared by the ready-made modules: a network, an optimizer, an evaluation."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from lightning_rdrop.training_length import planned_steps
 
 
 class Task(RDropMixin, pl.LightningModule):
-    """A network trained by R-Drop with AdamW, and evaluated with torchmetrics as ``val/...`` and ``test/...``.
+    """A network trained with R-Drop and AdamW, and evaluated with torchmetrics as ``val/...`` and ``test/...``.
 
     For another optimizer or schedule use the CLI's ``--optimizer`` and ``--lr_scheduler``, or override
     ``configure_optimizers``.
 
     Args:
         network: called with the inputs of a batch; returns predictions, or an object with ``.logits``.
-        metrics: what validation and test measure, besides the task loss. ``None`` if :meth:`set_metrics` tells later.
+        metrics: metrics of validation and test, besides the task loss. ``None`` if :meth:`set_metrics` sets them later.
         learning_rate: of AdamW; with ``warmup`` its peak.
         weight_decay: of AdamW.
-        warmup: raise the learning rate linearly from 0, and let it fall linearly to 0 at the end of the training: an
-            int counts optimizer steps of the rise, a float in [0, 1] is a share of the training. ``None`` keeps it
-            constant.
-        mc_passes: predict with the model average of so many dropout passes, >= 2, and return its
+        warmup: increase the learning rate linearly from 0 over the warmup, then decrease it linearly to 0 at the end of
+            training. An int is a number of optimizer steps, a float in [0, 1] a share of the training. ``None`` keeps
+            it constant.
+        mc_passes: predict with the model average over this many dropout passes, >= 2, and return its
             :class:`~lightning_rdrop.MCPrediction`; 0 is one pass with dropout off.
         rdrop: the arguments of :class:`~lightning_rdrop.RDropMixin`.
 
     Raises:
-        ValueError: ``warmup`` out of its range, or in a training that has no end; ``mc_passes`` out of its range, or
-            for a module that predicts no distribution.
+        ValueError: ``warmup`` out of range, or without a limit on epochs or steps; ``mc_passes`` out of range, or for a
+            module that predicts no distribution.
     """
 
     rdrop_unsaved = (*RDropMixin.rdrop_unsaved, "network", "metrics")
@@ -50,7 +50,7 @@ class Task(RDropMixin, pl.LightningModule):
     val_metrics: MetricCollection
     test_metrics: MetricCollection
     unaveraged: ClassVar[str | None] = None
-    """What the module predicts where that is nothing to average, such as texts."""
+    """What the module predicts if it cannot be averaged, such as texts."""
 
     def __init__(
         self,
@@ -65,13 +65,13 @@ class Task(RDropMixin, pl.LightningModule):
     ) -> None:
         super().__init__(**rdrop)
         later = [name for name, given in (("network", network), ("metrics", metrics)) if given is None]
-        self.save_hyperparameters(ignore=later)  # no arguments of a subclass that makes them itself
+        self.save_hyperparameters(ignore=later)  # a subclass that makes them has no such arguments
         if isinstance(mc_passes, bool) or not isinstance(mc_passes, int) or mc_passes < 0 or mc_passes == 1:
             raise ValueError(f"mc_passes must be an int >= 2, or 0 for a single pass, got {mc_passes!r}.")
         if mc_passes and self.unaveraged:
             raise ValueError(
-                f"mc_passes={mc_passes} averages predictions, and {type(self).__name__} predicts {self.unaveraged}: "
-                "leave it out."
+                f"mc_passes={mc_passes} averages predictions, but {type(self).__name__} predicts {self.unaveraged}. "
+                "Leave mc_passes out."
             )
         self.register_module("network", network)
         self.learning_rate = learning_rate
@@ -88,7 +88,7 @@ class Task(RDropMixin, pl.LightningModule):
         self.test_loss = MeanLoss(distance, prefix="test/").to(self.device)
 
     def set_metrics(self, metrics: MetricCollection) -> None:
-        """Measure these in validation and test."""
+        """Set the metrics of validation and test."""
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
 
@@ -102,24 +102,24 @@ class Task(RDropMixin, pl.LightningModule):
         self.evaluate(batch, self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """The prediction for a batch, with targets or without; an ``MCPrediction`` with ``mc_passes``."""
+        """The prediction for a batch with or without targets; an ``MCPrediction`` with ``mc_passes``."""
         targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
         bare = isinstance(batch, Tensor) or targetless
         inputs = batch if bare else first_view(self.rdrop_unpack(batch)[0])
         return mc_predict(self, inputs, self.mc_passes) if self.mc_passes else self.rdrop_predict(inputs)
 
     def readable(self, prediction: Any, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
-        """Hook: what ``predict_step`` returned for a batch, as the cells of a table: a mapping for each example.
+        """Hook: convert the output of ``predict_step`` to table cells, a mapping for each example.
 
-        ``"prediction"`` is for people: the name of a class, a number, a text. Classifiers add ``"probability"``, that
-        of the prediction.
+        ``"prediction"`` is human-readable: the name of a class, a number, a text. Classifiers add its
+        ``"probability"``.
 
         Args:
             prediction: of N examples, on the CPU.
             all_probabilities: add ``"probabilities"``, those of all classes by name.
 
         Raises:
-            TypeError: a prediction that no cell can hold.
+            TypeError: the prediction cannot be converted.
         """
         return one_each(prediction, type(self).__name__)
 
@@ -134,8 +134,8 @@ class Task(RDropMixin, pl.LightningModule):
         steps = planned_steps(self.trainer)
         if not steps:
             raise ValueError(
-                f"warmup={self.warmup} lets the learning rate fall until the end, and this training has none: give the "
-                "Trainer max_epochs or max_steps, or leave warmup out."
+                f"warmup={self.warmup} decays the learning rate until the end of training, but this training has none. "
+                "Set the Trainer's max_epochs or max_steps, or leave warmup out."
             )
         rise = self.warmup if isinstance(self.warmup, int) else self.warmup * steps
         factor = partial(warmup_and_decay, rise=rise, steps=steps)
@@ -149,7 +149,7 @@ class Task(RDropMixin, pl.LightningModule):
     def evaluate(self, batch: Any, metrics: MetricCollection, loss: MeanLoss) -> None:
         """Log the task loss and the metrics of a batch in validation or test.
 
-        Row weights (see :class:`~lightning_rdrop.Weighted`) weigh the loss; the metrics count all rows alike.
+        Row weights (see :class:`~lightning_rdrop.Weighted`) apply to the loss, not to the metrics.
         """
         inputs, target = self.rdrop_unpack(batch)
         prediction = self.rdrop_predict(first_view(inputs))
@@ -161,12 +161,12 @@ class Task(RDropMixin, pl.LightningModule):
 
 
 def warmup_and_decay(step: int, rise: float, steps: int) -> float:
-    r"""The learning rate as a factor of its peak: :math:`s / r` up to step r, then :math:`(S - s) / (S - r)`.
+    r"""The learning rate relative to its peak: :math:`s / r` up to step r, then :math:`(S - s) / (S - r)`.
 
     Args:
         step: s, the number of optimizer steps so far.
-        rise: r, the steps of the rise.
-        steps: S, those of the training.
+        rise: r, the number of warmup steps.
+        steps: S, the number of steps of the training.
 
     Source: Devlin et al., BERT, 2019 (arXiv 1810.04805), appendix A.
 
@@ -178,14 +178,14 @@ def warmup_and_decay(step: int, rise: float, steps: int) -> float:
 
 
 def one_each(prediction: Any, owner: str) -> list[dict[str, Any]]:
-    """The predictions of a batch one by one, as ``{"prediction": ...}``.
+    """Split the predictions of a batch into a ``{"prediction": ...}`` for each example.
 
     Args:
         prediction: a tensor (N, ...), or a list of N texts or numbers.
-        owner: whose prediction it is, for the message.
+        owner: the module's class, for the message.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the prediction is of another type.
 
     Example:
         >>> one_each(torch.tensor([0.5, 2.0]), "Regressor")
@@ -195,7 +195,7 @@ def one_each(prediction: Any, owner: str) -> list[dict[str, Any]]:
         prediction = prediction.tolist()
     if not isinstance(prediction, (list, tuple)):
         raise TypeError(
-            f"{owner}.predict_step returned a {type(prediction).__name__}, and not one prediction for each example: "
-            "define readable(self, prediction, *, all_probabilities), which returns a list of mappings."
+            f"{owner}.predict_step returned a {type(prediction).__name__}, not one prediction for each example. "
+            "Define readable(self, prediction, *, all_probabilities) and return a list of mappings."
         )
     return [{"prediction": one} for one in prediction]

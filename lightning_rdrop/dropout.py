@@ -69,7 +69,7 @@ class StochasticLayer:
 
     @property
     def active(self) -> bool:
-        """Whether it currently drops anything: p > 0 and its module is in training mode."""
+        """Whether it currently drops anything, that is p > 0 and its module is in training mode."""
         return self.p > 0 and self.module.training
 
 

@@ -7,32 +7,29 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from types import FrameType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import own_losses, unlabeled, views
-from lightning_rdrop._compat import forget_hyperparameters
 from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of, whole
+from lightning_rdrop.checkpoint import Checkpointed
 from lightning_rdrop.data_views import first_view
-from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
 from lightning_rdrop.guard.rows import passes_meet
-from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.inheritance import notice_replaced_step, require_first
 from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import map_tensors
-from lightning_rdrop.regularizers import Regularizer, distinct
+from lightning_rdrop.regularizers import Regularizer, distinct, logged_names
 from lightning_rdrop.terms import Terms
 
 
-class RDropMixin(Hooks):
+class RDropMixin(Checkpointed):
     r"""Train a LightningModule with R-Drop: provides ``training_step`` and leaves everything else to your class.
 
     .. math:: \text{loss} = \text{ce} + \alpha\,\text{kl}
@@ -99,9 +96,6 @@ class RDropMixin(Hooks):
         (torch.Size([5, 3]), True, True)
     """
 
-    rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance", "rdrop_regularizers")
-    """Arguments that are modules and therefore not saved as hyperparameters."""
-
     def __init__(
         self,
         *args: Any,
@@ -133,7 +127,7 @@ class RDropMixin(Hooks):
         self.rdrop_duplicate_at = rdrop_duplicate_at
         self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
         self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
-        self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), self._rdrop_logged()))
+        self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), logged_names(self.rdrop_distance)))
         self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
@@ -155,8 +149,6 @@ class RDropMixin(Hooks):
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
         extend_hook(cls, "on_train_epoch_end", RDropMixin._rdrop_epoch_ends)
-        extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
-        extend_hook(cls, "on_load_checkpoint", RDropMixin._rdrop_load)
 
     @property
     def rdrop_duplicate_at(self) -> str | Sequence[str] | None:
@@ -251,21 +243,6 @@ class RDropMixin(Hooks):
         for name, part in terms.parts.items():
             self._rdrop_log_means(part, distance.part(name), f"{prefix}{name}_", examples)
 
-    def save_hyperparameters(
-        self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
-    ) -> None:
-        """Like Lightning's, without module arguments, which ``weights_only=True`` could not load.
-
-        Plain configuration for them, as passed by the CLI, is kept.
-        """
-        current = inspect.currentframe()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", f"Attribute '({'|'.join(self.rdrop_unsaved)})'")
-            super().save_hyperparameters(
-                *args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger
-            )
-        forget_hyperparameters(self, self.rdrop_unsaved)
-
     def _rdrop_begin(self) -> None:
         """Forget at the start of a fit what an earlier one found out, which may no longer hold."""
         self._rdrop_own_alpha = self.rdrop_alpha  # before a callback sets it
@@ -281,46 +258,6 @@ class RDropMixin(Hooks):
     def _rdrop_epoch_ends(self) -> None:
         self._rdrop_switches = None  # a module may have been replaced
         self._rdrop_guard.epoch_ends(self)
-
-    def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
-        """Save a description of the modules that are not hyperparameters."""
-        checkpoint["rdrop"] = self._rdrop_described()
-
-    def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the saved modules that are not given here; warn about those that differ or cannot be rebuilt."""
-        if "rdrop" not in checkpoint:
-            rank_zero_info(
-                "The checkpoint does not say which rdrop_distance and rdrop_regularizers it was trained with. Keeping "
-                f"those of {type(self).__name__}: {spell(self._rdrop_described()['rdrop_distance'])} and "
-                f"{spell(self._rdrop_described()['rdrop_regularizers'])}."
-            )
-        for name, saved in checkpoint.get("rdrop", {}).items():
-            if same_description(saved, self._rdrop_described()[name]):
-                continue
-            try:
-                if name in self._rdrop_given:
-                    raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
-                if name == "rdrop_distance":
-                    self._rdrop_take(rebuild(saved, Distance).to(self.device))
-                else:
-                    made = [rebuild(one, Regularizer).to(self.device) for one in saved]
-                    self.rdrop_regularizers = nn.ModuleList(distinct(made, self._rdrop_logged()))
-            except ValueError as error:
-                warnings.warn(
-                    f"The checkpoint was trained with {name}={spell(saved)}, which {type(self).__name__} does not use "
-                    f"now: {error}. Pass it to load_from_checkpoint or to the class to train with the same loss.",
-                    stacklevel=4,
-                )
-            else:
-                rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
-
-    def _rdrop_take(self, distance: Distance) -> None:
-        """Use this distance from now on."""
-        self.rdrop_distance = distance
-
-    def _rdrop_described(self) -> dict[str, Any]:
-        parts = {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}
-        return {name: describe(part) for name, part in parts.items()}
 
     def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
         """ce + alpha * weight * kl and the regularizers; with weight 0 there is only one view."""
@@ -384,7 +321,7 @@ class RDropMixin(Hooks):
             terms.loss = terms.loss + regularizer.weight * term
             terms.extra[regularizer.name] = term.detach()
         if losses:
-            own_losses.add_losses(terms, losses, self._rdrop_logged())
+            own_losses.add_losses(terms, losses, logged_names(self.rdrop_distance))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # takes gradients inside the step
     def _rdrop_term(self, regularizer: Regularizer, inputs: Any, target: Any) -> Tensor:
@@ -467,9 +404,6 @@ class RDropMixin(Hooks):
     def _rdrop_own_switches(self) -> Switches:
         self._rdrop_switches = self._rdrop_switches or Switches(self)
         return self._rdrop_switches
-
-    def _rdrop_logged(self) -> set[str]:
-        return {"loss", "alpha", *self.rdrop_distance.term_names}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reading it inside the graph would recompile for every alpha
     def _rdrop_checked_alpha(self) -> float:

@@ -373,6 +373,7 @@ class RDropMixin(Checkpointed):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values
     def _rdrop_check_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
         self._rdrop_guard.part_rows(self, predict, inputs, examples, part=part)
+        self._rdrop_guard.single_example(self, predict, inputs, examples, self._rdrop_own_switches(), part=part)
 
     def _rdrop_splits(self, predict: Any, inputs: Any, part: str) -> bool:
         """Whether the batch is duplicated inside the network."""

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Gaussian, RDropMixin
+from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Gaussian, RDropMixin, Views
 from lightning_rdrop.guard import NanWatch
 from lightning_rdrop.guard.first_batch import fed_its_source, unshifted
 
@@ -351,6 +351,33 @@ def test_rows_that_meet_are_seen_in_the_first_batch_of_several(fit):
         fit(module, DataLoader([rows(1)] * 3 + [rows(4)], batch_size=None))
 
 
+BATCH_NORM = r"one example.*single value per channel: network\.1\..*drop_last=True"
+
+
+def normalized(**kwargs):
+    module = Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3), **kwargs)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    return module
+
+
+def test_statistics_of_copies_are_refused_in_whatever_batch_they_come(fit):
+    with pytest.raises(ValueError, match=BATCH_NORM):
+        fit(normalized(), DataLoader([*[rows(4)] * 3, rows(1)], batch_size=None))
+    module = normalized(rdrop_guard="warn")
+    with pytest.warns(UserWarning, match=BATCH_NORM):
+        fit(module, DataLoader([rows(4), rows(1)], batch_size=None))
+    assert module.network[1].num_batches_tracked == 2  # the guard's pass is not among them
+
+
+def test_statistics_of_copies_are_refused_after_a_layer_is_unfrozen():
+    module = normalized()
+    module.network[1].eval()
+    module.rdrop_step(rows(1))
+    module.train()
+    with pytest.raises(ValueError, match=BATCH_NORM):
+        module.rdrop_step(rows(1))
+
+
 def test_rows_are_looked_at_once(fit):
     module = mlp()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
@@ -494,6 +521,18 @@ RIGHT = {
             Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)), lambda m: m.network[1].eval()
         ),
         rows,
+    ),
+    "BatchNorm in eval mode, batches of 1": (
+        lambda: after(normalized(), lambda m: m.network[1].eval()),
+        lambda: rows(1),
+    ),
+    "BatchNorm2d, batches of 1 image": (
+        lambda: Module(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.1), nn.Flatten(), nn.Linear(64, 3)),
+        lambda: (torch.randn(1, 1, 6, 6), rows(1)[1]),
+    ),
+    "BatchNorm and two crops, batches of 1": (
+        normalized,
+        lambda: (Views(torch.randn(1, 8), torch.randn(1, 8)), rows(1)[1]),
     ),
     "BatchNorm in training mode": (
         lambda: Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)),

@@ -18,10 +18,11 @@ from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_de
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
-from lightning_rdrop.guard.rows import rows_meet, shares_weights
+from lightning_rdrop.guard.rows import passes_meet, rows_meet, shares_weights
+from lightning_rdrop.guard.single_example import single_values
 from lightning_rdrop.guard.switches import Switches
 from lightning_rdrop.guard.target_watch import TargetWatch
-from lightning_rdrop.nesting import tensors_of
+from lightning_rdrop.views import first_tensor
 
 Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
@@ -59,6 +60,7 @@ class Guard:
         self._warned: set[str] = set()
         self._alone: set[str] = set()
         self._parted: set[str] = set()
+        self._single: dict[str, list[bool]] = {}
         self._checked: dict[str, list[bool]] = {}
         self._compared: dict[str, list[bool]] = {}
         self._searched: set[tuple[bool, ...]] = set()
@@ -93,8 +95,36 @@ class Guard:
             return
         self._parted.add(part)
         inputs = first_view(inputs)
-        device = next(tensor.device for _, tensor in tensors_of(inputs) if tensor.dim())
-        self.complain(module, rows_meet(network, predict, inputs, examples, device))
+        self.complain(module, rows_meet(network, predict, inputs, examples, first_tensor(inputs).device))
+
+    def single_example(
+        self,
+        module: Guarded,
+        predict: Callable[[Any], Any],
+        inputs: Any,
+        examples: int,
+        switches: Switches,
+        *,
+        part: str,
+    ) -> None:
+        """Check before a joint pass that no BatchNorm takes its statistics over copies of a single example.
+
+        It is checked on the first batch of one example, which may be the last of an epoch, and after the modes change.
+
+        Args:
+            module, predict, inputs, examples, part: as in :meth:`part_rows`.
+            switches: the switches of the module.
+
+        Raises:
+            ValueError: a BatchNorm gets a single value per channel, and ``rdrop_guard="error"``.
+        """
+        network = cast(nn.Module, module)
+        copies = examples == 1 and not isinstance(inputs, Views)
+        if module.rdrop_guard == "off" or not copies or (modes := switches.random()) == self._single.get(part):
+            return
+        self._single[part] = modes
+        if not passes_meet(network):
+            self.complain(module, single_values(network, predict, inputs, first_tensor(inputs).device))
 
     def watch(
         self,

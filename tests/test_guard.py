@@ -829,6 +829,16 @@ def test_nan_in_any_tensor_of_a_prediction_since_its_first_batch():
     assert watch.reason() is None
 
 
+def test_nan_is_seen_where_the_number_of_views_changes():
+    module = mlp()
+    for module.rdrop_views in (2, 3, 1, 2):
+        assert module.rdrop_step(rows()).loss.isfinite()
+    watch = NanWatch()
+    for views in (2, 3):
+        watch.look(torch.full((views, 4), torch.nan))
+    assert watch.reason().startswith("The prediction of view 0 is NaN since batch 1.")
+
+
 def test_manual_optimization_with_the_mixins_step_is_refused(fit, small, rows):
     module = small()
     module.automatic_optimization = False

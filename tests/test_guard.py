@@ -808,6 +808,15 @@ def test_a_row_of_numbers_that_is_its_own_target_is_no_sequence():
     assert "were not shifted" in unshifted(torch.arange(4).view(1, 4), torch.arange(4).view(1, 4))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_under_separate_passes(layout):
+    x = torch.nested.nested_tensor([torch.randn(1 + row % 3, 8) for row in range(6)], layout=layout)
+    module = Module(Function(lambda f, x: f(x.to_padded_tensor(0.0).mean(1))), rdrop_passes="separate")
+    assert module.rdrop_step((x, rows()[1])).kl > 0
+    assert module.rdrop_step({"labeled": (x, rows()[1]), "unlabeled": x}).extra["kl_unlabeled"] > 0
+
+
 def test_nan_in_one_view_names_it():
     watch = NanWatch()
     for _ in range(3):

@@ -22,7 +22,9 @@ def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
         True
     """
     tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if not (isinstance(tokens, Tensor) and isinstance(target, Tensor)) or tokens.shape != target.shape:
+    if not (isinstance(tokens, Tensor) and isinstance(target, Tensor)) or tokens.is_nested or target.is_nested:
+        return None
+    if tokens.shape != target.shape:
         return None
     counted = target != ignore_index
     if tokens.dim() < 2 or tokens.is_floating_point() or not counted.any() or (tokens != target)[counted].any():

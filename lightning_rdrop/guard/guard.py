@@ -240,7 +240,7 @@ class Guard:
         Raises:
             ValueError: a check failed, and ``rdrop_guard="error"``.
         """
-        if module.rdrop_guard != "off" and not searches_learning_rate(trainer_of(module)):
+        if module.rdrop_guard != "off":
             self._read(module)
 
     def complain(self, module: Guarded, reason: str | None) -> None:
@@ -256,6 +256,8 @@ class Guard:
 
     def _read(self, module: Guarded) -> None:
         """Report what the watches have recorded; waits for the device."""
+        if searches_learning_rate(trainer_of(module)):
+            return
         network = cast(nn.Module, module)
         self.complain(module, self._targets.reason())  # first: NaN in a target soon spreads to everything else
         for nan in self._nan.values():

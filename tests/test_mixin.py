@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import VAT, Categorical, Distance, RDropMixin
+from lightning_rdrop import FGM, VAT, Categorical, Distance, GradientPenalty, RDropMixin, mc_predict
 from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.terms import Average
 from tests.networks import training_outputs
@@ -520,8 +520,8 @@ def test_the_pieces_make_the_terms_of_the_step(small):
 
 def test_a_plain_module_as_fabric_takes_it():
     class Plain(RDropMixin, nn.Module):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
             self.network = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
 
         def forward(self, x):
@@ -531,3 +531,6 @@ def test_a_plain_module_as_fabric_takes_it():
     assert Plain().rdrop_step(batch).kl > 0
     with pytest.raises(ValueError, match="views are identical"):
         Plain().eval().rdrop_step(batch)
+    terms = Plain(rdrop_regularizers=[VAT(), FGM(), GradientPenalty()]).rdrop_step(batch)
+    assert all(term > 0 for term in terms.extra.values())
+    assert mc_predict(Plain(), batch[0]).std.min() > 0

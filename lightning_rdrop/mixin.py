@@ -250,6 +250,8 @@ class RDropMixin(Checkpointed):
         self._rdrop_switches = None
         if self._rdrop_late is not None:
             self._rdrop_late.forget()
+        if all(getattr(type(self), step) is getattr(RDropMixin, step) for step in ("training_step", "rdrop_step")):
+            self._rdrop_guard.look_for_criterion(self, self.rdrop_distance)
 
     def _rdrop_batch_ends(self, *_: Any) -> None:
         if self.rdrop_views > 1:

@@ -1,5 +1,6 @@
 """Wrong set-ups are caught with the name of the culprit and the fix; right ones are left in peace."""
 
+import re
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Gaussian, RDropMixin, Views
+from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Categorical, Focal, Gaussian, RDropMixin, Views
 from lightning_rdrop.guard import NanWatch
 from lightning_rdrop.guard.first_batch import fed_its_source, unshifted
 
@@ -815,6 +816,68 @@ def test_nested_tensors_under_separate_passes(layout):
     module = Module(Function(lambda f, x: f(x.to_padded_tensor(0.0).mean(1))), rdrop_passes="separate")
     assert module.rdrop_step((x, rows()[1])).kl > 0
     assert module.rdrop_step({"labeled": (x, rows()[1]), "unlabeled": x}).extra["kl_unlabeled"] > 0
+
+
+class Criterion(Module):
+    """A plain module's own loss, which its training_step used."""
+
+    def __init__(self, criterion, **kwargs):
+        super().__init__(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3), **kwargs)
+        self.losses = nn.ModuleList([criterion])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class OwnStep(Criterion):
+    def training_step(self, batch, batch_idx):
+        terms = self.rdrop_step(batch)
+        return self.losses[0](terms.prediction, batch[1]) + self.rdrop_alpha * terms.kl
+
+
+WEIGHT = torch.tensor([1.0, 1.0, 5.0])
+MULTI_HOT = (torch.randn(6, 8), torch.randint(2, (6, 3)).float())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "distance", "batch", "advice"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), None, rows(), r"Categorical(label_smoothing=0.1)"),
+        (
+            nn.CrossEntropyLoss(WEIGHT, ignore_index=0),
+            Categorical(class_dim=1),
+            rows(),
+            "Categorical(class_dim=1, weight=self.losses[0].weight, ignore_index=0)",
+        ),
+        (
+            nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
+            Bernoulli(),
+            MULTI_HOT,
+            "Bernoulli(pos_weight=self.losses[0].pos_weight)",
+        ),
+    ],
+)
+def test_a_criterion_that_is_not_used_is_a_warning_with_the_distance(fit, criterion, distance, batch, advice):
+    loader = DataLoader([batch] * 2, batch_size=None)
+    with pytest.warns(UserWarning, match=re.escape(f"Set self.rdrop_distance = {advice}")) as seen:
+        fit(Criterion(criterion, rdrop_distance=distance), loader, max_epochs=2)
+    assert sum("rdrop_distance" in str(warning.message) for warning in seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "criterion", "arguments"),
+    [
+        (Criterion, nn.CrossEntropyLoss(reduction="sum"), {}),
+        (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Categorical(weight=[1.0, 1.0, 5.0])}),
+        (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Focal(weight=WEIGHT)}),
+        (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_guard": "off"}),
+        (OwnStep, nn.CrossEntropyLoss(WEIGHT), {}),
+    ],
+)
+def test_a_criterion_that_is_used_or_says_nothing_new_is_left_in_peace(fit, kind, criterion, arguments):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*rdrop_distance.*")
+        fit(kind(criterion, **arguments), DataLoader([rows()], batch_size=None))
 
 
 def test_nan_in_one_view_names_it():

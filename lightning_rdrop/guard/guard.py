@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_rdrop._compat import is_readable
 from lightning_rdrop._lightning import on_all_ranks, searches_learning_rate, trainer_of
 from lightning_rdrop.data_views import Views, first_view
+from lightning_rdrop.distance import Distance
 from lightning_rdrop.guard.agreement import diagnose
 from lightning_rdrop.guard.equal_watch import KEPT, EqualWatch
 from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead, explain_negligible
@@ -22,6 +23,7 @@ from lightning_rdrop.guard.rows import passes_meet, rows_meet, shares_weights
 from lightning_rdrop.guard.single_example import single_values
 from lightning_rdrop.guard.switches import Switches
 from lightning_rdrop.guard.target_watch import TargetWatch
+from lightning_rdrop.guard.unused_criterion import unused_criterion
 from lightning_rdrop.views import first_tensor
 
 Redraw = Callable[[], Any]
@@ -68,6 +70,11 @@ class Guard:
         self._equal = EqualWatch()
         self._negligible = NegligibleWatch()
         self._targets = TargetWatch()
+
+    def look_for_criterion(self, module: Guarded, distance: Distance) -> None:
+        """Warn if the module keeps a loss with settings that the distance in use does not have."""
+        if module.rdrop_guard != "off":
+            self._warn(unused_criterion(cast(nn.Module, module), distance))
 
     def part_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str

@@ -16,6 +16,13 @@ from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import Distance
 from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, unshifted
 
+_PASSED_AS_ONE = (
+    "{name}.forward got the inputs, a {kind}, as one argument. If it takes several, override the hook\n"
+    "    def rdrop_predict(self, inputs):\n"
+    "        return self(*inputs)\n"
+    "If the Trainer got a list of data loaders, name them: {{'labeled': ..., 'unlabeled': ...}}."
+)
+
 TARGET_KEYS = ("labels", "label", "target")
 """The keys under which a mapping may hold its target."""
 
@@ -80,10 +87,12 @@ class Hooks(MixinBase):
         """
         try:
             output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
-        except TypeError as error:
-            if (reason := _does_not_fit(self, inputs)) is None:
-                raise
-            raise TypeError(reason) from error
+        except (AttributeError, TypeError) as error:
+            if isinstance(error, TypeError) and (reason := _does_not_fit(self, inputs)):
+                raise TypeError(reason) from error
+            if isinstance(inputs, (list, tuple)):
+                error.add_note(_PASSED_AS_ONE.format(name=type(self).__name__, kind=type(inputs).__name__))
+            raise
         if isinstance(output, Mapping) and "logits" in output:
             return output["logits"]
         return getattr(output, "logits", output)

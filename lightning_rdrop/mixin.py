@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
 from lightning_rdrop.guard.rows import passes_meet
-from lightning_rdrop.inheritance import notice_replaced_step, require_first
+from lightning_rdrop.inheritance import notice_replaced_step, require_first, require_init
 from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.regularizers import Regularizer, distinct, logged_names
@@ -112,7 +113,12 @@ class RDropMixin(Checkpointed):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            if (hint := _without_prefix(kwargs, str(error))) is None:
+                raise
+            raise TypeError(f"{type(self).__name__}: {hint}") from error
         self.rdrop_alpha = non_negative("rdrop_alpha", rdrop_alpha)
         self.rdrop_views = whole("rdrop_views", rdrop_views)
         if isinstance(rdrop_distance, Mapping):
@@ -245,6 +251,7 @@ class RDropMixin(Checkpointed):
 
     def _rdrop_begin(self) -> None:
         """Forget at the start of a fit what an earlier one found out, which may no longer hold."""
+        require_init(self)
         self._rdrop_own_alpha = self.rdrop_alpha  # before a callback sets it
         self._rdrop_guard.begin()
         self._rdrop_switches = None
@@ -421,9 +428,23 @@ def _outputs(terms: Terms) -> dict[str, Any]:
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    known = [name for name in inspect.signature(RDropMixin.__init__).parameters if name.startswith("rdrop_")]
+    known = _arguments()
     for name in kwargs:
         if name.startswith("rdrop"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The arguments are {', '.join(known)}."
             raise TypeError(f"RDropMixin has no argument {name}. {hint}")
+
+
+def _without_prefix(kwargs: dict[str, Any], refusal: str) -> str | None:
+    """What to say of an argument that the other bases refuse and that is one of ours without its prefix, or None."""
+    known = {argument.removeprefix("rdrop_"): argument for argument in _arguments()}
+    for name in kwargs:
+        near = difflib.get_close_matches(re.sub("^r_?drop_?", "", name.lower()), known, n=1, cutoff=0.75)
+        if near and f"unexpected keyword argument '{name}'" in refusal:
+            return f"unexpected argument {name}. Did you mean {known[near[0]]}?"
+    return None
+
+
+def _arguments() -> list[str]:
+    return [name for name in inspect.signature(RDropMixin.__init__).parameters if name.startswith("rdrop_")]

@@ -149,12 +149,16 @@ WRONG = {
         lambda: (torch.randn(6, 8), torch.randn(6)),
         r"\(6, 1\).*\(6,\); nothing broadcasts.*squeeze",
     ),
-    "a class out of range": (mlp, lambda: rows(classes=4), "holds the class 3, and the prediction has the 3 classes"),
-    "a negative class": (mlp, lambda: (torch.randn(2, 8), torch.tensor([0, -1])), "holds the class -1.*ignore_index"),
+    "a class out of range": (mlp, lambda: rows(classes=4), "contains the class 3, but the prediction has 3 classes"),
+    "a negative class": (
+        mlp,
+        lambda: (torch.randn(2, 8), torch.tensor([0, -1])),
+        "contains the class -1.*ignore_index",
+    ),
     "a label that is no label": (
         lambda: mlp(rdrop_distance=Bernoulli()),
         lambda: (torch.randn(2, 8), torch.tensor([[0.0, 1.0, 2.0]] * 2)),
-        r"holds 2\.0; a label of Bernoulli",
+        r"contains 2\.0; a label of Bernoulli",
     ),
     "targets of another length": (
         mlp,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -76,17 +76,20 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def forget_hyperparameters(module: Any, names: Iterable[str]) -> None:
-    """Remove modules, and lists of modules, from the hyperparameters that Lightning saved.
+    """Remove modules, and lists or mappings of modules, from the hyperparameters that Lightning saved.
 
     ``hparams_initial`` returns a copy, so the original is changed by its private name. If that is missing, checkpoints
     are still without the modules, but loggers write them.
     """
     for saved in (module.hparams, getattr(module, "_hparams_initial", {})):
         for name in names:
-            value = saved.get(name)
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(part, nn.Module) for part in parts):
+            if _contains_module(saved.get(name)):
                 del saved[name]
+
+
+def _contains_module(value: Any) -> bool:
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    return any(map(_contains_module, parts)) if isinstance(parts, (list, tuple)) else isinstance(value, nn.Module)
 
 
 def eagerly() -> AbstractContextManager[Any]:

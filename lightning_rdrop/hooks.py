@@ -14,7 +14,14 @@ from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import Distance
-from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, unshifted
+from lightning_rdrop.guard.first_batch import fed_its_source, none_counts, same_shapes, unshifted
+
+_PASSED_AS_ONE = (
+    "{name}.forward got the inputs, a {kind}, as one argument. If it takes several, override the hook\n"
+    "    def rdrop_predict(self, inputs):\n"
+    "        return self(*inputs)\n"
+    "If the Trainer got a list of data loaders, name them: {{'labeled': ..., 'unlabeled': ...}}."
+)
 
 TARGET_KEYS = ("labels", "label", "target")
 """The keys under which a mapping may hold its target."""
@@ -80,10 +87,12 @@ class Hooks(MixinBase):
         """
         try:
             output = self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
-        except TypeError as error:
-            if (reason := _does_not_fit(self, inputs)) is None:
-                raise
-            raise TypeError(reason) from error
+        except (AttributeError, TypeError) as error:
+            if isinstance(error, TypeError) and (reason := _does_not_fit(self, inputs)):
+                raise TypeError(reason) from error
+            if isinstance(inputs, (list, tuple)):
+                error.add_note(_PASSED_AS_ONE.format(name=type(self).__name__, kind=type(inputs).__name__))
+            raise
         if isinstance(output, Mapping) and "logits" in output:
             return output["logits"]
         return getattr(output, "logits", output)
@@ -135,14 +144,30 @@ class Hooks(MixinBase):
             ValueError: the distance does not accept the target.
         """
         ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
-        if part == "unlabeled":
-            return none_counts(target, ignore_index) or fed_its_source(self, inputs)
         first = self.rdrop_first_view(predictions)
+        if part == "unlabeled":
+            ignored = _ignored_input(self.rdrop_distance, first, inputs, target)
+            return none_counts(target, ignore_index) or ignored or fed_its_source(self, inputs)
         if target is not None:
             self.rdrop_distance.check(first, target)
         if self.rdrop_head() is None and (reason := self.rdrop_distance.suspicious(first)):
             warnings.warn(reason, stacklevel=2)
         return unshifted(inputs, target, ignore_index) or fed_its_source(self, inputs)
+
+
+def _ignored_input(distance: Distance, prediction: Any, inputs: Any, target: Any) -> str | None:
+    """Report an unlabeled pair whose second part has the shape of the first and cannot be a target; else ``None``."""
+    if not isinstance(target, Tensor) or not target.is_floating_point() or not same_shapes(inputs, target):
+        return None  # token ids and labels have the same shape
+    try:
+        distance.check(prediction, target)
+    except (TypeError, ValueError):
+        return (
+            f"The unlabeled part is a pair of tensors of the same shape, {tuple(target.shape)}, such as two "
+            f"augmentations, and the second, which is no target of {type(distance).__name__}, would be ignored. Return "
+            "Views(first, second), None from rdrop_unpack_unlabeled to compare their predictions, or first, None."
+        )
+    return None
 
 
 def _does_not_fit(module: Any, inputs: Any) -> str | None:

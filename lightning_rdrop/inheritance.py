@@ -24,6 +24,19 @@ def require_first(cls: type, mixin: type) -> None:
         )
 
 
+def require_init(module: nn.Module) -> None:
+    """Require that the mixin's ``__init__`` has run, which sets its attributes.
+
+    Raises:
+        TypeError: it has not.
+    """
+    if not hasattr(module, "rdrop_alpha"):
+        raise TypeError(
+            f"{type(module).__name__}.__init__ did not call RDropMixin's, which sets rdrop_alpha and the other "
+            "arguments. Begin it with super().__init__(**kwargs), not with LightningModule.__init__(self)."
+        )
+
+
 def notice_replaced_step(cls: type, mixin: type) -> None:
     """Warn if the mixin's ``training_step`` replaces that of another base, which may have done more."""
     place = cls.__mro__.index(mixin)

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from types import FrameType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import own_losses, unlabeled, views
-from lightning_rdrop._compat import forget_hyperparameters
 from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of, whole
+from lightning_rdrop.checkpoint import Checkpointed
 from lightning_rdrop.data_views import first_view
-from lightning_rdrop.description import describe, rebuild, same_description, spell
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
 from lightning_rdrop.guard.rows import passes_meet
-from lightning_rdrop.hooks import Hooks
-from lightning_rdrop.inheritance import notice_replaced_step, require_first
+from lightning_rdrop.inheritance import notice_replaced_step, require_first, require_init
 from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import map_tensors
-from lightning_rdrop.regularizers import Regularizer, distinct
+from lightning_rdrop.regularizers import Regularizer, distinct, logged_names
 from lightning_rdrop.terms import Terms
 
 
-class RDropMixin(Hooks):
+class RDropMixin(Checkpointed):
     r"""Train a LightningModule with R-Drop: provides ``training_step`` and leaves everything else to your class.
 
     .. math:: \text{loss} = \text{ce} + \alpha\,\text{kl}
@@ -99,9 +97,6 @@ class RDropMixin(Hooks):
         (torch.Size([5, 3]), True, True)
     """
 
-    rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance", "rdrop_regularizers")
-    """Arguments that are modules and therefore not saved as hyperparameters."""
-
     def __init__(
         self,
         *args: Any,
@@ -118,7 +113,12 @@ class RDropMixin(Hooks):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            if (hint := _without_prefix(kwargs, str(error))) is None:
+                raise
+            raise TypeError(f"{type(self).__name__}: {hint}") from error
         self.rdrop_alpha = non_negative("rdrop_alpha", rdrop_alpha)
         self.rdrop_views = whole("rdrop_views", rdrop_views)
         if isinstance(rdrop_distance, Mapping):
@@ -133,7 +133,7 @@ class RDropMixin(Hooks):
         self.rdrop_duplicate_at = rdrop_duplicate_at
         self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
         self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
-        self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), self._rdrop_logged()))
+        self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), logged_names(self.rdrop_distance)))
         self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_rows: Tensor | None = None
@@ -155,8 +155,6 @@ class RDropMixin(Hooks):
         extend_hook(cls, "on_fit_start", RDropMixin._rdrop_begin)
         extend_hook(cls, "on_train_batch_end", RDropMixin._rdrop_batch_ends)
         extend_hook(cls, "on_train_epoch_end", RDropMixin._rdrop_epoch_ends)
-        extend_hook(cls, "on_save_checkpoint", RDropMixin._rdrop_save)
-        extend_hook(cls, "on_load_checkpoint", RDropMixin._rdrop_load)
 
     @property
     def rdrop_duplicate_at(self) -> str | Sequence[str] | None:
@@ -251,28 +249,16 @@ class RDropMixin(Hooks):
         for name, part in terms.parts.items():
             self._rdrop_log_means(part, distance.part(name), f"{prefix}{name}_", examples)
 
-    def save_hyperparameters(
-        self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
-    ) -> None:
-        """Like Lightning's, without module arguments, which ``weights_only=True`` could not load.
-
-        Plain configuration for them, as passed by the CLI, is kept.
-        """
-        current = inspect.currentframe()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", f"Attribute '({'|'.join(self.rdrop_unsaved)})'")
-            super().save_hyperparameters(
-                *args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger
-            )
-        forget_hyperparameters(self, self.rdrop_unsaved)
-
     def _rdrop_begin(self) -> None:
         """Forget at the start of a fit what an earlier one found out, which may no longer hold."""
+        require_init(self)
         self._rdrop_own_alpha = self.rdrop_alpha  # before a callback sets it
         self._rdrop_guard.begin()
         self._rdrop_switches = None
         if self._rdrop_late is not None:
             self._rdrop_late.forget()
+        if all(getattr(type(self), step) is getattr(RDropMixin, step) for step in ("training_step", "rdrop_step")):
+            self._rdrop_guard.look_for_criterion(self, self.rdrop_distance)
 
     def _rdrop_batch_ends(self, *_: Any) -> None:
         if self.rdrop_views > 1:
@@ -281,46 +267,6 @@ class RDropMixin(Hooks):
     def _rdrop_epoch_ends(self) -> None:
         self._rdrop_switches = None  # a module may have been replaced
         self._rdrop_guard.epoch_ends(self)
-
-    def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
-        """Save a description of the modules that are not hyperparameters."""
-        checkpoint["rdrop"] = self._rdrop_described()
-
-    def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the saved modules that are not given here; warn about those that differ or cannot be rebuilt."""
-        if "rdrop" not in checkpoint:
-            rank_zero_info(
-                "The checkpoint does not say which rdrop_distance and rdrop_regularizers it was trained with. Keeping "
-                f"those of {type(self).__name__}: {spell(self._rdrop_described()['rdrop_distance'])} and "
-                f"{spell(self._rdrop_described()['rdrop_regularizers'])}."
-            )
-        for name, saved in checkpoint.get("rdrop", {}).items():
-            if same_description(saved, self._rdrop_described()[name]):
-                continue
-            try:
-                if name in self._rdrop_given:
-                    raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
-                if name == "rdrop_distance":
-                    self._rdrop_take(rebuild(saved, Distance).to(self.device))
-                else:
-                    made = [rebuild(one, Regularizer).to(self.device) for one in saved]
-                    self.rdrop_regularizers = nn.ModuleList(distinct(made, self._rdrop_logged()))
-            except ValueError as error:
-                warnings.warn(
-                    f"The checkpoint was trained with {name}={spell(saved)}, which {type(self).__name__} does not use "
-                    f"now: {error}. Pass it to load_from_checkpoint or to the class to train with the same loss.",
-                    stacklevel=4,
-                )
-            else:
-                rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
-
-    def _rdrop_take(self, distance: Distance) -> None:
-        """Use this distance from now on."""
-        self.rdrop_distance = distance
-
-    def _rdrop_described(self) -> dict[str, Any]:
-        parts = {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}
-        return {name: describe(part) for name, part in parts.items()}
 
     def _rdrop_labeled(self, batch: Any, weight: float = 1.0) -> Terms:
         """ce + alpha * weight * kl and the regularizers; with weight 0 there is only one view."""
@@ -384,7 +330,7 @@ class RDropMixin(Hooks):
             terms.loss = terms.loss + regularizer.weight * term
             terms.extra[regularizer.name] = term.detach()
         if losses:
-            own_losses.add_losses(terms, losses, self._rdrop_logged())
+            own_losses.add_losses(terms, losses, logged_names(self.rdrop_distance))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # takes gradients inside the step
     def _rdrop_term(self, regularizer: Regularizer, inputs: Any, target: Any) -> Tensor:
@@ -436,6 +382,7 @@ class RDropMixin(Hooks):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values
     def _rdrop_check_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
         self._rdrop_guard.part_rows(self, predict, inputs, examples, part=part)
+        self._rdrop_guard.single_example(self, predict, inputs, examples, self._rdrop_own_switches(), part=part)
 
     def _rdrop_splits(self, predict: Any, inputs: Any, part: str) -> bool:
         """Whether the batch is duplicated inside the network."""
@@ -468,9 +415,6 @@ class RDropMixin(Hooks):
         self._rdrop_switches = self._rdrop_switches or Switches(self)
         return self._rdrop_switches
 
-    def _rdrop_logged(self) -> set[str]:
-        return {"loss", "alpha", *self.rdrop_distance.term_names}
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reading it inside the graph would recompile for every alpha
     def _rdrop_checked_alpha(self) -> float:
         return non_negative("rdrop_alpha", self.rdrop_alpha)
@@ -484,9 +428,23 @@ def _outputs(terms: Terms) -> dict[str, Any]:
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    known = [name for name in inspect.signature(RDropMixin.__init__).parameters if name.startswith("rdrop_")]
+    known = _arguments()
     for name in kwargs:
         if name.startswith("rdrop"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The arguments are {', '.join(known)}."
             raise TypeError(f"RDropMixin has no argument {name}. {hint}")
+
+
+def _without_prefix(kwargs: dict[str, Any], refusal: str) -> str | None:
+    """What to say of an argument that the other bases refuse and that is one of ours without its prefix, or None."""
+    known = {argument.removeprefix("rdrop_"): argument for argument in _arguments()}
+    for name in kwargs:
+        near = difflib.get_close_matches(re.sub("^r_?drop_?", "", name.lower()), known, n=1, cutoff=0.75)
+        if near and f"unexpected keyword argument '{name}'" in refusal:
+            return f"unexpected argument {name}. Did you mean {known[near[0]]}?"
+    return None
+
+
+def _arguments() -> list[str]:
+    return [name for name in inspect.signature(RDropMixin.__init__).parameters if name.startswith("rdrop_")]

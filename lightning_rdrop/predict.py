@@ -102,7 +102,8 @@ def dropout_passes(
     passes = whole("passes", passes, 2)
     separate = module.rdrop_passes == "separate"
     examples = 0 if separate else views.batch_size(inputs)
-    with untouched(module, module.device):
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    with untouched(module, device):
         set_dropout_modes(module, training)
         at_once = passes
         while True:

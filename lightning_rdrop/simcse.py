@@ -13,9 +13,8 @@ from lightning_rdrop._lightning import trainer_of
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.divergence import at_least_float32
-from lightning_rdrop.guard.first_batch import fed_its_source
+from lightning_rdrop.guard.first_batch import fed_its_source, same_shapes
 from lightning_rdrop.mixin import RDropMixin
-from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.own_losses import add_losses, parted
 from lightning_rdrop.terms import Terms
 
@@ -124,7 +123,7 @@ class SimCSEMixin(RDropMixin):
         """Hook: refuse a first batch with a single example, or with a pair instead of :class:`Views`."""
         if len(predictions) == 2 and predictions.shape[1] * getattr(trainer_of(self), "world_size", 1) == 1:
             return "SimCSE distinguishes an example from the others in its batch, but it has only one: batch_size=1."
-        if _alike(inputs, target):
+        if same_shapes(inputs, target):
             return (
                 "The batch is a pair of parts with the same shapes, such as an anchor and its positive, and "
                 "unsupervised SimCSE would ignore the second. For supervised SimCSE, return Views(anchor, positive) "
@@ -148,12 +147,6 @@ class SimCSEMixin(RDropMixin):
         # rank: the result is the gradient of the mean over the joined batch, without any further factor.
         gathered: Any = self.all_gather(others, sync_grads=True)
         return gathered.transpose(0, 1).flatten(0, 2), trainer.global_rank
-
-
-def _alike(inputs: Any, others: Any) -> bool:
-    """Whether both have the same tensor shapes, with more than one number per example."""
-    shapes = [{path: tensor.shape for path, tensor in tensors_of(part)} for part in (inputs, others)]
-    return shapes[0] == shapes[1] and any(len(shape) > 1 for shape in shapes[0].values())
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05, *, offset: int = 0) -> Tensor:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def planned_steps(trainer: Trainer) -> int | None:
     """The number of optimizer steps of the whole training (of batches in manual optimization); None if unknown.
 
-    It is unknown if the data loader or the Trainer has no end, or if ``max_steps`` counts the steps of several
-    optimizers, of which manual optimization may run any number per batch.
+    It is unknown if the data loader or the Trainer has no end, or if ``max_steps`` ends a training in manual
+    optimization: it counts optimizer steps, of which a batch may make any number.
 
     Lightning's estimate uses only the current ``accumulate_grad_batches``. A ``GradientAccumulationScheduler`` has one
     for each epoch, and the last window of an epoch may be shorter:
@@ -21,7 +21,7 @@ def planned_steps(trainer: Trainer) -> int | None:
     .. math:: \\sum_e \\lceil \\text{batches} / \\text{accumulate}(e) \\rceil
     """
     dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by its connector; a dry run sets max_steps
-    if trainer.max_steps != -1 and len(trainer.optimizers) > 1 and not dry:
+    if trainer.max_steps != -1 and not trainer.lightning_module.automatic_optimization and not dry:
         return None
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by its connector

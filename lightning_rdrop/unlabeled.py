@@ -43,7 +43,7 @@ def is_empty(inputs: Any) -> bool:
         >>> is_empty({"x": torch.zeros(0, 8)}), is_empty(torch.zeros(3, 8))
         (True, False)
     """
-    return any(tensor.dim() > 0 and len(tensor) == 0 for _, tensor in tensors_of(inputs))
+    return any(tensor.dim() > 0 and tensor.size(0) == 0 for _, tensor in tensors_of(inputs))
 
 
 def counted(inputs: Any, target: Any, labeled: Terms, distance: Distance) -> Any:

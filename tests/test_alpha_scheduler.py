@@ -207,12 +207,20 @@ def test_a_share_of_an_unknown_length_is_refused(fit, small):
         fit(small(), loader, [AlphaScheduler(ramp=5, delay=0.5)], max_epochs=1)
 
 
-def test_a_share_of_the_steps_of_several_optimizers_is_refused(fit, rows):
-    with pytest.raises(ValueError, match=r"^ramp=0\.5 is a share .* several optimizers.*max_epochs"):
-        fit(Two(), rows, [AlphaScheduler(ramp=0.5)], max_steps=8)
-    fit(Two(), rows, [AlphaScheduler(ramp=0.5)], fast_dev_run=True)
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_a_share_of_the_optimizer_steps_of_manual_optimization_is_refused(optimizers, fit, rows):
+    class Manual(Two):
+        def configure_optimizers(self):
+            return super().configure_optimizers()[:optimizers]
+
+        def optimizers(self):
+            return [super().optimizers()] if optimizers == 1 else super().optimizers()
+
+    with pytest.raises(ValueError, match=r"^ramp=0\.5 is a share .* manual optimization.*max_epochs"):
+        fit(Manual(), rows, [AlphaScheduler(ramp=0.5)], max_steps=8)
+    fit(Manual(), rows, [AlphaScheduler(ramp=0.5)], fast_dev_run=True)
     watch = Watch()
-    fit(Two(), rows, [AlphaScheduler("linear", ramp=4, peak=4.0), watch], max_steps=8)  # 4 batches
+    fit(Manual(), rows, [AlphaScheduler("linear", ramp=4, peak=4.0), watch], max_steps=4 * optimizers)
     assert watch.alphas == [0, 1, 2, 3]
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     "draw",
     "hooks inheritance unlabeled",
     "regularizers",
+    "checkpoint",
     "mixin",
     "simcse",
     "predict",

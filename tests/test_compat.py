@@ -91,12 +91,12 @@ def test_whether_a_parameter_is_sharded():
 
 def test_lightning_keeps_the_initial_hyperparameters_where_they_are_looked_for():
     class Module(pl.LightningModule):
-        def __init__(self, width, network, parts):
+        def __init__(self, width, network, parts, named):
             super().__init__()
             self.save_hyperparameters()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
-        module = Module(3, nn.Linear(1, 1), [nn.Linear(1, 1)])
-    _compat.forget_hyperparameters(module, ["network", "parts", "absent"])
+        module = Module(3, nn.Linear(1, 1), [nn.Linear(1, 1)], {"head": nn.Linear(1, 1)})
+    _compat.forget_hyperparameters(module, ["network", "parts", "named", "absent"])
     assert dict(module.hparams) == dict(module.hparams_initial) == {"width": 3}

@@ -1,7 +1,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ragged, train
+from conftest import Small, ragged, train
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -124,3 +124,14 @@ class KeepsGradients(SingleDeviceStrategy):
 def test_gradients_out_of_reach_are_refused(fit):
     with pytest.raises(ValueError, match="KeepsGradients hides gradients, as DeepSpeed does"):
         fit(Tagger(), DataLoader(ragged(5, 4), 2), [ExactAccumulation()], strategy=KeepsGradients(torch.device("cpu")))
+
+
+def test_a_step_that_does_not_log_its_terms_is_told_so(fit, rows):
+    class LogsItself(Small):
+        def training_step(self, batch, batch_idx):
+            loss = self.rdrop_step(batch).loss
+            self.log("train/own", loss)
+            return loss
+
+    with pytest.raises(ValueError, match=r"call self\.rdrop_log\(terms\)"):
+        fit(LogsItself(), rows, [ExactAccumulation()])

@@ -1,5 +1,6 @@
 """Wrong set-ups are caught with the name of the culprit and the fix; right ones are left in peace."""
 
+import re
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Gaussian, RDropMixin
+from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Categorical, Focal, Gaussian, RDropMixin, Views
 from lightning_rdrop.guard import NanWatch
 from lightning_rdrop.guard.first_batch import fed_its_source, unshifted
 
@@ -148,12 +149,16 @@ WRONG = {
         lambda: (torch.randn(6, 8), torch.randn(6)),
         r"\(6, 1\).*\(6,\); nothing broadcasts.*squeeze",
     ),
-    "a class out of range": (mlp, lambda: rows(classes=4), "holds the class 3, and the prediction has the 3 classes"),
-    "a negative class": (mlp, lambda: (torch.randn(2, 8), torch.tensor([0, -1])), "holds the class -1.*ignore_index"),
+    "a class out of range": (mlp, lambda: rows(classes=4), "contains the class 3, but the prediction has 3 classes"),
+    "a negative class": (
+        mlp,
+        lambda: (torch.randn(2, 8), torch.tensor([0, -1])),
+        "contains the class -1.*ignore_index",
+    ),
     "a label that is no label": (
         lambda: mlp(rdrop_distance=Bernoulli()),
         lambda: (torch.randn(2, 8), torch.tensor([[0.0, 1.0, 2.0]] * 2)),
-        r"holds 2\.0; a label of Bernoulli",
+        r"contains 2\.0; a label of Bernoulli",
     ),
     "targets of another length": (
         mlp,
@@ -351,6 +356,33 @@ def test_rows_that_meet_are_seen_in_the_first_batch_of_several(fit):
         fit(module, DataLoader([rows(1)] * 3 + [rows(4)], batch_size=None))
 
 
+BATCH_NORM = r"one example.*single value per channel: network\.1\..*drop_last=True"
+
+
+def normalized(**kwargs):
+    module = Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3), **kwargs)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    return module
+
+
+def test_statistics_of_copies_are_refused_in_whatever_batch_they_come(fit):
+    with pytest.raises(ValueError, match=BATCH_NORM):
+        fit(normalized(), DataLoader([*[rows(4)] * 3, rows(1)], batch_size=None))
+    module = normalized(rdrop_guard="warn")
+    with pytest.warns(UserWarning, match=BATCH_NORM):
+        fit(module, DataLoader([rows(4), rows(1)], batch_size=None))
+    assert module.network[1].num_batches_tracked == 2  # the guard's pass is not among them
+
+
+def test_statistics_of_copies_are_refused_after_a_layer_is_unfrozen():
+    module = normalized()
+    module.network[1].eval()
+    module.rdrop_step(rows(1))
+    module.train()
+    with pytest.raises(ValueError, match=BATCH_NORM):
+        module.rdrop_step(rows(1))
+
+
 def test_rows_are_looked_at_once(fit):
     module = mlp()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
@@ -494,6 +526,18 @@ RIGHT = {
             Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)), lambda m: m.network[1].eval()
         ),
         rows,
+    ),
+    "BatchNorm in eval mode, batches of 1": (
+        lambda: after(normalized(), lambda m: m.network[1].eval()),
+        lambda: rows(1),
+    ),
+    "BatchNorm2d, batches of 1 image": (
+        lambda: Module(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.1), nn.Flatten(), nn.Linear(64, 3)),
+        lambda: (torch.randn(1, 1, 6, 6), rows(1)[1]),
+    ),
+    "BatchNorm and two crops, batches of 1": (
+        normalized,
+        lambda: (Views(torch.randn(1, 8), torch.randn(1, 8)), rows(1)[1]),
     ),
     "BatchNorm in training mode": (
         lambda: Module(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)),
@@ -769,6 +813,77 @@ def test_a_row_of_numbers_that_is_its_own_target_is_no_sequence():
     assert "were not shifted" in unshifted(torch.arange(4).view(1, 4), torch.arange(4).view(1, 4))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_under_separate_passes(layout):
+    x = torch.nested.nested_tensor([torch.randn(1 + row % 3, 8) for row in range(6)], layout=layout)
+    module = Module(Function(lambda f, x: f(x.to_padded_tensor(0.0).mean(1))), rdrop_passes="separate")
+    assert module.rdrop_step((x, rows()[1])).kl > 0
+    assert module.rdrop_step({"labeled": (x, rows()[1]), "unlabeled": x}).extra["kl_unlabeled"] > 0
+
+
+class Criterion(Module):
+    """A plain module's own loss, which its training_step used."""
+
+    def __init__(self, criterion, **kwargs):
+        super().__init__(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3), **kwargs)
+        self.losses = nn.ModuleList([criterion])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class OwnStep(Criterion):
+    def training_step(self, batch, batch_idx):
+        terms = self.rdrop_step(batch)
+        return self.losses[0](terms.prediction, batch[1]) + self.rdrop_alpha * terms.kl
+
+
+WEIGHT = torch.tensor([1.0, 1.0, 5.0])
+MULTI_HOT = (torch.randn(6, 8), torch.randint(2, (6, 3)).float())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "distance", "batch", "advice"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), None, rows(), r"Categorical(label_smoothing=0.1)"),
+        (
+            nn.CrossEntropyLoss(WEIGHT, ignore_index=0),
+            Categorical(class_dim=1),
+            rows(),
+            "Categorical(class_dim=1, weight=self.losses[0].weight, ignore_index=0)",
+        ),
+        (
+            nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
+            Bernoulli(),
+            MULTI_HOT,
+            "Bernoulli(pos_weight=self.losses[0].pos_weight)",
+        ),
+    ],
+)
+def test_a_criterion_that_is_not_used_is_a_warning_with_the_distance(fit, criterion, distance, batch, advice):
+    loader = DataLoader([batch] * 2, batch_size=None)
+    with pytest.warns(UserWarning, match=re.escape(f"Set self.rdrop_distance = {advice}")) as seen:
+        fit(Criterion(criterion, rdrop_distance=distance), loader, max_epochs=2)
+    assert sum("rdrop_distance" in str(warning.message) for warning in seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "criterion", "arguments"),
+    [
+        (Criterion, nn.CrossEntropyLoss(reduction="sum"), {}),
+        (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Categorical(weight=[1.0, 1.0, 5.0])}),
+        (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Focal(weight=WEIGHT)}),
+        (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_guard": "off"}),
+        (OwnStep, nn.CrossEntropyLoss(WEIGHT), {}),
+    ],
+)
+def test_a_criterion_that_is_used_or_says_nothing_new_is_left_in_peace(fit, kind, criterion, arguments):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*rdrop_distance.*")
+        fit(kind(criterion, **arguments), DataLoader([rows()], batch_size=None))
+
+
 def test_nan_in_one_view_names_it():
     watch = NanWatch()
     for _ in range(3):
@@ -788,6 +903,16 @@ def test_nan_in_any_tensor_of_a_prediction_since_its_first_batch():
     assert watch.reason().startswith("The prediction of view 1 is NaN since batch 0")
     watch.look({"intent": torch.zeros(2, 3), "slots": torch.zeros(2, 2)})
     assert watch.reason() is None
+
+
+def test_nan_is_seen_where_the_number_of_views_changes():
+    module = mlp()
+    for module.rdrop_views in (2, 3, 1, 2):
+        assert module.rdrop_step(rows()).loss.isfinite()
+    watch = NanWatch()
+    for views in (2, 3):
+        watch.look(torch.full((views, 4), torch.nan))
+    assert watch.reason().startswith("The prediction of view 0 is NaN since batch 1.")
 
 
 def test_manual_optimization_with_the_mixins_step_is_refused(fit, small, rows):

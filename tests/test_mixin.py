@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import Small
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import VAT, Categorical, Distance, RDropMixin
+from lightning_rdrop import FGM, VAT, AlphaScheduler, Categorical, Distance, GradientPenalty, RDropMixin, mc_predict
 from lightning_rdrop.callbacks import ExactAccumulation
 from lightning_rdrop.terms import Average
 from tests.networks import training_outputs
@@ -318,6 +319,9 @@ def test_a_bad_alpha_is_refused_at_once_and_in_the_step(small, alpha):
             r"got CrossEntropyLoss\(\)\. For a weighted cross-entropy use Categorical\(weight=\.\.\.\); for another",
         ),
         ({"rdrop_alhpa": 4.0}, TypeError, "RDropMixin has no argument rdrop_alhpa. Did you mean rdrop_alpha?"),
+        ({"alpha": 4.0}, TypeError, "^Small: unexpected argument alpha. Did you mean rdrop_alpha?"),
+        ({"r_drop_view": 3}, TypeError, "unexpected argument r_drop_view. Did you mean rdrop_views?"),
+        ({"width": 3}, TypeError, "unexpected keyword argument 'width'"),
         (
             {"rdrop_0123456789": 4.0},
             TypeError,
@@ -518,10 +522,36 @@ def test_the_pieces_make_the_terms_of_the_step(small):
     assert module.rdrop_loss(module.rdrop_draw(x, y), y).extra == {}
 
 
+@pytest.mark.parametrize(
+    "batch", [((torch.ones(4, 8), torch.ones(4)), torch.zeros(4).long()), [[torch.ones(4, 8), torch.ones(4)]] * 2]
+)
+@pytest.mark.parametrize("method", ["", "float"])  # a TypeError of torch, or an AttributeError of forward
+def test_several_inputs_as_one_argument_are_told_the_hook(batch, method):
+    class Lengths(Small):
+        def forward(self, x, lengths=None):
+            return self.network(x.float() if method else x)
+
+    with pytest.raises((TypeError, AttributeError)) as error:
+        Lengths().rdrop_step(batch)
+    assert "return self(*inputs)" in error.value.__notes__[0]
+    assert "{'labeled': ..., 'unlabeled': ...}" in error.value.__notes__[0]
+
+
+def test_an_init_that_skips_the_mixins_is_told_so(fit, rows):
+    class Skips(Small):
+        def __init__(self):
+            pl.LightningModule.__init__(self)
+            self.network = nn.Linear(8, 3)
+
+    for callbacks in ([], [AlphaScheduler()]):
+        with pytest.raises(TypeError, match=r"Skips\.__init__ did not call.*super\(\)\.__init__\(\*\*kwargs\)"):
+            fit(Skips(), rows, callbacks)
+
+
 def test_a_plain_module_as_fabric_takes_it():
     class Plain(RDropMixin, nn.Module):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
             self.network = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
 
         def forward(self, x):
@@ -531,3 +561,6 @@ def test_a_plain_module_as_fabric_takes_it():
     assert Plain().rdrop_step(batch).kl > 0
     with pytest.raises(ValueError, match="views are identical"):
         Plain().eval().rdrop_step(batch)
+    terms = Plain(rdrop_regularizers=[VAT(), FGM(), GradientPenalty()]).rdrop_step(batch)
+    assert all(term > 0 for term in terms.extra.values())
+    assert mc_predict(Plain(), batch[0]).std.min() > 0

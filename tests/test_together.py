@@ -309,6 +309,20 @@ def test_a_checkpoint_describes_it():
     assert rebuild(describe(distance), Distance).part("size").log_variance
 
 
+class Saved(Assistant):
+    def __init__(self, width=16, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+def test_a_dict_of_distances_is_no_hyperparameter(fit, tmp_path):
+    distances = {"intent": Categorical(), "slots": Categorical()}
+    trainer = fit(Saved(rdrop_distance=distances), DataLoader([batch_of()], batch_size=None))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = Saved.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True, rdrop_distance=distances)
+    assert dict(loaded.hparams) == {"width": 16}
+
+
 def test_distillation_has_the_gradient_of_the_published_loss():
     """Hinton et al. 2015: (1 - a) CE + a T^2 KL(teacher || student), both at temperature T; and kl of the logits."""
     temperature, share, alpha = 3.0, 0.25, 2.0

@@ -180,8 +180,10 @@ def test_a_search_by_callback_has_the_whole_alpha(trainer, finder):
     assert module.alphas[searched:][:6] == [0, 1, 2, 3, 4, 4]
 
 
-def test_a_search_that_ran_into_nan_is_forgotten(trainer):
+@pytest.mark.parametrize("log_every", [5, 50])
+def test_a_search_that_ran_into_nan_is_forgotten(trainer, log_every):
     module = Tuned()
+    trainer.log_every_n_steps = log_every
     Tuner(trainer).lr_find(module, min_lr=1.0, max_lr=1e30, num_training=60, early_stop_threshold=None)
     module.lr = 0.1
     trainer.fit(module)

@@ -15,6 +15,7 @@ from lightning_rdrop import (
     AlphaScheduler,
     Average,
     Bernoulli,
+    Categorical,
     Cosine,
     FromDistribution,
     Gaussian,
@@ -390,3 +391,17 @@ def test_an_empty_part_adds_nothing(small, passes):
     torch.testing.assert_close(*results)
     terms = module.rdrop_step(batch | {"unlabeled": torch.zeros(0, 8)})
     assert terms.extra["kl_unlabeled"] == terms.extra["vat_unlabeled"] == 0
+
+
+@pytest.mark.parametrize("distance", [Categorical(), Gaussian()])
+def test_a_pair_of_inputs_is_no_input_and_target(small, distance):
+    labels = torch.zeros(5).long() if isinstance(distance, Categorical) else torch.zeros(5, 3)
+    x, first, second = torch.randn(3, 5, 8)
+    with pytest.raises(ValueError, match=r"pair of tensors of the same shape, \(5, 8\).*Views\(first, second\)"):
+        small(rdrop_distance=distance).rdrop_step({"labeled": (x, labels), "unlabeled": (first, second)})
+
+
+def test_a_pair_of_an_image_and_its_target_is_none_of_two_inputs(small):
+    module, pair = small(rdrop_distance=Gaussian()), (torch.randn(5, 8), torch.randn(5, 8))
+    module.network[3] = nn.Linear(16, 8)
+    assert module.rdrop_step({"labeled": pair, "unlabeled": pair}).extra["kl_unlabeled"] > 0

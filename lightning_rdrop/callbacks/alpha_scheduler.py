@@ -162,9 +162,9 @@ class AlphaScheduler(ModuleValue):
         if self._training_steps is None:
             raise ValueError(
                 f"{name}={duration} is a share of training, whose length is unknown here: the data loader or the "
-                "Trainer has no end, or max_steps counts the steps of several optimizers. Pass "
-                f"{name} as an int, a number of optimizer steps (batches in manual optimization), or set max_steps of "
-                "the Trainer with one optimizer, max_epochs with several."
+                "Trainer has no end, or max_steps ends it in manual optimization, where a batch may make any number "
+                f"of optimizer steps. Pass {name} as an int, a number of optimizer steps (batches in manual "
+                "optimization), or set the Trainer's max_steps (max_epochs in manual optimization)."
             )
         return duration * self._training_steps
 

@@ -27,7 +27,7 @@ nitpick_ignore_regex = [
     ("py:class", r"lightning_rdrop\.(_.*|\w+\._.*|description|late_duplication.duplicate_at|hooks|labels)\.\w+"),
     (
         "py:class",
-        r"lightning_rdrop\.(data\.(chat|table|tokenizer)|distance\.(predictive|wrapped)|metrics\.row_means)\.\w+",
+        r"lightning_rdrop\.(checkpoint|data\.(chat|table|tokenizer)|distance\.(predictive|wrapped)|metrics\.row_means)\.\w+",
     ),
 ]
 

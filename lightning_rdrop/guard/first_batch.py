@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_rdrop.nesting import tensors_of
+
 
 def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
     """Report targets that are each the token at their own position, from which nothing is learned; else ``None``.
@@ -22,7 +24,9 @@ def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
         True
     """
     tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if not (isinstance(tokens, Tensor) and isinstance(target, Tensor)) or tokens.shape != target.shape:
+    if not (isinstance(tokens, Tensor) and isinstance(target, Tensor)) or tokens.is_nested or target.is_nested:
+        return None
+    if tokens.shape != target.shape:
         return None
     counted = target != ignore_index
     if tokens.dim() < 2 or tokens.is_floating_point() or not counted.any() or (tokens != target)[counted].any():
@@ -67,6 +71,18 @@ def none_counts(target: Any, ignore_index: int = -100) -> str | None:
         f"No row of the unlabeled part counts: its labels or its attention mask mark all rows as padding, "
         f"{ignore_index}. Remove the labels from this part to count all rows."
     )
+
+
+def same_shapes(inputs: Any, others: Any) -> bool:
+    """Whether both have the same tensor shapes, with more than one number per example.
+
+    Example:
+        >>> from torch import zeros
+        >>> same_shapes(zeros(4, 8), zeros(4, 8)), same_shapes(zeros(4), zeros(4))
+        (True, False)
+    """
+    shapes = [{path: tensor.shape for path, tensor in tensors_of(part)} for part in (inputs, others)]
+    return shapes[0] == shapes[1] and any(len(shape) > 1 for shape in shapes[0].values())
 
 
 def in_evaluation(trainer: Any) -> str | None:

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from lightning_rdrop._compat import is_readable
 from lightning_rdrop._lightning import on_all_ranks, searches_learning_rate, trainer_of
 from lightning_rdrop.data_views import Views, first_view
+from lightning_rdrop.distance import Distance
 from lightning_rdrop.guard.agreement import diagnose
 from lightning_rdrop.guard.equal_watch import KEPT, EqualWatch
 from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead, explain_negligible
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
-from lightning_rdrop.guard.rows import rows_meet, shares_weights
+from lightning_rdrop.guard.rows import passes_meet, rows_meet, shares_weights
+from lightning_rdrop.guard.single_example import single_values
 from lightning_rdrop.guard.switches import Switches
 from lightning_rdrop.guard.target_watch import TargetWatch
-from lightning_rdrop.nesting import tensors_of
+from lightning_rdrop.guard.unused_criterion import unused_criterion
+from lightning_rdrop.views import first_tensor
 
 Redraw = Callable[[], Any]
 """Predicts the same inputs again."""
@@ -59,6 +62,7 @@ class Guard:
         self._warned: set[str] = set()
         self._alone: set[str] = set()
         self._parted: set[str] = set()
+        self._single: dict[str, list[bool]] = {}
         self._checked: dict[str, list[bool]] = {}
         self._compared: dict[str, list[bool]] = {}
         self._searched: set[tuple[bool, ...]] = set()
@@ -66,6 +70,11 @@ class Guard:
         self._equal = EqualWatch()
         self._negligible = NegligibleWatch()
         self._targets = TargetWatch()
+
+    def look_for_criterion(self, module: Guarded, distance: Distance) -> None:
+        """Warn if the module keeps a loss with settings that the distance in use does not have."""
+        if module.rdrop_guard != "off":
+            self._warn(unused_criterion(cast(nn.Module, module), distance))
 
     def part_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str
@@ -93,8 +102,36 @@ class Guard:
             return
         self._parted.add(part)
         inputs = first_view(inputs)
-        device = next(tensor.device for _, tensor in tensors_of(inputs) if tensor.dim())
-        self.complain(module, rows_meet(network, predict, inputs, examples, device))
+        self.complain(module, rows_meet(network, predict, inputs, examples, first_tensor(inputs).device))
+
+    def single_example(
+        self,
+        module: Guarded,
+        predict: Callable[[Any], Any],
+        inputs: Any,
+        examples: int,
+        switches: Switches,
+        *,
+        part: str,
+    ) -> None:
+        """Check before a joint pass that no BatchNorm takes its statistics over copies of a single example.
+
+        It is checked on the first batch of one example, which may be the last of an epoch, and after the modes change.
+
+        Args:
+            module, predict, inputs, examples, part: as in :meth:`part_rows`.
+            switches: the switches of the module.
+
+        Raises:
+            ValueError: a BatchNorm gets a single value per channel, and ``rdrop_guard="error"``.
+        """
+        network = cast(nn.Module, module)
+        copies = examples == 1 and not isinstance(inputs, Views)
+        if module.rdrop_guard == "off" or not copies or (modes := switches.random()) == self._single.get(part):
+            return
+        self._single[part] = modes
+        if not passes_meet(network):
+            self.complain(module, single_values(network, predict, inputs, first_tensor(inputs).device))
 
     def watch(
         self,
@@ -210,7 +247,7 @@ class Guard:
         Raises:
             ValueError: a check failed, and ``rdrop_guard="error"``.
         """
-        if module.rdrop_guard != "off" and not searches_learning_rate(trainer_of(module)):
+        if module.rdrop_guard != "off":
             self._read(module)
 
     def complain(self, module: Guarded, reason: str | None) -> None:
@@ -226,6 +263,8 @@ class Guard:
 
     def _read(self, module: Guarded) -> None:
         """Report what the watches have recorded; waits for the device."""
+        if searches_learning_rate(trainer_of(module)):
+            return
         network = cast(nn.Module, module)
         self.complain(module, self._targets.reason())  # first: NaN in a target soon spreads to everything else
         for nan in self._nan.values():

@@ -36,7 +36,9 @@ class NanWatch:
         """Record which of the K views (K, N, ...) are NaN, without waiting for the device."""
         sums = [_sums(tensor) for _, tensor in tensors_of(predictions) if tensor.dim()]
         nan = sums[0].isnan() if len(sums) == 1 else torch.stack(sums).isnan().any(0)
-        since = torch.full_like(nan, -1, dtype=torch.long) if self._since is None else self._since.to(nan.device)
+        if self._since is None or len(self._since) != len(nan):  # the number of views may change between steps
+            self._since = torch.full_like(nan, -1, dtype=torch.long)
+        since = self._since.to(nan.device)
         self._since = torch.where(nan, torch.where(since < 0, self.batches, since), -1)
         self.batches += 1
 

@@ -2,7 +2,7 @@
 
 from lightning_rdrop.regularizers.fgm import FGM
 from lightning_rdrop.regularizers.gradient_penalty import GradientPenalty
-from lightning_rdrop.regularizers.regularizer import Regularizer, distinct
+from lightning_rdrop.regularizers.regularizer import Regularizer, distinct, logged_names
 from lightning_rdrop.regularizers.vat import VAT
 
-__all__ = ["FGM", "VAT", "GradientPenalty", "Regularizer", "distinct"]
+__all__ = ["FGM", "VAT", "GradientPenalty", "Regularizer", "distinct", "logged_names"]

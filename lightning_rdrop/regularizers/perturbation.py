@@ -82,11 +82,12 @@ class Passes:
 
     @contextmanager
     def _same_masks(self) -> Iterator[None]:
+        device = views.first_tensor(self._inputs).device
         if self._restore_masks is None:
-            self._restore_masks = random_states(self._module.device)
+            self._restore_masks = random_states(device)
             yield
             return
-        restore = random_states(self._module.device)
+        restore = random_states(device)
         self._restore_masks()
         try:
             yield

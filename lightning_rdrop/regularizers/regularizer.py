@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.description import Described
+from lightning_rdrop.distance import Distance
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.terms import Average
 
@@ -53,6 +54,17 @@ class Regularizer(Described):
             denominator, the loss is exact under :class:`~lightning_rdrop.callbacks.ExactAccumulation`.
         """
         raise NotImplementedError
+
+
+def logged_names(distance: Distance) -> set[str]:
+    """The names under which the mixin logs the terms of every step.
+
+    Example:
+        >>> from lightning_rdrop import Categorical
+        >>> sorted(logged_names(Categorical()))
+        ['alpha', 'ce', 'kl', 'loss']
+    """
+    return {"loss", "alpha", *distance.term_names}
 
 
 def distinct(regularizers: Sequence[Regularizer], taken: Collection[str]) -> Sequence[Regularizer]:

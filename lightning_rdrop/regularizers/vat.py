@@ -69,7 +69,7 @@ class VAT(Regularizer):
         passes, distance = Passes(module, inputs, self.at), module.rdrop_distance
         with torch.no_grad():
             clean, zero = passes.predict()
-        half = zero.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(module.device.type)
+        half = zero.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(zero.device.type)
         xi = self.xi or (1.0 if half else 0.01)
         direction = unit(torch.randn_like(zero) * passes.counted)
         for _ in range(self.iterations):

@@ -1,0 +1,91 @@
+"""What checkpoints contain of the distance and the regularizers, which are modules and not hyperparameters."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from types import FrameType
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_rdrop._compat import forget_hyperparameters
+from lightning_rdrop._lightning import extend_hook, rank_zero_info
+from lightning_rdrop.description import describe, rebuild, same_description, spell
+from lightning_rdrop.distance import Distance
+from lightning_rdrop.hooks import Hooks
+from lightning_rdrop.regularizers import Regularizer, distinct, logged_names
+
+
+class Checkpointed(Hooks):
+    """Describes the distance and the regularizers in checkpoints; :class:`~lightning_rdrop.RDropMixin` inherits it.
+
+    A description is made of plain values and loads under ``weights_only=True``; the modules themselves would not.
+    """
+
+    rdrop_unsaved: ClassVar[tuple[str, ...]] = ("rdrop_distance", "rdrop_regularizers")
+    """Arguments that are modules and therefore not saved as hyperparameters."""
+    rdrop_regularizers: nn.ModuleList
+    """Further loss terms."""
+    _rdrop_given: list[str]
+    """The arguments that were passed, which a checkpoint does not replace."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        extend_hook(cls, "on_save_checkpoint", Checkpointed._rdrop_save)
+        extend_hook(cls, "on_load_checkpoint", Checkpointed._rdrop_load)
+
+    def save_hyperparameters(
+        self, *args: Any, ignore: Any = None, frame: FrameType | None = None, logger: bool = True
+    ) -> None:
+        """Like Lightning's, without module arguments, which ``weights_only=True`` could not load.
+
+        Plain configuration for them, as passed by the CLI, is kept.
+        """
+        current = inspect.currentframe()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f"Attribute '({'|'.join(self.rdrop_unsaved)})'")
+            super().save_hyperparameters(
+                *args, ignore=ignore, frame=frame or (current and current.f_back), logger=logger
+            )
+        forget_hyperparameters(self, self.rdrop_unsaved)
+
+    def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
+        """Save a description of the modules that are not hyperparameters."""
+        checkpoint["rdrop"] = self._rdrop_described()
+
+    def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the saved modules that are not given here; warn about those that differ or cannot be rebuilt."""
+        if "rdrop" not in checkpoint:
+            rank_zero_info(
+                "The checkpoint does not say which rdrop_distance and rdrop_regularizers it was trained with. Keeping "
+                f"those of {type(self).__name__}: {spell(self._rdrop_described()['rdrop_distance'])} and "
+                f"{spell(self._rdrop_described()['rdrop_regularizers'])}."
+            )
+        for name, saved in checkpoint.get("rdrop", {}).items():
+            if same_description(saved, self._rdrop_described()[name]):
+                continue
+            try:
+                if name in self._rdrop_given:
+                    raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
+                if name == "rdrop_distance":
+                    self._rdrop_take(rebuild(saved, Distance).to(self.device))
+                else:
+                    made = [rebuild(one, Regularizer).to(self.device) for one in saved]
+                    self.rdrop_regularizers = nn.ModuleList(distinct(made, logged_names(self.rdrop_distance)))
+            except ValueError as error:
+                warnings.warn(
+                    f"The checkpoint was trained with {name}={spell(saved)}, which {type(self).__name__} does not use "
+                    f"now: {error}. Pass it to load_from_checkpoint or to the class to train with the same loss.",
+                    stacklevel=4,
+                )
+            else:
+                rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
+
+    def _rdrop_take(self, distance: Distance) -> None:
+        """Use this distance from now on."""
+        self.rdrop_distance = distance
+
+    def _rdrop_described(self) -> dict[str, Any]:
+        parts = {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}
+        return {name: describe(part) for name, part in parts.items()}

@@ -1,0 +1,56 @@
+"""Check whether a loss that the module keeps has settings that the distance in use does not have."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_rdrop.description import describe, same_description, spell
+from lightning_rdrop.distance import Bernoulli, Categorical, Distance
+from lightning_rdrop.submodules import named
+
+_COUNTERPARTS: dict[type[nn.Module], tuple[type[Distance], dict[str, Any]]] = {
+    nn.CrossEntropyLoss: (Categorical, {"weight": None, "label_smoothing": 0.0, "ignore_index": -100}),
+    nn.BCEWithLogitsLoss: (Bernoulli, {"pos_weight": None}),
+}
+"""The distance for each criterion, and the defaults of the arguments that both have."""
+
+
+def unused_criterion(network: nn.Module, distance: Distance) -> str | None:
+    """Report a ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with settings that the distance lacks; else ``None``.
+
+    A deleted ``training_step`` may have used it. Default settings are not reported, and neither is a distance of
+    another kind, which was chosen on purpose.
+
+    Example:
+        >>> network = nn.ModuleDict({"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)})
+        >>> "self.rdrop_distance = Categorical(label_smoothing=0.1)" in unused_criterion(network, Categorical())
+        True
+        >>> unused_criterion(network, Categorical(label_smoothing=0.1)) is None
+        True
+    """
+    for name, criterion in named(network).items():
+        kind, defaults = _COUNTERPARTS.get(type(criterion), (Distance, {}))
+        if type(distance) not in (Categorical, kind):
+            continue
+        own = {key: getattr(criterion, key) for key in defaults}
+        own = {key: value for key, value in own.items() if not _same(value, defaults[key])}
+        if all(_same(value, getattr(distance, key, None)) for key, value in own.items()):
+            continue
+        path = re.sub(r"\.(\d+)", r"[\1]", f"self.{name}")
+        kept = distance.init_args if type(distance) is kind else {}
+        arguments = {key: spell(describe(value)) for key, value in kept.items()}
+        arguments |= {key: f"{path}.{key}" if isinstance(own[key], Tensor) else f"{own[key]}" for key in own}
+        return (
+            f"{path}, a {type(criterion).__name__}, is not used in training: the mixin's training_step uses "
+            f"rdrop_distance={spell(describe(distance))}, which lacks its {' and '.join(own)}. Set "
+            f"self.rdrop_distance = {kind.__name__}({', '.join(f'{key}={value}' for key, value in arguments.items())}) "
+            f"in __init__, after {path}."
+        )
+    return None
+
+
+def _same(first: Any, second: Any) -> bool:
+    return same_description(describe(first), describe(second))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
@@ -75,6 +75,18 @@ class Distance(Described, Predictive):
         for way in ("terms", "weighted_terms"):
             if any(depth(measure) < depth(way) for measure in cls.measures):
                 setattr(cls, way, getattr(Distance, way))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move tensor attributes, such as class weights, to the device of the module, but never cast them.
+
+        They are not buffers: ``precision="bf16-true"`` would round those, and weight averaging would average them.
+        FSDPStrategy leaves them on the CPU.
+        """
+        super()._apply(fn, recurse)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(fn(value).device))
+        return self
 
     def to_target(self, prediction: Any, target: Any) -> Average:
         """Sum D(target, prediction) over the rows that count, and return it with their weight.

@@ -444,7 +444,9 @@ def test_weights_may_be_a_list(kind, name):
     assert repr(again) == repr(made)
 
 
-@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)])
+@pytest.mark.parametrize(
+    "change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)]
+)
 def test_weights_move_and_are_never_cast(change):
     weight = [1 / 3, 70000.0]
     distances = {"classes": Categorical(weight=weight), "labels": Weighted(Bernoulli(pos_weight=weight))}

@@ -50,6 +50,7 @@ class Categorical(Distance):
     """
 
     measures = (*Distance.measures, "divergence")
+
     def __init__(
         self,
         *,

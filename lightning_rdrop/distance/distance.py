@@ -82,7 +82,7 @@ class Distance(Described, Predictive):
         They are not buffers: ``precision="bf16-true"`` would round those, and weight averaging would average them.
         FSDPStrategy leaves them on the CPU.
         """
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(fn(value).device))

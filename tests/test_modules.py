@@ -91,8 +91,8 @@ def test_an_interrupted_evaluation_is_forgotten(trainer, rows):
 
     module = Classifier(network(), 3)
     expected = trainer().validate(module, rows, verbose=False)
+    other = DataLoader([(torch.ones(9, 8), torch.zeros(9).long())], batch_size=None)
     with pytest.raises(RuntimeError):
-        other = DataLoader([(torch.ones(9, 8), torch.zeros(9).long())], batch_size=None)
         trainer(callbacks=[Interrupt()]).validate(module, other, verbose=False)
     assert trainer().validate(module, rows, verbose=False) == expected
 

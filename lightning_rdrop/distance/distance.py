@@ -14,7 +14,8 @@ from lightning_rdrop.description import Described
 from lightning_rdrop.distance.predictive import Predictive
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.labels import EVENLY, RowWeights
-from lightning_rdrop.terms import Average, Terms
+from lightning_rdrop.nesting import map_tensors
+from lightning_rdrop.terms import Average, Terms, fitted
 
 
 class RowMask(NamedTuple):
@@ -220,10 +221,12 @@ class Distance(Described, Predictive):
         if head is not None:
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
         count = views.count(predictions)
-        task = _average(self, "to_target", self.to_target(views.merge(predictions), views.repeat(target, count)))
+        merged = views.merge(_held(predictions, weights.ce))
+        task = _average(self, "to_target", self.to_target(merged, views.repeat(target, count)))
         if weights.ce is not None:
             task = task.weighted(views.repeat(weights.ce, count))
-        between = self.over_pairs(predictions, None if weights.everywhere else target, weights.kl)
+        held = _held(predictions, weights.kl)
+        between = self.over_pairs(held, None if weights.everywhere else target, weights.kl)
         rows = task.weight.detach() / count
         kl_rows = between.weight.detach() / math.comb(count, 2) if count > 1 else None
         return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=rows, kl_rows=kl_rows)
@@ -266,6 +269,20 @@ def _average(distance: Distance, method: str, value: Any) -> Average:
             "Average.of(values), with one value per row."
         )
     return value
+
+
+def _held(predictions: Any, weight: Tensor | None) -> Any:
+    """Detach the examples of weight 0 in predictions (K, N, ...), whose gradient may be NaN if they are not finite."""
+    if weight is None:
+        return predictions
+    examples = weight.shape[:1]
+    counted = (weight != 0).unsqueeze(-1).flatten(len(examples)).any(-1)
+
+    def held(tensor: Tensor) -> Tensor:
+        fits = tensor.shape[1:2] == examples  # otherwise there is an error later
+        return tensor.where(fitted(counted, tensor.shape[1:]), tensor.detach()) if fits else tensor
+
+    return map_tensors(predictions, held)
 
 
 def _zero(predictions: Any) -> Tensor:

@@ -107,7 +107,7 @@ def tensor(name: str, value: Tensor) -> Tensor:
 
 
 def weights(name: str, value: Tensor | Sequence[float] | None) -> Tensor | None:
-    """Return the weights of classes or labels as a tensor, or None.
+    """Return the weights of classes or labels as a tensor, in float32 or better for a list, or None.
 
     Raises:
         TypeError: they are not numbers.
@@ -122,6 +122,6 @@ def weights(name: str, value: Tensor | Sequence[float] | None) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
     try:
-        return torch.tensor(value, dtype=torch.get_default_dtype())
+        return torch.tensor(value, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a tensor or a list of numbers, such as [1.0, 2.0], got {value!r}.") from None

@@ -79,7 +79,7 @@ class PredictionTable(BasePredictionWriter):
             rows = _cells(pl_module, prediction, self.all_probabilities)
         else:
             rows = one_each(prediction, type(pl_module).__name__)
-        if batch_indices is None:  # the loader makes its own batches
+        if not batch_indices:  # the loader makes its own batches
             if trainer.world_size > 1:
                 raise ValueError("predictions from several processes need a DataLoader with a batch size.")
             batch_indices = range(len(self._found), len(self._found) + len(rows))

@@ -303,6 +303,19 @@ def test_a_peak_out_of_reach_is_said_once(fit, small, rows, arguments, until, la
     assert f"in the last step it is {last:.3g} instead of 4. Set delay and ramp to shares of training" in text
 
 
+@pytest.mark.parametrize("kind", [AlphaScheduler, UnlabeledWeightScheduler])
+def test_a_peak_of_nothing_is_said_once(fit, small, rows, kind, recwarn):
+    module = small(rdrop_alpha=0, rdrop_unlabeled_weight=0)
+    for peak, said in ((None, [f"its peak is the module's {kind.attribute}, which is 0. Pass peak"]), (0, [])):
+        recwarn.clear()
+        trainer = fit(module, rows, [kind(ramp=5, peak=peak)])
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, rows)
+        found = [str(warning.message) for warning in recwarn if "its peak" in str(warning.message)]
+        assert len(found) == len(said)
+        assert all(part in text for part, text in zip(said, found, strict=True))
+
+
 class Stop(pl.Callback):
     """Ends a training early, as EarlyStopping and Timer do."""
 

@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import Small, ragged
+from jsonargparse import ArgumentParser
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
@@ -97,6 +98,21 @@ def test_it_logs_what_the_metrics_say_of_all_rows(fit, batch_size):
     expected["dropout_disagreement"] = dropout_disagreement(passes)
     for name in NAMES:
         assert found[name] == pytest.approx(float(expected[name.removeprefix("val/")]), rel=1e-5), name
+
+
+def test_the_weight_average_has_no_dropout_where_validation_has_it(fit):
+    class Sampled(Known):
+        def on_validation_model_eval(self):
+            super().on_validation_model_eval()
+            self.network[0].train()
+
+        def validation_step(self, batch, batch_idx):
+            assert self.network[0].training
+
+    module = Sampled()
+    (found,) = watched(fit, module, ConsistencyMonitor(passes=4), lambda: table(8, 8))
+    passes, off = module.passes(table(8).dataset.tensors[0])
+    assert found["val/average_gap"] == pytest.approx(float(average_gap(passes, off)["average_gap"]), rel=1e-5)
 
 
 def test_the_kl_of_training_and_of_validation_are_one_number(fit):
@@ -213,6 +229,7 @@ def test_every_n_epochs(fit):
         (3, [0, 1, 2]),
         (1, [0]),
         (9, [*range(8)]),
+        (3.0, [0, 1, 2]),  # a parser may make it of 3
     ],
 )
 def test_a_share_of_the_batches_is_spread_evenly(fit, batches, looked_at):
@@ -369,6 +386,15 @@ def test_lightning_of_both_names(fit):
 def test_half_precision(fit):
     (found,) = watched(fit, Validated(), ConsistencyMonitor(), precision="bf16-mixed")
     assert 0 < found["val/dropout_kl"] < 10
+
+
+@pytest.mark.parametrize("batches", ["1", "2", "1.0", "0.5"])
+def test_batches_of_the_command_line(batches):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ConsistencyMonitor, "monitor")
+    found = parser.parse_args([f"--monitor.batches={batches}"]).monitor.batches
+    assert repr(found) == batches
+    assert ConsistencyMonitor(batches=found).batches == found
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 import copy
+import pickle
 import re
 
 import mpmath
 import pytest
 import torch
-from torch import distributions, inf
+from torch import distributions, inf, nn
 from torch.nn import functional as F
 
 from lightning_rdrop import (
@@ -18,6 +19,7 @@ from lightning_rdrop import (
     Head,
     JensenShannon,
     RDropLoss,
+    Together,
     Weighted,
     jensen_shannon,
     rdrop_cross_entropy,
@@ -440,6 +442,28 @@ def test_weights_may_be_a_list(kind, name):
     again = rebuild(describe(made), kind)
     assert torch.equal(getattr(again, name), getattr(made, name))
     assert repr(again) == repr(made)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)]
+)
+def test_weights_move_and_are_never_cast(change):
+    weight = [1 / 3, 70000.0]
+    distances = {"classes": Categorical(weight=weight), "labels": Weighted(Bernoulli(pos_weight=weight))}
+    module = nn.Sequential(nn.Linear(2, 2), Together(distances))
+    together = pickle.loads(pickle.dumps(change(module)))[1]
+    found = together.part("classes").weight, together.part("labels").reader.pos_weight
+    assert torch.equal(torch.stack(found), torch.tensor([weight, weight]))
+    assert not [*module.buffers()]
+    assert together.to("meta").part("classes").weight.is_meta
+
+
+def test_a_list_of_weights_is_never_in_half_precision():
+    torch.set_default_dtype(torch.bfloat16)  # as Trainer.init_module does under bf16-true
+    try:
+        assert Categorical(weight=[1 / 3, 2.0]).weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_list_as_the_class_weight_of_a_function():

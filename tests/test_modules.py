@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -34,6 +35,11 @@ def network():
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
+@pytest.fixture
+def trainer():
+    return partial(pl.Trainer, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+
+
 def test_evaluation_by_hand(fit, rows):
     module = Classifier(network(), 3, learning_rate=0.05)
     module.val_dataloader = lambda: rows
@@ -50,6 +56,55 @@ def test_evaluation_by_hand(fit, rows):
     tested = trainer.test(module, rows, verbose=False)[0]
     assert tested["test/accuracy"] == pytest.approx(metrics["val/accuracy"].item())
     assert tested["test/ce"] == pytest.approx(metrics["val/ce"].item())
+
+
+TASKS = {
+    "classes": (lambda: Classifier(network(), 3), lambda x: x.argmax(-1)),
+    "labels": (lambda: MultilabelClassifier(network(), 3), lambda x: (x > 0).float()),
+    "numbers": (lambda: Regressor(network()), lambda x: x + 3),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize("task", TASKS)
+def test_metrics_are_computed_in_float32(trainer, task, precision, monkeypatch):
+    make, target = TASKS[task]
+    module, x = make(), torch.randn(256, 8)
+    rows = DataLoader(TensorDataset(x, target(x[:, :3])), 8)
+    expected = trainer().validate(module, rows, verbose=False)[0]
+    seen, measure = [], module.measure
+
+    def watched(metrics, batch, prediction, target):
+        seen.extend([prediction.dtype, module.val_loss[module.rdrop_distance.term_names[0]].mean_value.dtype])
+        measure(metrics, batch, prediction, target)
+
+    monkeypatch.setattr(module, "measure", watched)
+    found = trainer(precision=precision).validate(module, rows, verbose=False)[0]
+    assert found == pytest.approx(expected, rel=0.02, abs=0.02)
+    assert set(seen) == {torch.float32}
+
+
+def test_an_interrupted_evaluation_is_forgotten(trainer, rows):
+    class Interrupt(pl.Callback):
+        def on_validation_batch_end(self, *_):
+            raise RuntimeError
+
+    module = Classifier(network(), 3)
+    expected = trainer().validate(module, rows, verbose=False)
+    other = DataLoader([(torch.ones(9, 8), torch.zeros(9).long())], batch_size=None)
+    with pytest.raises(RuntimeError):
+        trainer(callbacks=[Interrupt()]).validate(module, other, verbose=False)
+    assert trainer().validate(module, rows, verbose=False) == expected
+
+
+def test_each_of_several_loaders_has_its_metrics(trainer, rows):
+    module, other = Classifier(network(), 3), DataLoader(rows.dataset, 5, sampler=range(12))
+    for run in ("validate", "test"):
+        found = getattr(trainer(), run)(module, [rows, other], verbose=False)
+        for number, loader in enumerate((rows, other)):
+            alone = getattr(trainer(), run)(module, loader, verbose=False)[0]
+            assert found[number] == {f"{name}/dataloader_idx_{number}": value for name, value in alone.items()}
+    assert [len(each) for each in trainer().predict(module, [rows, other])] == [8, 3]
 
 
 @pytest.mark.parametrize("kind", ["pair", "tensor", "mapping"])

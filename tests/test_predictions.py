@@ -212,13 +212,19 @@ def test_an_input_is_never_overwritten(tmp_path):
         predict(classifier(), Letters("none", predict=table), tmp_path / "out.csv")
 
 
-def test_a_module_and_data_of_one_s_own(tmp_path):
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(6.0).view(3, 2))
+
+
+@pytest.mark.parametrize("data", [torch.arange(6.0).view(3, 2), Stream()])
+def test_a_module_and_data_of_one_s_own(tmp_path, data):
     class Mine(pl.LightningModule):
         def predict_step(self, batch, batch_idx):
             return batch.sum(-1)
 
     trainer = pl.Trainer(**QUIET, callbacks=[PredictionTable(tmp_path / "out.csv")])
-    trainer.predict(Mine(), torch.utils.data.DataLoader(torch.arange(6.0).view(3, 2), batch_size=2))
+    trainer.predict(Mine(), torch.utils.data.DataLoader(data, batch_size=2))
     assert [row["prediction"] for row in read(tmp_path / "out.csv")] == ["1.0", "5.0", "9.0"]
 
 

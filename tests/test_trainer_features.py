@@ -11,7 +11,7 @@ from pytorch_lightning.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_rdrop import AlphaScheduler
+from lightning_rdrop import AlphaScheduler, Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 
@@ -216,3 +216,14 @@ def test_exponential_moving_average(fit, rows):
     for index, step in enumerate(watch.weights):
         expected = 0.8 * expected + 0.2 * step if index else step
     torch.testing.assert_close(weights(module), expected)
+
+
+def test_class_weights_out_of_a_checkpoint_are_not_averaged(fit, rows, tmp_path):
+    """The average is a copy of the module before it loads the checkpoint: its buffers are paired with the module's."""
+    weight_averaging = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging")
+    given, module = Normed(rdrop_distance=Categorical(weight=[1.0, 2.0, 30.0])), Normed()
+    first = fit(given, rows, [weight_averaging.EMAWeightAveraging(decay=0.8)])
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    again = weight_averaging.EMAWeightAveraging(decay=0.8, use_buffers=True)
+    fit(module, rows, [again], max_epochs=2, resume=tmp_path / "last.ckpt")
+    assert module.rdrop_distance.weight.tolist() == [1.0, 2.0, 30.0]

@@ -16,6 +16,7 @@ from lightning_rdrop import (
     Average,
     Bernoulli,
     Categorical,
+    Cosine,
     Distance,
     Focal,
     FromDistribution,
@@ -181,6 +182,25 @@ def test_exact_accumulation_of_weighted_rows(fit):
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     torch.testing.assert_close(weights[1], weights[0])
     assert (weights[2] - weights[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("distance", "shape"),
+    [
+        (Bernoulli(), (4, 5)), (Categorical(), (4,)), (Cosine(), (4,)), (Focal(), (4,)), (Gaussian(), (4,)),
+        (Gaussian(), (4, 5)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_prediction_without_weight_may_be_nan(distance, shape):
+    predictions, gradients = torch.randn(2, 4, 5), []
+    target, weight = target_of(distance, predictions[0]), torch.ones(shape)
+    weight[1] = 0
+    for ignored in (0.0, NAN):
+        predictions[:, 1] = ignored
+        views = predictions.clone().requires_grad_()
+        gradients += torch.autograd.grad(RDropLoss(Weighted(distance))(views, (target, weight), 3.0).loss, views)
+    torch.testing.assert_close(*gradients)
 
 
 def test_rows_without_weight_change_nothing(fit):

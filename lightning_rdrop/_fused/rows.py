@@ -95,7 +95,7 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
         ignored = (in_ce == 0) & (in_kl == 0)
         ce_rows, kl_rows = in_ce.sum(), in_kl.sum()
     smoothed = in_ce
-    class_weight = None if labels.weight is None else labels.weight.to(target.device, dtype)
+    class_weight = None if labels.weight is None else labels.weight.to(target.device, dtype, non_blocking=True)
     if class_weight is not None:
         in_ce = class_weight[label] * in_ce
         ce_rows = in_ce.sum()

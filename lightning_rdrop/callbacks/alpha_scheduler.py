@@ -31,7 +31,8 @@ class AlphaScheduler(ModuleValue):
     resumes with more processes or epochs, or in a second ``fit`` of the same Trainer.
 
     If the training is too short to reach the peak, a warning says so: before training if its length is known, or after
-    it, for example if early stopping or a time limit ended it during the rise.
+    it, for example if early stopping or a time limit ended it during the rise. Another warning says that the peak is 0
+    because ``rdrop_alpha`` is.
 
     Args:
         shape: ``"constant"``, ``"linear"``, ``"sigmoid"``, ``"cosine"``, ``"cyclical"`` (see
@@ -105,7 +106,15 @@ class AlphaScheduler(ModuleValue):
         if self._training_steps is not None:
             return  # the warning was given at the start of the training
         self._training_steps = planned_steps(trainer)
-        if _warns(trainer) and self._training_steps and self._misses_its_peak(self._training_steps):
+        if not _warns(trainer):
+            return
+        if self.peak is None and self.own_value == 0:
+            warnings.warn(
+                f"{self!r} has no effect: its peak is the module's {self.attribute}, which is 0. Pass peak, set "
+                f"{self.attribute}, or train without this callback.",
+                stacklevel=2,
+            )
+        elif self._training_steps and self._misses_its_peak(self._training_steps):
             self._warn(
                 f"never reaches its peak: {self.attribute} rises until step {self._end_of_rise():g}, but the training "
                 f"has {self._training_steps} steps",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -73,14 +73,15 @@ class ConsistencyMonitor(Callback):
         >>> trainer = pl.Trainer(callbacks=[ConsistencyMonitor(passes=8, batches=0.25)], logger=False)
     """
 
-    def __init__(self, passes: int = 8, every_n_epochs: int = 1, batches: float = 1.0) -> None:
+    def __init__(self, passes: int = 8, every_n_epochs: int = 1, batches: int | float = 1.0) -> None:
         super().__init__()
-        number = isinstance(batches, int) and not isinstance(batches, bool) and batches >= 1
-        if not number and not (isinstance(batches, Real) and not isinstance(batches, int) and 0 < batches <= 1):
+        real = isinstance(batches, Real) and not isinstance(batches, bool)
+        number = real and (isinstance(batches, Integral) or (batches > 1 and float(batches).is_integer()))
+        if not real or not (batches >= 1 if number else 0 < batches <= 1):
             raise ValueError(f"batches must be a float in (0, 1], a share, or an int >= 1, a number, got {batches!r}.")
         self.passes = whole("passes", passes, least=2)
         self.every_n_epochs = whole("every_n_epochs", every_n_epochs)
-        self.batches = batches
+        self.batches = int(batches) if number else float(batches)
         self._modules: list[nn.Module] = []
         self._training: list[bool] = []
         self._warned = False
@@ -111,6 +112,7 @@ class ConsistencyMonitor(Callback):
         training = dict(zip(self._modules, self._training, strict=True)) if self._modules else None
         batch = map_tensors(batch, lambda tensor: tensor)  # rdrop_unpack may pop what validation_step needs
         with trainer.precision_plugin.val_step_context(), untouched(module, module.device):
+            module.eval()  # own hooks may keep dropout on in validation
             inputs, target = module.rdrop_unpack(batch)
             inputs = first_view(inputs)
             prediction = module.rdrop_predict(inputs)

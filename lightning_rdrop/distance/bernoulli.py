@@ -45,7 +45,7 @@ class Bernoulli(Distance):
 
     Args:
         pos_weight: shape (L,), tensor or list: the weight of the positive class of each label, in the cross-entropy
-            only. It is a non-persistent buffer, not saved in checkpoints.
+            only. It moves with the module, but is neither cast to half precision nor part of the state dict.
         ignore_value: labels with this value, such as -1 or NaN, are unknown and ignored in both terms.
 
     Shapes:
@@ -66,7 +66,6 @@ class Bernoulli(Distance):
     """
 
     term_names = ("bce", "kl")
-    pos_weight: Tensor | None
 
     def __init__(
         self, *, pos_weight: Tensor | Sequence[float] | None = None, ignore_value: float | None = None
@@ -80,7 +79,7 @@ class Bernoulli(Distance):
         weight = arguments.weights("pos_weight", pos_weight)
         if weight is not None and not (weight >= 0).all():
             raise ValueError(f"pos_weight must not be negative or NaN, got {weight.tolist()}.")
-        self.register_buffer("pos_weight", weight, persistent=False)
+        self.pos_weight = weight
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
         prediction, target = alike(self, prediction, target)
@@ -154,4 +153,4 @@ class Bernoulli(Distance):
                 f"pos_weight must have the shape {tuple(labels)}, one weight per label, got {tuple(weight.shape)} for "
                 f"a prediction of shape {tuple(prediction.shape)}."
             )
-        return weight.to(prediction)
+        return weight.to(prediction, non_blocking=True)

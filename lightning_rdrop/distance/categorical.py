@@ -30,8 +30,8 @@ class Categorical(Distance):
         ignore_index: rows with this target are ignored in both terms; so are rows of class probabilities that are all
             0 or all ``ignore_index``.
         label_smoothing: in [0, 1), in the cross-entropy only.
-        weight: shape (C,), tensor or list: one weight per class, in the cross-entropy only. It is a non-persistent
-            buffer, so checkpoints have the same keys as those of the model without R-Drop.
+        weight: shape (C,), tensor or list: one weight per class, in the cross-entropy only. It moves with the module,
+            but is neither cast to half precision nor part of the state dict.
 
     Shapes:
         prediction (N, ..., C) logits; target (N, ...) of class indices, or (N, ..., C) of class probabilities.
@@ -50,7 +50,6 @@ class Categorical(Distance):
     """
 
     measures = (*Distance.measures, "divergence")
-    weight: Tensor | None
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class Categorical(Distance):
         self.class_dim = class_dim
         self.ignore_index = labels.ignore_index
         self.label_smoothing = labels.label_smoothing
-        self.register_buffer("weight", labels.weight, persistent=False)
+        self.weight = labels.weight
 
     @property
     def labels(self) -> Labels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
@@ -14,7 +14,8 @@ from lightning_rdrop.description import Described
 from lightning_rdrop.distance.predictive import Predictive
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.labels import EVENLY, RowWeights
-from lightning_rdrop.terms import Average, Terms
+from lightning_rdrop.nesting import map_tensors
+from lightning_rdrop.terms import Average, Terms, fitted
 
 
 class RowMask(NamedTuple):
@@ -75,6 +76,18 @@ class Distance(Described, Predictive):
         for way in ("terms", "weighted_terms"):
             if any(depth(measure) < depth(way) for measure in cls.measures):
                 setattr(cls, way, getattr(Distance, way))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move tensor attributes, such as class weights, to the device of the module, but never cast them.
+
+        They are not buffers: ``precision="bf16-true"`` would round those, and weight averaging would average them.
+        FSDPStrategy leaves them on the CPU.
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(fn(value).device))
+        return self
 
     def to_target(self, prediction: Any, target: Any) -> Average:
         """Sum D(target, prediction) over the rows that count, and return it with their weight.
@@ -208,10 +221,12 @@ class Distance(Described, Predictive):
         if head is not None:
             raise TypeError(f"A fused head needs the distance Categorical(class_dim=-1), got {self!r}.")
         count = views.count(predictions)
-        task = _average(self, "to_target", self.to_target(views.merge(predictions), views.repeat(target, count)))
+        merged = views.merge(_held(predictions, weights.ce))
+        task = _average(self, "to_target", self.to_target(merged, views.repeat(target, count)))
         if weights.ce is not None:
             task = task.weighted(views.repeat(weights.ce, count))
-        between = self.over_pairs(predictions, None if weights.everywhere else target, weights.kl)
+        held = _held(predictions, weights.kl)
+        between = self.over_pairs(held, None if weights.everywhere else target, weights.kl)
         rows = task.weight.detach() / count
         kl_rows = between.weight.detach() / math.comb(count, 2) if count > 1 else None
         return Terms.of(task, between, alpha, prediction=views.view(predictions, 0), rows=rows, kl_rows=kl_rows)
@@ -254,6 +269,20 @@ def _average(distance: Distance, method: str, value: Any) -> Average:
             "Average.of(values), with one value per row."
         )
     return value
+
+
+def _held(predictions: Any, weight: Tensor | None) -> Any:
+    """Detach the examples of weight 0 in predictions (K, N, ...), whose gradient may be NaN if they are not finite."""
+    if weight is None:
+        return predictions
+    examples = weight.shape[:1]
+    counted = (weight != 0).unsqueeze(-1).flatten(len(examples)).any(-1)
+
+    def held(tensor: Tensor) -> Tensor:
+        fits = tensor.shape[1:2] == examples  # otherwise there is an error later
+        return tensor.where(fitted(counted, tensor.shape[1:]), tensor.detach()) if fits else tensor
+
+    return map_tensors(predictions, held)
 
 
 def _zero(predictions: Any) -> Tensor:

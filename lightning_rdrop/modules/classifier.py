@@ -55,7 +55,7 @@ class Classifier(ClassTask):
             prediction = distance.log_probabilities(prediction)
         metrics.update(prediction.flatten(0, -2), target.flatten())
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | MCPrediction:
         """Class probabilities, in the layout of the logits; an ``MCPrediction`` with ``mc_passes``."""
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
         if isinstance(prediction, MCPrediction):

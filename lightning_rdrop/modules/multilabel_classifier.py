@@ -61,7 +61,7 @@ class MultilabelClassifier(ClassTask):
         counted, target = distance.counted(prediction, target), distance.target_class(prediction, target)
         metrics.update(prediction.sigmoid(), target if counted is None else target.where(counted, -100))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | MCPrediction:
         """The probability of each label, (N, L); an ``MCPrediction`` with ``mc_passes``."""
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
         return prediction if isinstance(prediction, MCPrediction) else prediction.float().sigmoid()

@@ -47,7 +47,7 @@ class Regressor(Task):
         if target.numel():
             metrics.update(mean.float().flatten(), target.float().flatten())
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | MCPrediction:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | MCPrediction:
         """The mean of each example.
 
         Mean and log-variance (N, ..., 2) with ``Gaussian(log_variance=True)``; an ``MCPrediction`` with ``mc_passes``.

@@ -134,7 +134,7 @@ class Seq2Seq(LanguageModel):
         if metrics:
             metrics.update(self.predict_step(batch, 0), [[text] for text in self._decode(target)])
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[str]:
         """Generated texts."""
         given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         model: Any = self.network

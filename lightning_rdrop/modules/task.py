@@ -9,21 +9,26 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lightning_rdrop import views
 from lightning_rdrop.arguments import duration
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.distance import Distance
+from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.modules._mean_loss import MeanLoss
+from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.predict import mc_predict
 from lightning_rdrop.training_length import planned_steps
 
 
 class Task(RDropMixin, pl.LightningModule):
     """A network trained with R-Drop and AdamW, and evaluated with torchmetrics as ``val/...`` and ``test/...``.
+
+    Metrics are computed in float32 or better in every precision. With several data loaders each has its own, such as
+    ``val/ce/dataloader_idx_0``.
 
     For another optimizer or schedule use the CLI's ``--optimizer`` and ``--lr_scheduler``, or override
     ``configure_optimizers``.
@@ -95,13 +100,21 @@ class Task(RDropMixin, pl.LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            start_evaluation(self.val_metrics, self.val_loss)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            start_evaluation(self.test_metrics, self.test_loss)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluate(batch, self.val_metrics, self.val_loss)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluate(batch, self.test_metrics, self.test_loss)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The prediction for a batch with or without targets; an ``MCPrediction`` with ``mc_passes``."""
         targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
         bare = isinstance(batch, Tensor) or targetless
@@ -152,12 +165,29 @@ class Task(RDropMixin, pl.LightningModule):
         Row weights (see :class:`~lightning_rdrop.Weighted`) apply to the loss, not to the metrics.
         """
         inputs, target = self.rdrop_unpack(batch)
-        prediction = self.rdrop_predict(first_view(inputs))
+        prediction = map_tensors(self.rdrop_predict(first_view(inputs)), at_least_float32)
         loss.add_batch(self.rdrop_distance, prediction, target)
         self.measure(metrics, batch, prediction, self.rdrop_distance.truth(target))
         examples = len(views.first_tensor(target))
         self.log_dict(loss, batch_size=examples)
         self.log_dict(metrics, batch_size=examples, prog_bar=metrics is self.val_metrics)
+
+
+def start_evaluation(*collections: MetricCollection) -> None:
+    """Prepare metrics for the batches of one data loader.
+
+    An interrupted evaluation or the previous loader may have left states, and true half precision casts them to a dtype
+    in which sums soon stop growing.
+    """
+    for metrics in collections:
+        for metric in metrics.modules():
+            if isinstance(metric, Metric) and any(map(_is_half, metric.metric_state.values())):
+                metric.to(torch.float32)
+        metrics.reset()
+
+
+def _is_half(state: Any) -> bool:
+    return isinstance(state, Tensor) and state.dtype in (torch.float16, torch.bfloat16)
 
 
 def warmup_and_decay(step: int, rise: float, steps: int) -> float:

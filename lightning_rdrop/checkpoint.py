@@ -69,7 +69,7 @@ class Checkpointed(Hooks):
                 if name in self._rdrop_given:
                     raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
                 if name == "rdrop_distance":
-                    self._rdrop_take(rebuild(saved, Distance).to(self.device))
+                    self._rdrop_set_distance(rebuild(saved, Distance).to(self.device))
                 else:
                     made = [rebuild(one, Regularizer).to(self.device) for one in saved]
                     self.rdrop_regularizers = nn.ModuleList(distinct(made, logged_names(self.rdrop_distance)))
@@ -82,7 +82,7 @@ class Checkpointed(Hooks):
             else:
                 rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
 
-    def _rdrop_take(self, distance: Distance) -> None:
+    def _rdrop_set_distance(self, distance: Distance) -> None:
         """Use this distance from now on."""
         self.rdrop_distance = distance
 

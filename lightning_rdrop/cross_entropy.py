@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_rdrop import _compat, arguments
 from lightning_rdrop._fused import fused, traced, without_autocast
-from lightning_rdrop.labels import EVENLY, Labels, RowWeights, composite
+from lightning_rdrop.labels import UNIT_WEIGHTS, Labels, RowWeights, composite
 from lightning_rdrop.terms import Terms
 
 
@@ -164,7 +164,7 @@ def checked_terms(
     target: Tensor,
     alpha: float | Tensor,
     labels: Labels,
-    weights: RowWeights = EVENLY,
+    weights: RowWeights = UNIT_WEIGHTS,
     chunk: int | None = None,
     compile: bool = False,
 ) -> Terms:

@@ -120,12 +120,12 @@ class RowWeights(NamedTuple):
         return any(weight is not None and weight.requires_grad for weight in (self.ce, self.kl))
 
 
-EVENLY = RowWeights()
+UNIT_WEIGHTS = RowWeights()
 """Weight 1 in both terms for every row that counts."""
 
 
 def composite(
-    logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels, weights: RowWeights = EVENLY
+    logits: Tensor, target: Tensor, alpha: float | Tensor, labels: Labels, weights: RowWeights = UNIT_WEIGHTS
 ) -> Terms:
     r"""The R-Drop loss by its formula and autograd, for any number of views, any target and any torch transform.
 

@@ -22,7 +22,7 @@ from lightning_rdrop.data_views import first_view
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
-from lightning_rdrop.guard.rows import passes_meet
+from lightning_rdrop.guard.rows import passes_synchronize
 from lightning_rdrop.inheritance import notice_replaced_step, require_first, require_init
 from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import map_tensors
@@ -279,7 +279,7 @@ class RDropMixin(Checkpointed):
         self, predictions: Any, target: Any, inputs: Any, examples: int | None, weight: float = 1.0
     ) -> Terms:
         alpha = weight * self._rdrop_checked_alpha()
-        predictions, losses = own_losses.parted(predictions)
+        predictions, losses = own_losses.split_losses(predictions)
         with compiled_loss(self.rdrop_compile_loss):
             terms = self.rdrop_distance.terms(predictions, target, alpha, self.rdrop_head())
         terms.examples = examples
@@ -316,7 +316,7 @@ class RDropMixin(Checkpointed):
         target = unlabeled.counted(inputs, target, labeled, self.rdrop_distance)
         terms, losses = Terms(loss=zero, ce=zero, kl=zero), dict[str, Tensor]()
         if self.rdrop_views > 1:
-            predictions, losses = own_losses.parted(self.rdrop_draw(inputs, target, part="unlabeled"))
+            predictions, losses = own_losses.split_losses(self.rdrop_draw(inputs, target, part="unlabeled"))
             terms = self.rdrop_distance.consistency(predictions, self._rdrop_checked_alpha(), target)
         self._rdrop_extend(terms, inputs, target, regularizers, losses)
         return terms
@@ -351,19 +351,21 @@ class RDropMixin(Checkpointed):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values, and state that changes between steps
     def _rdrop_watch(self, drawn: Any, redraw: Redraw, inputs: Any, target: Any, part: str) -> None:
         def again() -> Any:
-            return own_losses.parted(redraw())[0]
+            return own_losses.split_losses(redraw())[0]
 
-        predictions, _ = own_losses.parted(drawn)
+        predictions, _ = own_losses.split_losses(drawn)
         must_differ = self._rdrop_must_differ(views.count(predictions))
         switches = self._rdrop_own_switches()
         self._rdrop_guard.watch(self, predictions, again, inputs, target, part, switches, must_differ=must_differ)
         if self.rdrop_guard != "off" and part == "labeled" and target is not None:
-            self._rdrop_guard.note_target(self, self.rdrop_distance.invalid(self.rdrop_first_view(predictions), target))
+            self._rdrop_guard.note_target(
+                self, self.rdrop_distance.has_invalid(self.rdrop_first_view(predictions), target)
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # communicates with other ranks
     def _rdrop_skip_part(self, part: str) -> None:
         must_differ = self._rdrop_must_differ(self.rdrop_views)
-        self._rdrop_guard.pass_by(self, part, self._rdrop_own_switches(), must_differ=must_differ)
+        self._rdrop_guard.skip_part(self, part, self._rdrop_own_switches(), must_differ=must_differ)
 
     def _rdrop_must_differ(self, count: int) -> bool:
         """Whether equal views are an error; if alpha is 0 on purpose, they only waste time."""
@@ -381,7 +383,7 @@ class RDropMixin(Checkpointed):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values
     def _rdrop_check_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
-        self._rdrop_guard.part_rows(self, predict, inputs, examples, part=part)
+        self._rdrop_guard.check_rows(self, predict, inputs, examples, part=part)
         self._rdrop_guard.single_example(self, predict, inputs, examples, self._rdrop_own_switches(), part=part)
 
     def _rdrop_splits(self, predict: Any, inputs: Any, part: str) -> bool:
@@ -391,7 +393,7 @@ class RDropMixin(Checkpointed):
 
         def decide(decision: bool) -> bool:
             # a rank without unlabeled examples does not search for a split
-            alone = part != "labeled" and not passes_meet(self)
+            alone = part != "labeled" and not passes_synchronize(self)
             return decision if alone else on_all_ranks(self, decision)
 
         split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_own_switches().random(), decide)

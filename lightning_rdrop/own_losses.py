@@ -29,7 +29,7 @@ class WithLosses:
     losses: dict[str, Tensor]
 
 
-def parted(predictions: Any) -> tuple[Any, dict[str, Tensor]]:
+def split_losses(predictions: Any) -> tuple[Any, dict[str, Tensor]]:
     """Separate predictions from the losses that come with them."""
     if isinstance(predictions, WithLosses):
         return predictions.prediction, predictions.losses

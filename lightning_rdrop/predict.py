@@ -16,7 +16,7 @@ from lightning_rdrop.divergence import kl
 from lightning_rdrop.draw import draw
 from lightning_rdrop.dropout import set_dropout_modes
 from lightning_rdrop.mixin import RDropMixin
-from lightning_rdrop.probe import untouched
+from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.simcse import SimCSEMixin
 
 
@@ -103,7 +103,7 @@ def dropout_passes(
     separate = module.rdrop_passes == "separate"
     examples = 0 if separate else views.batch_size(inputs)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    with untouched(module, device):
+    with without_side_effects(module, device):
         set_dropout_modes(module, training)
         at_once = passes
         while True:
@@ -136,14 +136,14 @@ def refuse_embeddings(what: str, module: RDropMixin) -> None:
 def _summary(distance: Distance, predictions: Any) -> Any:
     if isinstance(distance, Together):
         return {name: _summary(distance.part(name), predictions[name]) for name in distance.weights}
-    distance = distance.reader
+    distance = distance.unwrapped
     merged, passes, rows = views.merge(predictions), len(predictions), len(predictions[0])
     expected: Tensor = views.split(distance.expectation(merged), passes, rows)
     mean, std = expected.mean(0), expected.std(0)
-    if not distance.reads("model_average"):
+    if not distance.implements("model_average"):
         return MCPrediction(mean, std)
     average = distance.model_average(predictions)
-    if not distance.reads("log_probabilities"):
+    if not distance.implements("log_probabilities"):
         return MCPrediction(mean, std, average=average)
     log_p, log_mean = views.split(distance.log_probabilities(merged), passes, rows), distance.log_probabilities(average)
     entropy = torch.special.entr(log_mean.exp()).sum(-1)

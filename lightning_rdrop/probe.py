@@ -15,7 +15,7 @@ from lightning_rdrop._compat import eagerly
 
 
 @contextmanager
-def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
+def without_side_effects(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Context without gradients and logging that restores modes, buffers and random states on exit.
 
     The random states are those of torch, Python and numpy. Other state that ``forward`` changes is not restored, such
@@ -27,7 +27,7 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
 
     Example:
         >>> network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
-        >>> with untouched(network, torch.device("cpu")):
+        >>> with without_side_effects(network, torch.device("cpu")):
         ...     prediction = network(torch.ones(3, 4))
         >>> int(network[0].num_batches_tracked)
         0
@@ -39,8 +39,8 @@ def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(eagerly())
         stack.enter_context(torch.no_grad())
         stack.callback(random_states(device))
-        stack.enter_context(buffers_aside(network))
-        stack.enter_context(unlogged(network))
+        stack.enter_context(copied_buffers(network))
+        stack.enter_context(logging_disabled(network))
         try:
             yield
         finally:
@@ -82,7 +82,7 @@ def random_states(device: torch.device) -> Callable[[], None]:
 
 
 @contextmanager
-def buffers_aside(network: nn.Module) -> Iterator[None]:
+def copied_buffers(network: nn.Module) -> Iterator[None]:
     """Context that replaces buffers by copies, because a graph may need the originals unchanged."""
     kept = [(module, dict(module._buffers)) for module in network.modules() if module._buffers]
     try:
@@ -95,7 +95,7 @@ def buffers_aside(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unlogged(network: nn.Module) -> Iterator[None]:
+def logging_disabled(network: nn.Module) -> Iterator[None]:
     """Context in which ``log`` and ``log_dict`` of the network and its submodules do nothing."""
     attributes = [vars(module) for module in network.modules() if hasattr(module, "log_dict")]
     names = {"log", "log_dict"}

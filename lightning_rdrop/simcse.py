@@ -13,9 +13,9 @@ from lightning_rdrop._lightning import trainer_of
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.divergence import at_least_float32
-from lightning_rdrop.guard.first_batch import fed_its_source, same_shapes
+from lightning_rdrop.guard.first_batch import missing_decoder_inputs, same_shapes
 from lightning_rdrop.mixin import RDropMixin
-from lightning_rdrop.own_losses import add_losses, parted
+from lightning_rdrop.own_losses import add_losses, split_losses
 from lightning_rdrop.terms import Terms
 
 Pooling = Literal["cls", "mean", "first-last-average"]
@@ -99,7 +99,7 @@ class SimCSEMixin(RDropMixin):
         """Run the whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` is 0."""
         inputs, others = self.rdrop_unpack_unlabeled(batch)
         count = max(2, len(inputs.inputs)) if isinstance(inputs, Views) else 2
-        embeddings, losses = parted(self.rdrop_draw(inputs, others, part="unlabeled", count=count))
+        embeddings, losses = split_losses(self.rdrop_draw(inputs, others, part="unlabeled", count=count))
         if embeddings.dim() != 3:
             shape = tuple(embeddings.shape[1:])
             raise ValueError(f"SimCSE compares embeddings (B, D), but forward returned the shape {shape}.")
@@ -130,7 +130,7 @@ class SimCSEMixin(RDropMixin):
                 "from rdrop_unpack_unlabeled; for unsupervised SimCSE, only the anchors, or both as examples of one "
                 "batch."
             )
-        return fed_its_source(self, inputs)
+        return missing_decoder_inputs(self, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as in RDropMixin.rdrop_log
     def rdrop_log(self, terms: Terms) -> None:

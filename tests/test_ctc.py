@@ -121,9 +121,9 @@ def test_what_is_impossible_is_named(frames, tokens, lengths, message):
     distance = CTC()
     with pytest.raises(ValueError, match=message):
         distance.check(prediction, target)
-    assert distance.invalid(prediction, target)
-    assert distance.impossible(prediction, target).sum() >= 1
-    assert not distance.invalid((prediction[0], FRAMES), (TOKENS, LENGTHS))
+    assert distance.has_invalid(prediction, target)
+    assert distance.invalid_mask(prediction, target).sum() >= 1
+    assert not distance.has_invalid((prediction[0], FRAMES), (TOKENS, LENGTHS))
 
 
 def test_an_infinite_loss_may_count_as_zero():
@@ -137,7 +137,7 @@ def test_an_infinite_loss_may_count_as_zero():
     assert CTC().to_target((logits[0], frames), TOKENS).mean.isinf()
     zero = CTC(zero_infinity=True)
     zero.check((logits[0], frames), TOKENS)
-    assert not zero.invalid((logits[0], frames), TOKENS)
+    assert not zero.has_invalid((logits[0], frames), TOKENS)
     found, wanted = zero.to_target((logits[0], frames), TOKENS).mean, torchs(logits[0], True, frames)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)))
@@ -181,8 +181,10 @@ def test_a_blank_is_a_class(blank):
 
 
 def test_a_softmax_is_noticed():
-    assert "already a softmax: its rows sum to 1. CTC takes" in CTC().suspicious((numbers()[0].softmax(-1), FRAMES))
-    assert CTC().suspicious((numbers()[0], FRAMES)) is None
+    assert "already a softmax: its rows sum to 1. CTC takes" in CTC().prediction_warning(
+        (numbers()[0].softmax(-1), FRAMES)
+    )
+    assert CTC().prediction_warning((numbers()[0], FRAMES)) is None
 
 
 class Recurrent(RDropMixin, pl.LightningModule):

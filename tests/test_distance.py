@@ -331,7 +331,7 @@ def test_a_subclass_says_which_rows_count_in_both_terms(distance, shape):
     own = copy.copy(distance)
     own.__class__ = type("Own", (WithoutSevens, type(distance)), {})
     own.check(predictions[0], target)
-    assert not own.invalid(predictions[0], target)
+    assert not own.has_invalid(predictions[0], target)
     for one, given in ((own, target), (Weighted(own), (target, torch.ones(4)))):
         terms = RDropLoss(one)(predictions, given, 3.0)
         torch.testing.assert_close((terms.ce, terms.kl, terms.rows), (expected.ce, expected.kl, expected.rows))
@@ -452,7 +452,7 @@ def test_weights_move_and_are_never_cast(change):
     distances = {"classes": Categorical(weight=weight), "labels": Weighted(Bernoulli(pos_weight=weight))}
     module = nn.Sequential(nn.Linear(2, 2), Together(distances))
     together = pickle.loads(pickle.dumps(change(module)))[1]
-    found = together.part("classes").weight, together.part("labels").reader.pos_weight
+    found = together.part("classes").weight, together.part("labels").unwrapped.pos_weight
     assert torch.equal(torch.stack(found), torch.tensor([weight, weight]))
     assert not [*module.buffers()]
     assert together.to("meta").part("classes").weight.is_meta

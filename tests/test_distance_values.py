@@ -139,7 +139,7 @@ def test_a_target_that_cannot_be_is_named(distance, target, message):
     prediction = torch.zeros(len(target), 3, requires_grad=True)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         distance.check(prediction, target)
-    flag = distance.invalid(prediction, target)
+    flag = distance.has_invalid(prediction, target)
     assert flag.shape == ()
     assert flag.dtype == torch.bool
     assert flag
@@ -169,13 +169,13 @@ def test_a_target_that_cannot_be_is_named(distance, target, message):
 def test_a_target_that_can_be_is_left_in_peace(distance, target):
     prediction = torch.ones(len(target), 3)
     distance.check(prediction, target)
-    assert not distance.invalid(prediction, target)
+    assert not distance.has_invalid(prediction, target)
 
 
 def test_images_are_looked_at_along_their_classes():
     distance, prediction = Categorical(class_dim=1), torch.zeros(2, 3, 4, 5)
     soft = torch.rand(2, 3, 4, 5).softmax(1)
-    assert not distance.invalid(prediction, soft)
+    assert not distance.has_invalid(prediction, soft)
     soft[1, :, 2, 3] = 0
     distance.check(prediction, soft)
     soft[1, 0, 2, 3] = 3
@@ -186,8 +186,8 @@ def test_images_are_looked_at_along_their_classes():
 def test_a_distance_of_ones_own_takes_any_target():
     distance, prediction = Distance(), torch.zeros(2, 3)
     assert distance.counted(prediction, prediction) is None
-    assert distance.invalid(prediction, prediction) is None
-    assert distance.suspicious(prediction) is None
+    assert distance.has_invalid(prediction, prediction) is None
+    assert distance.prediction_warning(prediction) is None
     assert distance.check(prediction, prediction) is None
 
 
@@ -195,15 +195,17 @@ def test_a_prediction_that_is_a_softmax_already_is_told_from_logits():
     logits = torch.randn(2, 4, 3)
     for distance in (Categorical(), JensenShannon()):
         name = type(distance).__name__
-        assert f"already a softmax: its rows sum to 1. {name} takes logits" in distance.suspicious(logits.softmax(-1))
-        assert "already a softmax" in distance.suspicious(logits.bfloat16().softmax(-1))
+        assert f"already a softmax: its rows sum to 1. {name} takes logits" in distance.prediction_warning(
+            logits.softmax(-1)
+        )
+        assert "already a softmax" in distance.prediction_warning(logits.bfloat16().softmax(-1))
         for right in (logits, logits.log_softmax(-1), torch.zeros(4, 3), logits.sigmoid(), logits.abs() / 5):
-            assert distance.suspicious(right) is None
+            assert distance.prediction_warning(right) is None
     images = Categorical(class_dim=1)
-    assert images.suspicious(torch.randn(2, 3, 4).softmax(1))
-    assert images.suspicious(torch.randn(2, 3, 4).softmax(2)) is None
+    assert images.prediction_warning(torch.randn(2, 3, 4).softmax(1))
+    assert images.prediction_warning(torch.randn(2, 3, 4).softmax(2)) is None
     sums_to_one = torch.tensor([[2.0, -1.5, 0.5]])
-    assert Categorical().suspicious(sums_to_one) is None
+    assert Categorical().prediction_warning(sums_to_one) is None
 
 
 @pytest.mark.parametrize(
@@ -219,10 +221,12 @@ def test_a_prediction_that_is_a_softmax_already_is_told_from_logits():
 def test_a_prediction_that_comes_out_of_a_sigmoid_is_told_from_logits(reach):
     layer = torch.nn.Linear(5, 3)
     logits = layer(torch.randn(8, 5))
-    assert "is the output of a sigmoid, but Bernoulli takes logits" in Bernoulli().suspicious(reach(logits.sigmoid()))
+    assert "is the output of a sigmoid, but Bernoulli takes logits" in Bernoulli().prediction_warning(
+        reach(logits.sigmoid())
+    )
     for right in (logits, logits.sigmoid() * 5, logits.sigmoid().logit(), layer(logits.sigmoid()[:, [0, 1, 2, 0, 1]])):
-        assert Bernoulli().suspicious(reach(right)) is None
-    assert Bernoulli().suspicious(torch.rand(4, 3)) is None  # nothing tells where it comes from
+        assert Bernoulli().prediction_warning(reach(right)) is None
+    assert Bernoulli().prediction_warning(torch.rand(4, 3)) is None  # nothing tells where it comes from
 
 
 @pytest.mark.parametrize("distance", [Bernoulli(ignore_value=-1), Cosine(ignore_value=NAN), Gaussian(ignore_value=NAN)])
@@ -252,7 +256,7 @@ class Unsupported(distributions.Normal):
 def test_a_distribution_that_tells_no_support_takes_finite_numbers():
     distance = FromDistribution(lambda x: Unsupported(x, 1.0, validate_args=False))
     target = torch.tensor([0.0, NAN, inf, 2.0])
-    assert distance.impossible(torch.zeros(4), target).tolist() == [False, True, True, False]
+    assert distance.invalid_mask(torch.zeros(4), target).tolist() == [False, True, True, False]
 
 
 def test_probabilities_that_sum_to_1_may_not_be_negative():
@@ -262,12 +266,12 @@ def test_probabilities_that_sum_to_1_may_not_be_negative():
 
 def test_which_class_indices_are_impossible():
     target = torch.tensor([-100, -1, 0, 2, 3])
-    assert Categorical().impossible(torch.zeros(5, 3), target).tolist() == [False, True, False, False, True]
+    assert Categorical().invalid_mask(torch.zeros(5, 3), target).tolist() == [False, True, False, False, True]
 
 
 def test_logits_that_sum_to_1_are_no_softmax():
-    assert Categorical().suspicious(torch.tensor([[1.5, -0.5], [0.5, 0.5]])) is None
-    assert "already a softmax" in Categorical().suspicious(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    assert Categorical().prediction_warning(torch.tensor([[1.5, -0.5], [0.5, 0.5]])) is None
+    assert "already a softmax" in Categorical().prediction_warning(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
 
 
 @pytest.mark.parametrize("distance", [Categorical(), Bernoulli(), Gaussian(), Cosine()])

@@ -252,7 +252,7 @@ def test_masks_that_come_and_go(build, at, padded_first):
 
 def test_a_mask_that_comes_later_is_refused_where_ranks_share_the_weights(monkeypatch):
     room = import_module("lightning_rdrop.late_duplication.find_split")
-    monkeypatch.setattr(room, "shares_weights", lambda network: True)
+    monkeypatch.setattr(room, "has_sharded_weights", lambda network: True)
     module = Net(bert_like("Bert")[0].train(), rdrop_duplicate_at="encoder.layer.2", rdrop_guard="off")
     module.rdrop_step(without_padding(tokens(4)))
     with pytest.raises(ValueError, match=r"encoder\.layer\.2 is called with other tensors than before.*share the wei"):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Categorical, Focal, Gaussian, RDropMixin, Views
 from lightning_rdrop.guard import NanWatch
-from lightning_rdrop.guard.first_batch import fed_its_source, unshifted
+from lightning_rdrop.guard.first_batch import missing_decoder_inputs, unshifted_labels
 
 
 class Module(RDropMixin, pl.LightningModule):
@@ -805,12 +805,12 @@ def test_without_a_trainer_the_device_is_waited_for_every_50_steps(monkeypatch):
 def test_a_network_that_only_looks_like_an_encoder_decoder_is_left_in_peace():
     network = nn.Linear(8, 3)
     network.config, network.get_output_embeddings = object(), lambda: network
-    assert fed_its_source(network, {"input_ids": tokens()}) is None
+    assert missing_decoder_inputs(network, {"input_ids": tokens()}) is None
 
 
 def test_a_row_of_numbers_that_is_its_own_target_is_no_sequence():
-    assert unshifted(torch.arange(4), torch.arange(4)) is None
-    assert "were not shifted" in unshifted(torch.arange(4).view(1, 4), torch.arange(4).view(1, 4))
+    assert unshifted_labels(torch.arange(4), torch.arange(4)) is None
+    assert "were not shifted" in unshifted_labels(torch.arange(4).view(1, 4), torch.arange(4).view(1, 4))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rdrop.guard.rows import rows_meet
+from lightning_rdrop.guard.rows import row_dependence
 
 CPU = torch.device("cpu")
 
 
 def seen(predict, inputs, network=None, examples=None):
-    return rows_meet(network or nn.Linear(1, 1), predict, inputs, examples or len(inputs), CPU)
+    return row_dependence(network or nn.Linear(1, 1), predict, inputs, examples or len(inputs), CPU)
 
 
 def noisy(size, rows=1.0):

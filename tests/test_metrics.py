@@ -148,9 +148,9 @@ MEASURED = [
 def measured_by(distance, predictions, target):
     """What each metric says of some passes, of which the first stands for that with dropout off."""
     found = dropout_kl(predictions, target, distance)
-    if distance.reader.reads("log_probabilities"):
+    if distance.unwrapped.implements("log_probabilities"):
         found["dropout_disagreement"] = dropout_disagreement(predictions, target, distance)
-    if distance.reader.reads("model_average"):
+    if distance.unwrapped.implements("model_average"):
         found |= average_gap(predictions, predictions[0], target, distance)
         assert target is None or set(AverageGap(distance).names) <= found.keys()
     return numbers(found)

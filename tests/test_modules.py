@@ -382,9 +382,9 @@ SURE = torch.tensor([[0.0, 3.0, 1.0], [4.0, 0.0, 1.0], [0.0, 1.0, 5.0], [2.0, 0.
 def test_what_a_distance_does_not_count_is_in_no_metric_of_classes(distance, prediction, target):
     """All that counts is right."""
     module = Classifier(nn.Dropout(0.3), 3, rdrop_distance=distance)
-    module.measure(module.val_metrics, None, prediction, distance.truth(target))
+    module.measure(module.val_metrics, None, prediction, distance.unwrapped_target(target))
     assert module.val_metrics["accuracy"].compute() == 1
-    expected = prediction.softmax(distance.reader.class_dim)
+    expected = prediction.softmax(distance.unwrapped.class_dim)
     torch.testing.assert_close(module.eval().predict_step(prediction, 0), expected)
 
 

@@ -359,16 +359,16 @@ def test_every_part_is_looked_at_by_its_own_distance():
     logits = {"first": torch.randn(2, 3), "own": torch.zeros(2), "second": torch.randn(2, 3)}
     target = {"first": torch.tensor([0, 2]), "own": torch.zeros(2), "second": torch.ones(2, 3)}
     distance.check(logits, target)
-    assert not distance.invalid(logits, target)
-    assert distance.suspicious(logits) is None
+    assert not distance.has_invalid(logits, target)
+    assert distance.prediction_warning(logits) is None
     for name, wrong in (("first", torch.tensor([0, 3])), ("second", torch.full((2, 3), 7.0))):
-        assert distance.invalid(logits, target | {name: wrong})
+        assert distance.has_invalid(logits, target | {name: wrong})
         with pytest.raises(ValueError, match="contains"):
             distance.check(logits, target | {name: wrong})
-    assert "already a softmax" in distance.suspicious(logits | {"first": logits["first"].softmax(-1)})
-    assert "sigmoid" in distance.suspicious(logits | {"second": logits["second"].requires_grad_().sigmoid()})
-    assert Together({"own": Silent()}).invalid({"own": torch.zeros(2)}, {"own": torch.zeros(2)}) is None
-    for ask in (distance.invalid, lambda logits, target: distance.terms(logits, target, 1.0)):
+    assert "already a softmax" in distance.prediction_warning(logits | {"first": logits["first"].softmax(-1)})
+    assert "sigmoid" in distance.prediction_warning(logits | {"second": logits["second"].requires_grad_().sigmoid()})
+    assert Together({"own": Silent()}).has_invalid({"own": torch.zeros(2)}, {"own": torch.zeros(2)}) is None
+    for ask in (distance.has_invalid, lambda logits, target: distance.terms(logits, target, 1.0)):
         with pytest.raises(ValueError, match="first"):
             ask({"other": torch.zeros(2)}, target)
 

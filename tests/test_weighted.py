@@ -282,9 +282,9 @@ def test_impossible_weights(value):
     prediction, target = torch.zeros(3, 2), torch.tensor([0, 1, 0])
     with pytest.raises(ValueError, match=f"The weight contains {value}; a weight is a finite number >= 0"):
         Weighted(Categorical()).check(prediction, (target, weight))
-    assert Weighted(Categorical()).invalid(prediction, (target, weight))
-    assert not Weighted(Categorical()).invalid(prediction, (target, weight.clamp(0, 1).nan_to_num()))
-    assert Weighted(Categorical()).invalid(prediction, (target + 1, torch.ones(3)))
+    assert Weighted(Categorical()).has_invalid(prediction, (target, weight))
+    assert not Weighted(Categorical()).has_invalid(prediction, (target, weight.clamp(0, 1).nan_to_num()))
+    assert Weighted(Categorical()).has_invalid(prediction, (target + 1, torch.ones(3)))
     with pytest.raises(ValueError, match="The target contains the class 2"):
         Weighted(Categorical()).check(prediction, (target + 1, torch.ones(3)))
 
@@ -300,7 +300,7 @@ def test_a_later_negative_weight_is_found(fit):
 def test_an_impossible_mask():
     with pytest.raises(ValueError, match=r"The mask contains 0.5; a mask is bool, or 0 and 1.*Weighted"):
         MaskedConsistency(Gaussian()).check(torch.zeros(2), (torch.zeros(2), torch.tensor([1, 0.5])))
-    assert MaskedConsistency(Gaussian()).invalid(torch.zeros(2), (torch.zeros(2), torch.tensor([1, 0.5])))
+    assert MaskedConsistency(Gaussian()).has_invalid(torch.zeros(2), (torch.zeros(2), torch.tensor([1, 0.5])))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4, 5), (5,), (4, 6, 1), (6, 4)])
@@ -326,7 +326,7 @@ def test_one_of_several_predictions_is_weighted():
     terms = distance.terms(one, target, 1.0)
     assert terms.ce == (3 * 1 + 4) / 4 + 1
     assert terms.parts["a"].rows == 4
-    assert not distance.invalid({name: part[0] for name, part in one.items()}, target)
+    assert not distance.has_invalid({name: part[0] for name, part in one.items()}, target)
     with pytest.raises(TypeError, match=r"its rows cannot be weighted.*with Together, weight each part"):
         Weighted(Together({"b": Gaussian()})).to_target({"b": torch.zeros(2)}, ({"b": torch.zeros(2)}, torch.ones(2)))
 
@@ -381,7 +381,7 @@ def test_names_and_a_description():
     assert getattr(Weighted(Gaussian()), "ignore_index", None) is None
     assert spell(describe(distance)) == "Weighted(distance=Focal(gamma=1.5))"
     assert rebuild(describe(distance), Distance).distance.gamma == 1.5
-    assert "already a softmax" in distance.suspicious(torch.full((2, 2), 0.5))
+    assert "already a softmax" in distance.prediction_warning(torch.full((2, 2), 0.5))
 
 
 def test_ctc_is_weighted_by_example():

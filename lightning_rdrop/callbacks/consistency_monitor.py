@@ -19,7 +19,7 @@ from lightning_rdrop.metrics.dropout_disagreement import disagreement_average
 from lightning_rdrop.metrics.dropout_kl import kl_averages
 from lightning_rdrop.nesting import map_tensors, tensors_of
 from lightning_rdrop.predict import dropout_passes, refuse_embeddings
-from lightning_rdrop.probe import untouched
+from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.terms import Average
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class ConsistencyMonitor(Callback):
         module = require_rdrop(self, pl_module)
         training = dict(zip(self._modules, self._training, strict=True)) if self._modules else None
         batch = map_tensors(batch, lambda tensor: tensor)  # rdrop_unpack may pop what validation_step needs
-        with trainer.precision_plugin.val_step_context(), untouched(module, module.device):
+        with trainer.precision_plugin.val_step_context(), without_side_effects(module, module.device):
             module.eval()  # own hooks may keep dropout on in validation
             inputs, target = module.rdrop_unpack(batch)
             inputs = first_view(inputs)
@@ -164,9 +164,9 @@ def _averages(distance: Distance, predictions: Any, weight_average: Any, target:
                 distance.part(part), predictions[part], weight_average[part], target[part]
             ).items()
         }
-    found, reader = kl_averages(predictions, target, distance), distance.reader
-    if reader.reads("log_probabilities", "target_class"):
+    found, unwrapped = kl_averages(predictions, target, distance), distance.unwrapped
+    if unwrapped.implements("log_probabilities", "target_class"):
         found["dropout_disagreement"] = disagreement_average(predictions, target, distance)
-    if reader.reads("model_average"):
+    if unwrapped.implements("model_average"):
         found |= gap_averages(predictions, weight_average, target, distance)
     return {name: average for name, average in found.items() if name in LOGGED}

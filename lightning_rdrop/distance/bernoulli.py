@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike, blank, counted_between
+from lightning_rdrop.distance.shapes import blank, counted_between, same_shape
 from lightning_rdrop.divergence import at_least_float32, kl, symmetric_bernoulli_kl
 from lightning_rdrop.terms import Average
 
@@ -82,7 +82,7 @@ class Bernoulli(Distance):
         self.pos_weight = weight
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        prediction, target = alike(self, prediction, target)
+        prediction, target = same_shape(self, prediction, target)
         counted = self.counted(prediction, target)
         prediction, target = blank(counted, prediction, target)
         weight = self._weight(prediction)
@@ -104,7 +104,7 @@ class Bernoulli(Distance):
         return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], -1)
 
     def target_class(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return (alike(self, prediction, target)[1] > 0.5).long()
+        return (same_shape(self, prediction, target)[1] > 0.5).long()
 
     def model_average(self, predictions: Tensor) -> Tensor:
         """The logits of the mean probabilities."""
@@ -114,21 +114,21 @@ class Bernoulli(Distance):
     def expectation(self, prediction: Tensor) -> Tensor:
         return at_least_float32(prediction).sigmoid()
 
-    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def invalid_mask(self, prediction: Tensor, target: Tensor) -> Tensor:
         wrong = ~((target >= 0) & (target <= 1))
         counted = self.counted(prediction, target)
         return wrong if counted is None else wrong & counted
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        alike(self, prediction, target)
+        same_shape(self, prediction, target)
         self._weight(prediction)
-        if len(wrong := target[self.impossible(prediction, target)]):
+        if len(wrong := target[self.invalid_mask(prediction, target)]):
             raise ValueError(
                 f"The target contains {float(wrong[0])}; a label of Bernoulli is 0, 1 or a probability. Ignore unknown "
                 f"labels with Bernoulli(ignore_value=...)."
             )
 
-    def suspicious(self, prediction: Tensor) -> str | None:
+    def prediction_warning(self, prediction: Tensor) -> str | None:
         """Recognize a sigmoid by its autograd node, since logits may also lie between 0 and 1."""
         node = prediction.grad_fn
         while node is not None and node.name().startswith(_RESHAPING):

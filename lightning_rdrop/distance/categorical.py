@@ -101,7 +101,7 @@ class Categorical(Distance):
     def expectation(self, prediction: Tensor) -> Tensor:
         return log_probabilities(prediction, self.class_dim).exp()
 
-    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def invalid_mask(self, prediction: Tensor, target: Tensor) -> Tensor:
         counted = self.counted(prediction, target)
         target = self._classes_first(self.checked(prediction, target))
         if target.is_floating_point():
@@ -112,7 +112,7 @@ class Categorical(Distance):
         return wrong & counted
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        wrong = self.impossible(prediction, target)
+        wrong = self.invalid_mask(prediction, target)
         if not wrong.any():
             return
         if target.is_floating_point():
@@ -129,7 +129,7 @@ class Categorical(Distance):
             f"ignore_index={self.ignore_index}."
         )
 
-    def suspicious(self, prediction: Tensor) -> str | None:
+    def prediction_warning(self, prediction: Tensor) -> str | None:
         return softmaxed(self, prediction, self.class_dim)
 
     def divergence(self, first: Tensor, second: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike, blank, counted_between
+from lightning_rdrop.distance.shapes import blank, counted_between, same_shape
 from lightning_rdrop.terms import Average
 
 
@@ -37,23 +37,23 @@ class Cosine(Distance):
         self.ignore_value = ignore_value
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        return self._average(*alike(self, prediction, target), self.counted(prediction, target))
+        return self._average(*same_shape(self, prediction, target), self.counted(prediction, target))
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:
-        return self._average(*alike(self, first, second), counted_between(self, first, target))
+        return self._average(*same_shape(self, first, second), counted_between(self, first, target))
 
     def counted(self, prediction: Tensor, target: Tensor) -> Tensor | None:
         known = super().counted(prediction, target)
         return None if known is None else known.any(-1)
 
-    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def invalid_mask(self, prediction: Tensor, target: Tensor) -> Tensor:
         wrong = ~target.isfinite()
         counted = self.counted(prediction, target)
         return wrong if counted is None else wrong & counted.unsqueeze(-1)
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        alike(self, prediction, target)
-        if len(wrong := target[self.impossible(prediction, target)]):
+        same_shape(self, prediction, target)
+        if len(wrong := target[self.invalid_mask(prediction, target)]):
             raise ValueError(
                 f"The target contains {float(wrong[0])}; Cosine takes vectors of finite numbers. Remove such examples, "
                 "or ignore unknown vectors with Cosine(ignore_value=float('nan'))."

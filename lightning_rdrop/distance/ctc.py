@@ -90,7 +90,7 @@ class CTC(Distance):
     def directed(self, first: Any, second: Any, target: Any = None) -> Average:
         return self._over_frames(kl, first, second)
 
-    def impossible(self, prediction: Any, target: Any) -> Tensor:
+    def invalid_mask(self, prediction: Any, target: Any) -> Tensor:
         """Mask (N,) of the invalid examples."""
         return torch.stack([wrong for wrong, _ in self._faults(prediction, target)]).any(0)
 
@@ -99,7 +99,7 @@ class CTC(Distance):
             if wrong.any():
                 raise ValueError(f"Example {int(wrong.nonzero()[0])} of the batch {what}")
 
-    def suspicious(self, prediction: Any) -> str | None:
+    def prediction_warning(self, prediction: Any) -> str | None:
         return softmaxed(self, self._logits(prediction)[0], -1)
 
     def _faults(self, prediction: Any, target: Any) -> list[tuple[Tensor, str]]:

@@ -13,7 +13,7 @@ from lightning_rdrop import views
 from lightning_rdrop.description import Described
 from lightning_rdrop.distance.predictive import Predictive
 from lightning_rdrop.divergence import at_least_float32
-from lightning_rdrop.labels import EVENLY, RowWeights
+from lightning_rdrop.labels import UNIT_WEIGHTS, RowWeights
 from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.terms import Average, Terms, fitted
 
@@ -121,19 +121,19 @@ class Distance(Described, Predictive):
         raise KeyError(name)
 
     @property
-    def reader(self) -> Distance:
-        """The distance that reads predictions and the :meth:`truth` of targets: itself, or the one it wraps."""
+    def unwrapped(self) -> Distance:
+        """The distance without wrappers, which takes the :meth:`unwrapped_target`."""
         return self
 
-    def truth(self, target: Any) -> Any:
+    def unwrapped_target(self, target: Any) -> Any:
         """The part of a target that a metric compares with predictions: the target without row weights or mask."""
         return target
 
-    def as_counted(self, measure: Callable[[Any], Average], target: Any) -> Average:
+    def with_row_weights(self, measure: Callable[[Any], Average], target: Any) -> Average:
         """Measure rows with the weights that they have in the consistency.
 
         Args:
-            measure: takes a target of :attr:`reader`, which tells which rows count; None if all do.
+            measure: takes a target of :attr:`unwrapped`, which tells which rows count; None if all do.
             target: as for :meth:`to_target`.
         """
         return measure(target)
@@ -152,7 +152,7 @@ class Distance(Described, Predictive):
         counted: Tensor = ~target.isnan() if math.isnan(self.ignore_value) else target != self.ignore_value
         return counted
 
-    def impossible(self, prediction: Any, target: Any) -> Tensor | None:
+    def invalid_mask(self, prediction: Any, target: Any) -> Tensor | None:
         """Mask of the invalid values of the target; None if every value is valid.
 
         Args:
@@ -160,13 +160,13 @@ class Distance(Described, Predictive):
         """
         return None
 
-    def invalid(self, prediction: Any, target: Any) -> Tensor | None:
+    def has_invalid(self, prediction: Any, target: Any) -> Tensor | None:
         """Whether any value of the target is invalid, as a bool tensor on its device, without synchronization.
 
         Args:
             prediction, target: as for :meth:`to_target`.
         """
-        wrong = self.impossible(prediction, target)
+        wrong = self.invalid_mask(prediction, target)
         return None if wrong is None else wrong.any()
 
     def check(self, prediction: Any, target: Any) -> None:
@@ -179,7 +179,7 @@ class Distance(Described, Predictive):
             ValueError: there is such a value; the message names it.
         """
 
-    def suspicious(self, prediction: Any) -> str | None:
+    def prediction_warning(self, prediction: Any) -> str | None:
         """Describe what is probably wrong with a prediction, such as a softmax instead of logits; None if nothing is.
 
         Synchronizes the device; for the first batch only.
@@ -207,7 +207,7 @@ class Distance(Described, Predictive):
             TypeError: a head, if the distance is not :class:`~lightning_rdrop.Categorical` or a wrapper of it; or a
                 :meth:`to_target` or :meth:`between` that does not return an :class:`~lightning_rdrop.Average`.
         """
-        return self.weighted_terms(predictions, target, alpha, head, EVENLY)
+        return self.weighted_terms(predictions, target, alpha, head, UNIT_WEIGHTS)
 
     def weighted_terms(
         self, predictions: Any, target: Any, alpha: float | Tensor, head: Any, weights: RowWeights

@@ -10,7 +10,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike
+from lightning_rdrop.distance.shapes import same_shape
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average
 
@@ -67,7 +67,7 @@ class FromDistribution(Distance):
         mean: Tensor = self._made(prediction).mean
         return mean
 
-    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def invalid_mask(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mask of the values outside the support of the distribution, among the examples that count."""
         distribution, target, _ = self._known(prediction.detach(), target)
         try:
@@ -78,7 +78,7 @@ class FromDistribution(Distance):
         return wrong
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        wrong = self.impossible(prediction, target)
+        wrong = self.invalid_mask(prediction, target)
         if wrong.any():
             distribution, target, _ = self._known(prediction, target)
             raise ValueError(
@@ -90,7 +90,7 @@ class FromDistribution(Distance):
         self, first: Tensor, second: Tensor, target: Tensor | None
     ) -> tuple[Distribution, Distribution, Tensor | None]:
         """The distributions of the examples that count, and the mask of these examples."""
-        first, second = alike(self, first, second)
+        first, second = same_shape(self, first, second)
         counted = None if target is None else self.counted(first, target)
         if counted is not None:
             first, second = first[counted], second[counted]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import alike, blank
+from lightning_rdrop.distance.shapes import blank, same_shape
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average
 
@@ -50,7 +50,7 @@ class Gaussian(Distance):
         self.term_names = ("nll", "kl") if log_variance else ("mse", "kl")
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        mean, target = alike(self, self._mean(prediction), target)
+        mean, target = same_shape(self, self._mean(prediction), target)
         counted = self.counted(prediction, target)
         mean, target = blank(counted, mean, target)
         error = (target - mean).square()
@@ -94,14 +94,14 @@ class Gaussian(Distance):
     def expectation(self, prediction: Tensor) -> Tensor:
         return at_least_float32(self._mean(prediction))
 
-    def impossible(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def invalid_mask(self, prediction: Tensor, target: Tensor) -> Tensor:
         wrong = ~target.isfinite()
         counted = self.counted(prediction, target)
         return wrong if counted is None else wrong & counted
 
     def check(self, prediction: Tensor, target: Tensor) -> None:
-        alike(self, self._mean(prediction), target)
-        if len(wrong := target[self.impossible(prediction, target)]):
+        same_shape(self, self._mean(prediction), target)
+        if len(wrong := target[self.invalid_mask(prediction, target)]):
             raise ValueError(
                 f"The target contains {float(wrong[0])}; Gaussian takes finite numbers. Remove such examples, or "
                 "ignore unknown values with Gaussian(ignore_value=float('nan'))."
@@ -119,10 +119,10 @@ class Gaussian(Distance):
 
     def _blank(self, first: Tensor, second: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both views, set to 0 where rows do not count, and the mask of those that do."""
-        first, second = alike(self, first, second)
+        first, second = same_shape(self, first, second)
         mean = self._mean(first)
         counted = None if target is None else self.counted(first, target)
         if target is not None and counted is not None:
-            alike(self, mean, target)
+            same_shape(self, mean, target)
             first, second = blank(counted.unsqueeze(-1) if self.log_variance else counted, first, second)
         return first, second, counted

@@ -47,7 +47,7 @@ class Predictive:
         """
         raise self._unknown("expectation", "expectation")
 
-    def reads(self, *methods: str) -> bool:
+    def implements(self, *methods: str) -> bool:
         """Whether the distance implements these methods."""
         return all(getattr(type(self), method) is not getattr(Predictive, method) for method in methods)
 

@@ -14,7 +14,7 @@ ROUNDING = 0.01
 """Tolerance for the sum of probabilities: the sum of thousands in half precision is off by 0.002."""
 
 
-def alike(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def same_shape(distance: Distance, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Check that the shapes are equal, and return both in the prediction's dtype, float32 or better.
 
     Raises:
@@ -42,7 +42,7 @@ def counted_between(distance: Distance, prediction: Tensor, target: Tensor | Non
     """
     counted = None if target is None else distance.counted(prediction, target)
     if target is not None and counted is not None:
-        alike(distance, prediction, target)
+        same_shape(distance, prediction, target)
     return counted
 
 

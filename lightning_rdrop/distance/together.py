@@ -101,14 +101,14 @@ class Together(Distance):
         for name, distance in self._parts():
             distance.check(prediction[name], target[name])
 
-    def invalid(self, prediction: Any, target: Any) -> Tensor | None:
+    def has_invalid(self, prediction: Any, target: Any) -> Tensor | None:
         self.check_names(prediction, target)
-        found = [part.invalid(prediction[name], target[name]) for name, part in self._parts()]
+        found = [part.has_invalid(prediction[name], target[name]) for name, part in self._parts()]
         flags = [flag for flag in found if flag is not None]
         return torch.stack(flags).any() if flags else None
 
-    def suspicious(self, prediction: Any) -> str | None:
-        reasons = [reason for name, part in self._parts() if (reason := part.suspicious(prediction[name]))]
+    def prediction_warning(self, prediction: Any) -> str | None:
+        reasons = [reason for name, part in self._parts() if (reason := part.prediction_warning(prediction[name]))]
         return reasons[0] if reasons else None
 
     def terms(

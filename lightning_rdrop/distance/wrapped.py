@@ -41,11 +41,11 @@ class Wrapped(Distance):
         return self.distance.ignore_index
 
     @property
-    def reader(self) -> Distance:
-        return self.distance.reader
+    def unwrapped(self) -> Distance:
+        return self.distance.unwrapped
 
-    def truth(self, target: Any) -> Any:
-        return self.distance.truth(self.pair(target)[0])
+    def unwrapped_target(self, target: Any) -> Any:
+        return self.distance.unwrapped_target(self.pair(target)[0])
 
     def between(self, first: Any, second: Any, target: Any = None) -> Average:
         return self._consistency(partial(self.distance.between, first, second), target)
@@ -53,8 +53,8 @@ class Wrapped(Distance):
     def directed(self, first: Any, second: Any, target: Any = None) -> Average:
         return self._consistency(partial(self.distance.directed, first, second), target)
 
-    def as_counted(self, measure: Callable[[Any], Average], target: Any) -> Average:
-        return self._consistency(partial(self.distance.as_counted, measure), target)
+    def with_row_weights(self, measure: Callable[[Any], Average], target: Any) -> Average:
+        return self._consistency(partial(self.distance.with_row_weights, measure), target)
 
     def over_rows(self, measure: Callable[[Any], Average], target: Any, numbers: Tensor) -> Average:
         """The consistency of the rows, weighted or masked by ``numbers``.
@@ -91,13 +91,13 @@ class Wrapped(Distance):
         if len(found := numbers[self.wrong(numbers)]):
             raise ValueError(f"The {self.number} contains {found[0].item()}; {self.allowed}")
 
-    def invalid(self, prediction: Any, target: Any) -> Tensor:
+    def has_invalid(self, prediction: Any, target: Any) -> Tensor:
         target, numbers = self.pair(target)
-        within, wrong = self.distance.invalid(prediction, target), self.wrong(numbers).any()
+        within, wrong = self.distance.has_invalid(prediction, target), self.wrong(numbers).any()
         return wrong if within is None else wrong | within
 
-    def suspicious(self, prediction: Any) -> str | None:
-        return self.distance.suspicious(prediction)
+    def prediction_warning(self, prediction: Any) -> str | None:
+        return self.distance.prediction_warning(prediction)
 
     def _consistency(self, measure: Callable[[Any], Average], target: Any) -> Average:
         if target is None or isinstance(target, Tensor):  # unlabeled rows: a tensor tells which of them count

@@ -14,7 +14,7 @@ from lightning_rdrop import views
 from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.guard.explanation import explain
 from lightning_rdrop.nesting import tensors_of
-from lightning_rdrop.probe import untouched
+from lightning_rdrop.probe import without_side_effects
 
 _REDRAWS = 16
 _TINY = 1e-4
@@ -73,7 +73,7 @@ def diagnose(
     """
     if not on_all_ranks(agree(predictions)):
         return None
-    with untouched(network, views.first_tensor(predictions).device), noise_for_tiny(network):
+    with without_side_effects(network, views.first_tensor(predictions).device), noise_for_tiny(network):
         first = draw()
         shared = False
         for again in itertools.chain([first], (draw() for _ in range(_REDRAWS - 1))):

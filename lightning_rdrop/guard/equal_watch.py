@@ -30,7 +30,7 @@ class EqualWatch:
         >>> watch = EqualWatch()
         >>> for kl in [0.1] + [0.0] * 16:
         ...     watch.note(torch.tensor(kl))
-        >>> watch.died()
+        >>> watch.became_equal()
         True
     """
 
@@ -48,7 +48,7 @@ class EqualWatch:
         """Keep the kl of a step, without waiting for the device."""
         self._noted.append(kl.detach())
 
-    def died(self) -> bool:
+    def became_equal(self) -> bool:
         """Whether the views have become equal; True only once. Waits for the device."""
         for kl in torch.stack(tuple(self._noted)).tolist() if self._noted else []:
             equal = kl <= _EQUAL

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_rdrop.nesting import tensors_of
 
 
-def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
+def unshifted_labels(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
     """Report targets that are each the token at their own position, from which nothing is learned; else ``None``.
 
     This happens if the labels of a causal language model were not shifted: cross-entropy then falls to 0 even on noise.
@@ -18,9 +18,9 @@ def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
     Example:
         >>> from torch import tensor
         >>> tokens = tensor([[5, 6, 7]])
-        >>> "were not shifted" in unshifted({"input_ids": tokens}, tokens)
+        >>> "were not shifted" in unshifted_labels({"input_ids": tokens}, tokens)
         True
-        >>> unshifted(tokens[:, :-1], tokens[:, 1:]) is None
+        >>> unshifted_labels(tokens[:, :-1], tokens[:, 1:]) is None
         True
     """
     tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
@@ -38,7 +38,7 @@ def unshifted(inputs: Any, target: Any, ignore_index: int = -100) -> str | None:
     )
 
 
-def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
+def missing_decoder_inputs(network: nn.Module, inputs: Any) -> str | None:
     """Report a Hugging Face seq2seq model without decoder inputs; ``None`` if there is none.
 
     BART and similar models then feed the source to the decoder and train on the wrong task. A classifier on such a
@@ -57,12 +57,12 @@ def fed_its_source(network: nn.Module, inputs: Any) -> str | None:
     return None
 
 
-def none_counts(target: Any, ignore_index: int = -100) -> str | None:
+def no_counted_targets(target: Any, ignore_index: int = -100) -> str | None:
     """Report an unlabeled part in which no row counts; else ``None``.
 
     Example:
         >>> from torch import tensor
-        >>> none_counts(tensor([3, -100])) is None
+        >>> no_counted_targets(tensor([3, -100])) is None
         True
     """
     if not isinstance(target, Tensor) or (target != ignore_index).any():

@@ -19,7 +19,7 @@ from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_de
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
-from lightning_rdrop.guard.rows import passes_meet, rows_meet, shares_weights
+from lightning_rdrop.guard.rows import has_sharded_weights, passes_synchronize, row_dependence
 from lightning_rdrop.guard.single_example import single_values
 from lightning_rdrop.guard.switches import Switches
 from lightning_rdrop.guard.target_watch import TargetWatch
@@ -76,7 +76,7 @@ class Guard:
         if module.rdrop_guard != "off":
             self._warn(unused_criterion(cast(nn.Module, module), distance))
 
-    def part_rows(
+    def check_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str
     ) -> None:
         """Check before a joint pass, on the first batch with several examples, that each row is predicted by itself.
@@ -97,12 +97,12 @@ class Guard:
         network = cast(nn.Module, module)
         if module.rdrop_guard == "off" or part in self._parted:
             return
-        if examples < 2 and (part in self._alone or not shares_weights(network)):
+        if examples < 2 and (part in self._alone or not has_sharded_weights(network)):
             self._alone.add(part)
             return
         self._parted.add(part)
         inputs = first_view(inputs)
-        self.complain(module, rows_meet(network, predict, inputs, examples, first_tensor(inputs).device))
+        self.complain(module, row_dependence(network, predict, inputs, examples, first_tensor(inputs).device))
 
     def single_example(
         self,
@@ -119,7 +119,7 @@ class Guard:
         It is checked on the first batch of one example, which may be the last of an epoch, and after the modes change.
 
         Args:
-            module, predict, inputs, examples, part: as in :meth:`part_rows`.
+            module, predict, inputs, examples, part: as in :meth:`check_rows`.
             switches: the switches of the module.
 
         Raises:
@@ -130,7 +130,7 @@ class Guard:
         if module.rdrop_guard == "off" or not copies or (modes := switches.random()) == self._single.get(part):
             return
         self._single[part] = modes
-        if not passes_meet(network):
+        if not passes_synchronize(network):
             self.complain(module, single_values(network, predict, inputs, first_tensor(inputs).device))
 
     def watch(
@@ -193,7 +193,7 @@ class Guard:
             if reason is None:
                 self._warn(explain_dead(network))  # dropout in the head hides that it is off in the backbone
 
-    def pass_by(self, module: Guarded, part: str, switches: Switches, *, must_differ: bool) -> None:
+    def skip_part(self, module: Guarded, part: str, switches: Switches, *, must_differ: bool) -> None:
         """Replace :meth:`watch` if a part of the batch is empty on this rank.
 
         The other ranks may be about to compare their views, which all ranks have to decide together: this postpones it
@@ -219,7 +219,7 @@ class Guard:
             self._negligible.note(kl, ce)
 
     def note_target(self, module: Guarded, invalid: Tensor | None) -> None:
-        """Keep whether a target has an invalid value, according to :meth:`~lightning_rdrop.Distance.invalid`.
+        """Keep whether a target has an invalid value, according to :meth:`~lightning_rdrop.Distance.has_invalid`.
 
         On the CPU it is reported at once, before the loss fails on a class that does not exist.
 
@@ -269,7 +269,7 @@ class Guard:
         self.complain(module, self._targets.reason())  # first: NaN in a target soon spreads to everything else
         for nan in self._nan.values():
             self.complain(module, nan.reason())
-        if self._must_differ and self._equal.died():
+        if self._must_differ and self._equal.became_equal():
             self.complain(module, explain(network))
         if self._must_differ and (share := self._negligible.share()) is not None:
             warnings.warn(explain_negligible(network, share, STEPS), stacklevel=4)

@@ -13,7 +13,7 @@ from lightning_rdrop import views
 from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.guard.agreement import noise_for_tiny
 from lightning_rdrop.nesting import tensors_of
-from lightning_rdrop.probe import untouched
+from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.submodules import few
 
 _TOLERANCES = {"highest": 1e-3, "high": 1e-2, "medium": 0.1}
@@ -23,7 +23,7 @@ _BY_CHANCE = 0.05
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def rows_meet(
+def row_dependence(
     network: nn.Module, predict: Callable[[Any], Any], inputs: Any, examples: int, device: torch.device
 ) -> str | None:
     """Report that the rows of a duplicated batch depend on each other; ``None`` if they do not.
@@ -46,23 +46,23 @@ def rows_meet(
 
     Example:
         >>> network, cpu = nn.LSTM(4, 3), torch.device("cpu")  # (T, B, 4): time would be duplicated
-        >>> "batch_first=False" in rows_meet(network, lambda x: network(x)[0], torch.randn(5, 2, 4), 5, cpu)
+        >>> "batch_first=False" in row_dependence(network, lambda x: network(x)[0], torch.randn(5, 2, 4), 5, cpu)
         True
         >>> network = nn.LSTM(4, 3, batch_first=True)
-        >>> rows_meet(network, lambda x: network(x)[0], torch.randn(5, 2, 4), 5, cpu) is None
+        >>> row_dependence(network, lambda x: network(x)[0], torch.randn(5, 2, 4), 5, cpu) is None
         True
     """
     tolerance = _tolerance(network, device)
     doubled = views.take(inputs, [examples - 1] * examples + [*reversed(range(examples))], examples)
     try:
-        with untouched(network, device), noise_for_tiny(network, sharded=False):
+        with without_side_effects(network, device), noise_for_tiny(network, sharded=False):
             network.eval()
             single, both = _tensors(predict(inputs)), _tensors(predict(doubled))
             seen = _difference(single, both, examples, tolerance)
-            if seen is None and not shares_weights(network):
+            if seen is None and not has_sharded_weights(network):
                 return None
             again = _tensors(predict(inputs))
-        with untouched(network, device):
+        with without_side_effects(network, device):
             trained = _tensors(predict(doubled))
     except Exception:  # if it also fails outside of eval mode, drawing the views raises
         return None
@@ -77,14 +77,14 @@ def rows_meet(
     )
 
 
-def shares_weights(network: nn.Module) -> bool:
+def has_sharded_weights(network: nn.Module) -> bool:
     """Whether its weights are sharded across ranks, so that all ranks must run the same passes."""
     return any(is_sharded(parameter) or not parameter.numel() for parameter in network.parameters())
 
 
-def passes_meet(network: nn.Module) -> bool:
+def passes_synchronize(network: nn.Module) -> bool:
     """Whether its passes communicate between ranks (sharded weights or SyncBatchNorm), so each must run as many."""
-    return shares_weights(network) or any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    return has_sharded_weights(network) or any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
 
 
 def _tolerance(network: nn.Module, device: torch.device) -> float:

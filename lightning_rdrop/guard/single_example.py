@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop.probe import untouched
+from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.submodules import few
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -48,7 +48,7 @@ def single_values(network: nn.Module, predict: Callable[[Any], Any], inputs: Any
     with ExitStack() as stack:
         for name, norm in norms.items():
             stack.callback(norm.register_forward_pre_hook(partial(note, name)).remove)
-        stack.enter_context(untouched(network, device))
+        stack.enter_context(without_side_effects(network, device))
         stack.enter_context(suppress(Exception))  # torch refuses the value; if another part fails, drawing raises
         predict(inputs)
     if not found:

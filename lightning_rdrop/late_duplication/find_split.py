@@ -12,12 +12,12 @@ from torch import nn
 from lightning_rdrop import submodules
 from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.data_views import Views
-from lightning_rdrop.guard.rows import shares_weights
+from lightning_rdrop.guard.rows import has_sharded_weights
 from lightning_rdrop.late_duplication.duplicate_at import KeyPath, Predict, Split, UnforeseenError
 from lightning_rdrop.late_duplication.first_random import first_random
 from lightning_rdrop.late_duplication.trial import Trial
 from lightning_rdrop.nesting import tensors_of
-from lightning_rdrop.probe import random_states, untouched
+from lightning_rdrop.probe import random_states, without_side_effects
 from lightning_rdrop.views import batch_size, duplicate
 
 _NOTHING_SAVED = 0.995
@@ -106,7 +106,7 @@ class LateDuplication:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a network may raise anything if B rows are combined with K * B
-            if shares_weights(network):
+            if has_sharded_weights(network):
                 if not isinstance(error, UnforeseenError):
                     raise
                 raise ValueError(
@@ -165,7 +165,7 @@ def find_split(
     if batch_size(inputs) == 1:  # tensors with one row would silently broadcast against those with two
         inputs = duplicate(inputs, 2)
     device = _device(inputs)
-    with untouched(network, device):
+    with without_side_effects(network, device):
         calls, random = first_random(network, predict, inputs, device, on_all_ranks)
         if chosen is None:
             found = None if random is None else Trial(network, predict, inputs, views).latest(calls[:random])

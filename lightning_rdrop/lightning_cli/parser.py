@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
 from pytorch_lightning.cli import LightningArgumentParser
 
-from lightning_rdrop.lightning_cli.mistakes import explain
+from lightning_rdrop.lightning_cli.error_messages import explain
 
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(.+?)`")
 _LITERAL = re.compile(r"``(.+?)``|`([^`\n]+?)(?: <[^>\n]*>)?`_?")
@@ -25,7 +25,7 @@ class PlainHelp(DefaultHelpFormatter):
         return super()._fill_text(without_markup(text), width, indent)
 
 
-class LaidOver(ActionConfigFile):
+class MergedCallbacks(ActionConfigFile):
     """``--config`` that merges named callbacks with those of earlier files; jsonargparse replaces the mapping."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -44,7 +44,7 @@ class RDropParser(LightningArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Like ``ArgumentParser.add_argument``, but named callbacks of config files are merged."""
         if kwargs.get("action") is ActionConfigFile:
-            kwargs["action"] = LaidOver
+            kwargs["action"] = MergedCallbacks
         return super().add_argument(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

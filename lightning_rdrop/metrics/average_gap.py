@@ -65,9 +65,9 @@ def gap_averages(
             f"weight_average must have the shape of one pass, {tuple(predictions.shape[1:])}, got "
             f"{tuple(weight_average.shape)}."
         )
-    reader = distance.reader
-    average = reader.model_average(predictions)
-    if not reader.reads("log_probabilities", "target_class"):
+    unwrapped = distance.unwrapped
+    average = unwrapped.model_average(predictions)
+    if not unwrapped.implements("log_probabilities", "target_class"):
         found = {"average_gap": distance.directed(average, weight_average, target)}
         if target is not None:
             task = distance.term_names[0]
@@ -76,8 +76,8 @@ def gap_averages(
         return found
     rows = Rows.read(distance, predictions, target)
     both = {
-        "model_average": reader.log_probabilities(average),
-        "weight_average": reader.log_probabilities(weight_average),
+        "model_average": unwrapped.log_probabilities(average),
+        "weight_average": unwrapped.log_probabilities(weight_average),
     }
     found = {"average_gap": rows.mean(kl(both["model_average"], both["weight_average"]))}
     if rows.target is None:
@@ -117,10 +117,10 @@ class AverageGap(RowMeans):
 
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
         distance = one_distance(distance)
-        if not distance.reader.reads("model_average"):
+        if not distance.unwrapped.implements("model_average"):
             raise TypeError(f"AverageGap needs a distance that can average predictions, got {distance!r}.")
         both, names = ("model_average", "weight_average"), ["average_gap"]
-        if distance.reader.reads("log_probabilities", "target_class"):
+        if distance.unwrapped.implements("log_probabilities", "target_class"):
             names += ["average_gain", *(f"{one}_{what}" for one in both for what in ("accuracy", "nll"))]
         else:
             names += [f"{one}_{distance.term_names[0]}" for one in both]

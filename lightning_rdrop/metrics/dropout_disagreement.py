@@ -78,7 +78,7 @@ class DropoutDisagreement(RowMeans):
 
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
         super().__init__(["dropout_disagreement"], distance, **kwargs)
-        if not self.distance.reader.reads("log_probabilities"):
+        if not self.distance.unwrapped.implements("log_probabilities"):
             raise TypeError(f"DropoutDisagreement needs a distance with classes, got {self.distance!r}.")
 
     def update(self, predictions: Tensor, target: Any = None) -> None:

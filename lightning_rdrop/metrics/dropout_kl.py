@@ -55,7 +55,7 @@ def dropout_kl(predictions: Tensor, target: Any = None, distance: Distance | Non
 def kl_averages(predictions: Tensor, target: Any, distance: Distance | None = None) -> dict[str, Average]:
     """The averages whose means :func:`dropout_kl` returns."""
     distance = one_distance(distance)
-    if not distance.reader.reads("log_probabilities", "target_class"):
+    if not distance.unwrapped.implements("log_probabilities", "target_class"):
         between = distance.over_pairs(several(predictions), target)
         return {"dropout_kl": Average(between.total / 2, between.weight)}
     rows = Rows.read(distance, several(predictions), target)
@@ -96,7 +96,7 @@ class DropoutKL(RowMeans):
     plot_lower_bound = 0.0
 
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
-        classes = one_distance(distance).reader.reads("log_probabilities", "target_class")
+        classes = one_distance(distance).unwrapped.implements("log_probabilities", "target_class")
         super().__init__(NAMES if classes else NAMES[:1], distance, **kwargs)
 
     def update(self, predictions: Tensor, target: Any = None) -> None:

@@ -73,23 +73,23 @@ class Rows:
     @classmethod
     def read(cls, distance: Distance, predictions: Tensor, target: Any) -> Rows:
         """Read predictions (K, N, ...) and a target that the distance takes."""
-        reader, count = distance.reader, views.count(predictions)
-        log_p: Tensor = views.split(reader.log_probabilities(views.merge(predictions)), count, len(predictions[0]))
+        unwrapped, count = distance.unwrapped, views.count(predictions)
+        log_p: Tensor = views.split(unwrapped.log_probabilities(views.merge(predictions)), count, len(predictions[0]))
         if target is None:
             return cls(log_p, None, None, distance, None)
-        truth = distance.truth(target)
-        counted, classes = reader.counted(predictions[0], truth), reader.target_class(predictions[0], truth)
+        truth = distance.unwrapped_target(target)
+        counted, classes = unwrapped.counted(predictions[0], truth), unwrapped.target_class(predictions[0], truth)
         return cls(log_p, classes if counted is None else classes.where(counted, 0), counted, distance, target)
 
     def mean(self, values: Tensor) -> Average:
         """The mean of one value per row, (N, ...), over the rows that count in the consistency."""
-        return self.distance.as_counted(
+        return self.distance.with_row_weights(
             lambda target: Average.of(values, None if target is None else self.counted), self.given
         )
 
     def mean_of_known(self, values: Tensor) -> Average:
         """The same mean over only those rows that also have a class."""
-        return self.distance.as_counted(lambda _: Average.of(values, self.counted), self.given)
+        return self.distance.with_row_weights(lambda _: Average.of(values, self.counted), self.given)
 
 
 def one_distance(distance: Distance | None) -> Distance:

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.modules._pretrained import Pretrained
-from lightning_rdrop.probe import untouched
+from lightning_rdrop.probe import without_side_effects
 
 
 class LanguageModel(Pretrained):
@@ -101,7 +101,7 @@ def check_head(network: Any) -> None:
     """
     tokens = torch.tensor([[0, 1]], device=network.device)
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if network.config.is_encoder_decoder else {})
-    with untouched(network, network.device):
+    with without_side_effects(network, network.device):
         network.eval()
         expected = network(**inputs).logits
         found = nn.functional.linear(hidden_states(network, inputs), *head_of(network))

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.dropout import stochastic_layers, switch_on
 from lightning_rdrop.extras import from_pretrained, require
-from lightning_rdrop.guard.rows import shares_weights
+from lightning_rdrop.guard.rows import has_sharded_weights
 from lightning_rdrop.modules._adapter import adapt, fill_in_frozen, leave_out_frozen, save_adapter
 from lightning_rdrop.modules._classes import ClassTask
 from lightning_rdrop.modules._frozen import freeze_below
@@ -34,7 +34,7 @@ class Pretrained(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.hparams.get("peft") and not shares_weights(self):  # FSDP loads its shards before any hook
+        if self.hparams.get("peft") and not has_sharded_weights(self):  # FSDP loads its shards before any hook
             leave_out_frozen(self, checkpoint.get("state_dict", {}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -51,10 +51,10 @@ class Pretrained(Task):
         if not self.hparams.get("peft") or not isinstance(files, ModelCheckpoint) or files.dirpath is None:
             return
         folder, saved = Path(files.dirpath) / "adapter", Path(files.best_model_path)
-        if not saved.is_file() and shares_weights(self):
+        if not saved.is_file() and has_sharded_weights(self):
             rank_zero_warn(f"No adapter was saved to {folder}: the weights are sharded, and there is no checkpoint.")
             return
-        taken = saved.is_file() and (files.monitor or shares_weights(self))
+        taken = saved.is_file() and (files.monitor or has_sharded_weights(self))
         save_adapter(self.network, folder, saved if taken else None, write=self.trainer.is_global_zero)
         rank_zero_info(f"Adapter saved to {folder}. Load it with peft.PeftModel.from_pretrained(base, folder).")
 

@@ -48,8 +48,8 @@ class Classifier(ClassTask):
         )
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
-        distance = self.rdrop_distance.reader
-        if distance.reads("log_probabilities", "target_class"):
+        distance = self.rdrop_distance.unwrapped
+        if distance.implements("log_probabilities", "target_class"):
             counted, target = distance.counted(prediction, target), distance.target_class(prediction, target)
             target = target if counted is None else target.where(counted, -100)
             prediction = distance.log_probabilities(prediction)
@@ -60,11 +60,15 @@ class Classifier(ClassTask):
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
         if isinstance(prediction, MCPrediction):
             return prediction
-        reader = self.rdrop_distance.reader
-        return reader.expectation(prediction) if reader.reads("expectation") else log_probabilities(prediction).exp()
+        unwrapped = self.rdrop_distance.unwrapped
+        return (
+            unwrapped.expectation(prediction)
+            if unwrapped.implements("expectation")
+            else log_probabilities(prediction).exp()
+        )
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
-        prediction = prediction.movedim(getattr(self.rdrop_distance.reader, "class_dim", -1), -1)
+        prediction = prediction.movedim(getattr(self.rdrop_distance.unwrapped, "class_dim", -1), -1)
         names = self.classes or [str(index) for index in range(prediction.shape[-1])]
         best = prediction.max(-1)
         indices, values = best.indices.tolist(), best.values.tolist()

@@ -57,7 +57,7 @@ class MultilabelClassifier(ClassTask):
         )
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
-        distance = self.rdrop_distance.reader
+        distance = self.rdrop_distance.unwrapped
         counted, target = distance.counted(prediction, target), distance.target_class(prediction, target)
         metrics.update(prediction.sigmoid(), target if counted is None else target.where(counted, -100))
 

@@ -39,8 +39,8 @@ class Regressor(Task):
         super().__init__(network, metrics, rdrop_distance=rdrop_distance or Gaussian(), **kwargs)
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
-        distance = self.rdrop_distance.reader
-        mean = distance.expectation(prediction) if distance.reads("expectation") else prediction
+        distance = self.rdrop_distance.unwrapped
+        mean = distance.expectation(prediction) if distance.implements("expectation") else prediction
         counted = distance.counted(prediction, target)
         if counted is not None:
             mean, target = mean[counted], target[counted]
@@ -53,12 +53,12 @@ class Regressor(Task):
         Mean and log-variance (N, ..., 2) with ``Gaussian(log_variance=True)``; an ``MCPrediction`` with ``mc_passes``.
         """
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
-        distance = self.rdrop_distance.reader
+        distance = self.rdrop_distance.unwrapped
         whole = isinstance(prediction, MCPrediction) or getattr(distance, "log_variance", False)
-        return prediction if whole or not distance.reads("expectation") else distance.expectation(prediction)
+        return prediction if whole or not distance.implements("expectation") else distance.expectation(prediction)
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
-        if not getattr(self.rdrop_distance.reader, "log_variance", False):
+        if not getattr(self.rdrop_distance.unwrapped, "log_variance", False):
             return super().readable(prediction)
         means, log_variances = prediction.unbind(-1)
         pairs = zip(means.tolist(), log_variances.tolist(), strict=True)

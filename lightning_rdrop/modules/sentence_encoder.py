@@ -28,7 +28,7 @@ class SentenceEncoder(SimCSEMixin, Pretrained):
             :class:`~lightning_rdrop.modules.Task`.
     """
 
-    unaveraged = "embeddings"
+    not_averageable = "embeddings"
 
     def __init__(
         self, pretrained: str, *, pooling: Pooling = "cls", learning_rate: float = 2e-5, **kwargs: Any

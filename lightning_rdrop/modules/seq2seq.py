@@ -69,7 +69,7 @@ class Seq2Seq(LanguageModel):
         batches with ``input_ids`` (N, S), ``attention_mask`` (N, S) and ``labels`` (N, T), padded with -100.
     """
 
-    unaveraged = "texts"
+    not_averageable = "texts"
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class Task(RDropMixin, pl.LightningModule):
     network: nn.Module
     val_metrics: MetricCollection
     test_metrics: MetricCollection
-    unaveraged: ClassVar[str | None] = None
+    not_averageable: ClassVar[str | None] = None
     """What the module predicts if it cannot be averaged, such as texts."""
 
     def __init__(
@@ -73,10 +73,10 @@ class Task(RDropMixin, pl.LightningModule):
         self.save_hyperparameters(ignore=later)  # a subclass that makes them has no such arguments
         if isinstance(mc_passes, bool) or not isinstance(mc_passes, int) or mc_passes < 0 or mc_passes == 1:
             raise ValueError(f"mc_passes must be an int >= 2, or 0 for a single pass, got {mc_passes!r}.")
-        if mc_passes and self.unaveraged:
+        if mc_passes and self.not_averageable:
             raise ValueError(
-                f"mc_passes={mc_passes} averages predictions, but {type(self).__name__} predicts {self.unaveraged}. "
-                "Leave mc_passes out."
+                f"mc_passes={mc_passes} averages predictions, but {type(self).__name__} predicts "
+                f"{self.not_averageable}. Leave mc_passes out."
             )
         self.register_module("network", network)
         self.learning_rate = learning_rate
@@ -85,10 +85,10 @@ class Task(RDropMixin, pl.LightningModule):
         self.mc_passes = mc_passes
         if metrics is not None:
             self.set_metrics(metrics)
-        self._rdrop_take(self.rdrop_distance)
+        self._rdrop_set_distance(self.rdrop_distance)
 
-    def _rdrop_take(self, distance: Distance) -> None:
-        super()._rdrop_take(distance)
+    def _rdrop_set_distance(self, distance: Distance) -> None:
+        super()._rdrop_set_distance(distance)
         self.val_loss = MeanLoss(distance, prefix="val/").to(self.device)
         self.test_loss = MeanLoss(distance, prefix="test/").to(self.device)
 
@@ -167,7 +167,7 @@ class Task(RDropMixin, pl.LightningModule):
         inputs, target = self.rdrop_unpack(batch)
         prediction = map_tensors(self.rdrop_predict(first_view(inputs)), at_least_float32)
         loss.add_batch(self.rdrop_distance, prediction, target)
-        self.measure(metrics, batch, prediction, self.rdrop_distance.truth(target))
+        self.measure(metrics, batch, prediction, self.rdrop_distance.unwrapped_target(target))
         examples = len(views.first_tensor(target))
         self.log_dict(loss, batch_size=examples)
         self.log_dict(metrics, batch_size=examples, prog_bar=metrics is self.val_metrics)

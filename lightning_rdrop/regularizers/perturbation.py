@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_rdrop import submodules, views
 from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.hooks import Hooks
-from lightning_rdrop.probe import buffers_aside, random_states, unlogged
+from lightning_rdrop.probe import copied_buffers, logging_disabled, random_states
 
 
 class Passes:
@@ -58,7 +58,7 @@ class Passes:
             added.append(torch.zeros_like(point, requires_grad=True) if perturbation is None else perturbation)
             return point + self.counted * added[0]  # type: ignore[no-any-return]
 
-        with buffers_aside(self._module), unlogged(self._module), self._same_masks():
+        with copied_buffers(self._module), logging_disabled(self._module), self._same_masks():
             if self._place is None:
                 inputs = self._inputs
                 changed = {key: add(inputs[key]) for key in inputs} if isinstance(inputs, Mapping) else add(inputs)

@@ -60,12 +60,10 @@ class Classifier(ClassTask):
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
         if isinstance(prediction, MCPrediction):
             return prediction
-        unwrapped = self.rdrop_distance.unwrapped
-        return (
-            unwrapped.expectation(prediction)
-            if unwrapped.implements("expectation")
-            else log_probabilities(prediction).exp()
-        )
+        distance = self.rdrop_distance.unwrapped
+        if distance.implements("expectation"):
+            return distance.expectation(prediction)
+        return log_probabilities(prediction).exp()
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
         prediction = prediction.movedim(getattr(self.rdrop_distance.unwrapped, "class_dim", -1), -1)

@@ -122,6 +122,7 @@ def weights(name: str, value: Tensor | Sequence[float] | None) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
     try:
-        return torch.tensor(value, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return torch.tensor(value, dtype=dtype, device="cpu")  # with values, also where modules are made without memory
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a tensor or a list of numbers, such as [1.0, 2.0], got {value!r}.") from None

@@ -159,13 +159,16 @@ def _ignored_input(distance: Distance, prediction: Any, inputs: Any, target: Any
     """Report an unlabeled pair whose second part has the shape of the first and cannot be a target; else ``None``."""
     if not isinstance(target, Tensor) or not target.is_floating_point() or not same_shapes(inputs, target):
         return None  # token ids and labels have the same shape
+    if target.isnan().all():
+        return None  # no labels
     try:
         distance.check(prediction, target)
     except (TypeError, ValueError):
         return (
             f"The unlabeled part is a pair of tensors of the same shape, {tuple(target.shape)}, such as two "
-            f"augmentations, and the second, which is no target of {type(distance).__name__}, would be ignored. Return "
-            "Views(first, second), None from rdrop_unpack_unlabeled to compare their predictions, or first, None."
+            f"augmentations. The second is no valid target of {type(distance).__name__} and would be ignored. Return "
+            "Views(first, second), None from rdrop_unpack_unlabeled to compare their predictions, or first, None to "
+            "use only the first."
         )
     return None
 

@@ -68,7 +68,7 @@ class Labels:
             Average(total=tensor(0.6931), weight=tensor(1.))
         """
         logits = at_least_float32(logits)
-        weight = None if self.weight is None else self.weight.to(logits, non_blocking=True)
+        weight = None if self.weight is None else self.weight.to(logits, non_blocking=self.weight.is_cpu)
         probabilities = target.is_floating_point()
         values = F.cross_entropy(
             logits,

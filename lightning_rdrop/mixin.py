@@ -257,7 +257,9 @@ class RDropMixin(Checkpointed):
         self._rdrop_switches = None
         if self._rdrop_late is not None:
             self._rdrop_late.forget()
-        if all(getattr(type(self), step) is getattr(RDropMixin, step) for step in ("training_step", "rdrop_step")):
+        steps = ("training_step", "rdrop_step", "rdrop_loss", "rdrop_predict_with_losses")
+        own = any(getattr(type(self), step) is not getattr(RDropMixin, step) for step in steps)
+        if not own and not self.rdrop_regularizers:  # where the module's own losses may be used
             self._rdrop_guard.look_for_criterion(self, self.rdrop_distance)
 
     def _rdrop_batch_ends(self, *_: Any) -> None:

@@ -102,7 +102,7 @@ def dropout_passes(
     passes = whole("passes", passes, 2)
     separate = module.rdrop_passes == "separate"
     examples = 0 if separate else views.batch_size(inputs)
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = getattr(module, "device", None) or views.first_tensor(inputs).device
     with without_side_effects(module, device):
         set_dropout_modes(module, training)
         at_once = passes

@@ -98,7 +98,7 @@ class Average:
         """
         if self.rows is None:
             raise TypeError(
-                "This average has only kept its sums, so its rows cannot be weighted. Create it with Average.of or "
+                "This average kept only its sums, so its rows cannot be weighted. Create it with Average.of or "
                 "Average.over; with Together, weight each part separately: {'name': Weighted(...)}."
             )
         totals, weights = self.rows

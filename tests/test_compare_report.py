@@ -184,7 +184,7 @@ def test_plain_training_with_the_seconds_of_rdrop(trainer, expected):
     before.variants["plain"]["trainer"] = trainer
     after = add_equal_cost(before, HAND, "rdrop")
     assert after.variants["plain-time-of-rdrop"]["trainer"] == expected
-    assert "plain-time-of-rdrop is plain trained as long as rdrop, for 1.60 times" in report_of(after, HAND).notes()
+    assert "plain-time-of-rdrop is plain trained for the time of rdrop, 1.60 times" in report_of(after, HAND).notes()
     # it is made once: what later seeds take changes it no more
     slower = [*HAND, row("plain", 6, 0.5), row("rdrop", 6, 0.5, seconds=100.0)]
     assert add_equal_cost(after, slower, "rdrop") == after

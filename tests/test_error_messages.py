@@ -47,7 +47,7 @@ MISTAKES = {
         "callbacks: AlphaScheduler has no argument rmap. Did you mean ramp?"
     ),
     "LINE --callbacks.alpha.ramp=3": (
-        "callbacks: ramp belongs to no callback. Pass the class first: --callbacks.NAME=CLASS."
+        "callbacks: ramp comes before the class of its callback. Pass the class first: --callbacks.NAME=CLASS."
     ),
     "LINE --model.rdrop_alhpa=1": "model: Classifier has no argument rdrop_alhpa. Did you mean rdrop_alpha?",
     "LINE --model.rdrop_alpha=-1": "rdrop_alpha must be a finite number >= 0, got -1.0.",

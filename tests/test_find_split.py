@@ -237,7 +237,7 @@ class Loop(nn.Module):
         (
             nn.Sequential(AcrossTheBatch(), *sequential(0.3)),
             "3",
-            "not that for duplicated inputs",
+            "differs from that for duplicated inputs",
         ),
         (nn.Sequential(Residual(), nn.Linear(8, 3)), "0.drop", r"must match the size of tensor.*residual"),
         (Columns(), "layer", r"gets a batch that is not its first dimension, \(1, 4, 8\)"),

@@ -10,9 +10,21 @@ from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_rdrop import VAT, AlphaScheduler, Bernoulli, Categorical, Focal, Gaussian, RDropMixin, Views
+from lightning_rdrop import (
+    VAT,
+    AlphaScheduler,
+    Bernoulli,
+    Categorical,
+    Focal,
+    Gaussian,
+    GradientPenalty,
+    RDropMixin,
+    Views,
+    WithLosses,
+)
 from lightning_rdrop.guard import NanWatch
 from lightning_rdrop.guard.first_batch import missing_decoder_inputs, unshifted_labels
+from lightning_rdrop.guard.unused_criterion import unused_criterion
 
 
 class Module(RDropMixin, pl.LightningModule):
@@ -381,6 +393,23 @@ def test_statistics_of_copies_are_refused_after_a_layer_is_unfrozen():
     module.train()
     with pytest.raises(ValueError, match=BATCH_NORM):
         module.rdrop_step(rows(1))
+
+
+class FrozenNorm(nn.BatchNorm1d):
+    """Has running statistics in training mode too."""
+
+    def forward(self, x):
+        return (x - self.running_mean) / self.running_var.sqrt()
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [(nn.Linear(8, 8), FrozenNorm(8)), (nn.LazyLinear(8), nn.LazyBatchNorm1d())],
+    ids=["own statistics", "lazy"],
+)
+def test_one_example_of_which_no_statistics_are_taken_is_no_error(layers):
+    module = Module(*layers, nn.Dropout(0.3), nn.Linear(8, 3))
+    assert module.rdrop_step(rows(1)).loss.isfinite()
 
 
 def test_rows_are_looked_at_once(fit):
@@ -839,6 +868,12 @@ class OwnStep(Criterion):
         return self.losses[0](terms.prediction, batch[1]) + self.rdrop_alpha * terms.kl
 
 
+class OwnLosses(Criterion):
+    def rdrop_predict_with_losses(self, inputs):
+        logits = self(inputs)
+        return WithLosses(logits, {"own": self.losses[0](logits, torch.zeros(len(logits)).long())})
+
+
 WEIGHT = torch.tensor([1.0, 1.0, 5.0])
 MULTI_HOT = (torch.randn(6, 8), torch.randint(2, (6, 3)).float())
 
@@ -863,7 +898,7 @@ MULTI_HOT = (torch.randn(6, 8), torch.randint(2, (6, 3)).float())
 )
 def test_a_criterion_that_is_not_used_is_a_warning_with_the_distance(fit, criterion, distance, batch, advice):
     loader = DataLoader([batch] * 2, batch_size=None)
-    with pytest.warns(UserWarning, match=re.escape(f"Set self.rdrop_distance = {advice}")) as seen:
+    with pytest.warns(UserWarning, match=re.escape(f"set self.rdrop_distance = {advice}")) as seen:
         fit(Criterion(criterion, rdrop_distance=distance), loader, max_epochs=2)
     assert sum("rdrop_distance" in str(warning.message) for warning in seen) == 1
 
@@ -875,13 +910,22 @@ def test_a_criterion_that_is_not_used_is_a_warning_with_the_distance(fit, criter
         (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Categorical(weight=[1.0, 1.0, 5.0])}),
         (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Focal(weight=WEIGHT)}),
         (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_guard": "off"}),
+        (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_regularizers": [GradientPenalty()]}),
+        (Criterion, nn.BCEWithLogitsLoss(pos_weight=WEIGHT), {"rdrop_distance": Categorical(label_smoothing=0.1)}),
         (OwnStep, nn.CrossEntropyLoss(WEIGHT), {}),
+        (OwnLosses, nn.CrossEntropyLoss(WEIGHT), {}),
     ],
 )
 def test_a_criterion_that_is_used_or_says_nothing_new_is_left_in_peace(fit, kind, criterion, arguments):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*rdrop_distance.*")
         fit(kind(criterion, **arguments), DataLoader([rows()], batch_size=None))
+
+
+def test_a_criterion_in_half_precision_is_that_of_the_distance():
+    weight = torch.tensor([1 / 3, 1.0, 5.0])
+    module = Criterion(nn.CrossEntropyLoss(weight), rdrop_distance=Categorical(weight=weight)).bfloat16()
+    assert unused_criterion(module, module.rdrop_distance) is None
 
 
 def test_nan_in_one_view_names_it():

@@ -132,7 +132,7 @@ def test_a_layer_scale_that_starts_tiny_hides_no_dropout(name, model_args):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"architecture": "vit_tiny_patch16_225"}, r"no model of timm\. Did you mean vit_tiny_patch16_224"),
+        ({"architecture": "vit_tiny_patch16_225"}, r"is not a timm model\. Did you mean vit_tiny_patch16_224"),
         ({"architecture": VIT, "model_args": {"drop_pth": 1}}, r"does not accept its arguments: .*drop_pth"),
         ({"architecture": "torchvision.models.alexnet", "drop_path": 0.1}, r"drop_path=0\.1 needs stochastic depth"),
         ({"architecture": "torchvision.models.alexnet", "pretrained": True}, r"pretrained=True needs a timm model"),

@@ -260,7 +260,7 @@ def test_wrong_warmups(fit, rows):
     ):
         Classifier(network(), 3, warmup=1.5)
     with pytest.raises(
-        ValueError, match=r"warmup=0\.1 decays the learning rate until the end of training, but this training has"
+        ValueError, match=r"warmup=0\.1 decays .* until the end of training, but its number of steps is"
     ):
         fit(Classifier(network(), 3, warmup=0.1), rows, max_epochs=-1)
 

@@ -101,7 +101,7 @@ DAMAGED = {
     "mixed labels": (
         "t.jsonl",
         lines({"sentence": "a", "label": 1}, {"sentence": "b", "label": "1"}),
-        "t.jsonl, line 2: the label '1' is a str, but an earlier one is an int. Write all labels as texts.",
+        "t.jsonl, line 2: the label '1' has the type str, but an earlier one int. Write all labels as texts.",
     ),
     "a list as a label": (
         "t.jsonl",

@@ -404,4 +404,6 @@ def test_a_pair_of_inputs_is_no_input_and_target(small, distance):
 def test_a_pair_of_an_image_and_its_target_is_none_of_two_inputs(small):
     module, pair = small(rdrop_distance=Gaussian()), (torch.randn(5, 8), torch.randn(5, 8))
     module.network[3] = nn.Linear(16, 8)
+    unlabeled = pair[0], torch.full_like(pair[1], torch.nan)
+    assert module.rdrop_step({"labeled": pair, "unlabeled": unlabeled}).extra["kl_unlabeled"] > 0
     assert module.rdrop_step({"labeled": pair, "unlabeled": pair}).extra["kl_unlabeled"] > 0

@@ -95,8 +95,9 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
         ignored = (in_ce == 0) & (in_kl == 0)
         ce_rows, kl_rows = in_ce.sum(), in_kl.sum()
     smoothed = in_ce
-    class_weight = None if labels.weight is None else labels.weight.to(target.device, dtype, non_blocking=True)
+    class_weight = labels.weight
     if class_weight is not None:
+        class_weight = class_weight.to(target.device, dtype, non_blocking=class_weight.is_cpu)
         in_ce = class_weight[label] * in_ce
         ce_rows = in_ce.sum()
 

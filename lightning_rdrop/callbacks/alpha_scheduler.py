@@ -173,7 +173,7 @@ class AlphaScheduler(ModuleValue):
                 f"{name}={duration} is a share of training, whose length is unknown here: the data loader or the "
                 "Trainer has no end, or max_steps ends it in manual optimization, where a batch may make any number "
                 f"of optimizer steps. Pass {name} as an int, a number of optimizer steps (batches in manual "
-                "optimization), or set the Trainer's max_steps (max_epochs in manual optimization)."
+                "optimization), or set the Trainer's max_steps (in manual optimization max_epochs, without max_steps)."
             )
         return duration * self._training_steps
 

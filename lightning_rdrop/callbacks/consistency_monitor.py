@@ -78,7 +78,9 @@ class ConsistencyMonitor(Callback):
         real = isinstance(batches, Real) and not isinstance(batches, bool)
         number = real and (isinstance(batches, Integral) or (batches > 1 and float(batches).is_integer()))
         if not real or not (batches >= 1 if number else 0 < batches <= 1):
-            raise ValueError(f"batches must be a float in (0, 1], a share, or an int >= 1, a number, got {batches!r}.")
+            raise ValueError(
+                f"batches must be a share, a float in (0, 1], or a number of batches, an int >= 1, got {batches!r}."
+            )
         self.passes = whole("passes", passes, least=2)
         self.every_n_epochs = whole("every_n_epochs", every_n_epochs)
         self.batches = int(batches) if number else float(batches)

@@ -60,7 +60,7 @@ class Curves(Callback):
         if self.panels is None and steps is not None and not 0 < every <= steps and not is_dry_run(trainer):
             warnings.warn(
                 f"Curves will find no train/ce, train/kl or train/alpha: the Trainer logs every {every} steps, but "
-                f"makes {steps}. Use Trainer(log_every_n_steps=1), or another value up to {steps}.",
+                f"makes only {steps}. Use Trainer(log_every_n_steps=1), or another value up to {steps}.",
                 stacklevel=2,
             )
 

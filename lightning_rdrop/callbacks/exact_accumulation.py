@@ -79,9 +79,9 @@ class ExactAccumulation(Callback):
         module = require_rdrop(self, pl_module)
         if not module.rdrop_denominators:
             raise ValueError(
-                "ExactAccumulation needs a loss that is a mean over rows, whose number rdrop_log tells it: call "
-                "self.rdrop_log(terms) in your training_step. SimCSE's is not: its negatives are the other examples of "
-                "the micro-batch."
+                "ExactAccumulation needs a loss that is a mean over rows, and their number, which rdrop_log records: "
+                "call self.rdrop_log(terms) in your training_step. The loss of SimCSE is not such a mean: its "
+                "negatives are the other examples of the micro-batch."
             )
         rows, *others = module.rdrop_denominators.values()
         if any(other is not rows for other in others):

@@ -45,7 +45,7 @@ def parser() -> ArgumentParser:
         const="",
         default=None,
         metavar="NAME",
-        help="Add the reference trained as long as this variant (default: the second), and the variant with alpha 0.",
+        help="Add the reference trained for the time of this variant (default: the second), and this with alpha 0.",
     )
     parser.add_argument("--seeds", type=int | list[int], default=5, help="A number (5 is 1 to 5), or a list.")
     parser.add_argument("--seed-to", action="append", default=[], help="Also set this to the seed: data.init_args.draw")

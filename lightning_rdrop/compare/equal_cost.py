@@ -15,9 +15,9 @@ from lightning_rdrop.compare.summary import Summary
 def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
     """Add two variants to the plan, once the runs have shown what R-Drop costs.
 
-    ``REFERENCE-time-of-NAME`` is the reference trained as long as R-Drop, with proportionally more epochs (and steps,
-    if ``max_steps`` is set); ``NAME-alpha0`` is R-Drop with alpha 0, so that only the rows are doubled. They are added
-    once and stay the same for later seeds.
+    ``REFERENCE-time-of-NAME`` is the reference trained for the time of R-Drop, with proportionally more epochs (and
+    steps, if ``max_steps`` is set); ``NAME-alpha0`` is R-Drop with alpha 0, so that only the rows are doubled. They are
+    added once and stay the same for later seeds.
 
     Args:
         plan: contains the variant, or its grid, whose chosen variant is used.
@@ -41,7 +41,7 @@ def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
         f"{family}-alpha0": _without_kl(plan.variants[variant]),
     }
     reasons = (
-        f"{reference} trained as long as {variant}, for {ratio:.2f} times its epochs or steps",
+        f"{reference} trained for the time of {variant}, {ratio:.2f} times its own epochs or steps",
         f"{variant} with alpha 0, which doubles the rows without the kl",
     )
     families = plan.families | {name: [name] for name in added}

@@ -34,7 +34,7 @@ def check_classes(table: Table, classes: Callable[[Row], Sequence[Any]], known: 
     Example:
         >>> check_classes(Table([{"label": 1}, {"label": "b"}], "t.json"), lambda row: [row["label"]], None)
         Traceback (most recent call last):
-        ValueError: t.json, row 2: the label 'b' is a str, but an earlier one is an int. Write all labels as texts.
+        ValueError: t.json, row 2: the label 'b' has the type str, but an earlier one int. Write all labels as texts.
     """
     names = None if known is None else set(known)
     kinds: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def check_classes(table: Table, classes: Callable[[Row], Sequence[Any]], known: 
             other = next((other for other in kinds if other != kind), None)
             if other is not None:
                 raise ValueError(
-                    f"the label {label!r} is a {kind}, but an earlier one is an {other}. Write all labels as texts."
+                    f"the label {label!r} has the type {kind}, but an earlier one {other}. Write all labels as texts."
                 )
             kinds[kind] = label
             if names is not None and name not in names:

@@ -153,4 +153,4 @@ class Bernoulli(Distance):
                 f"pos_weight must have the shape {tuple(labels)}, one weight per label, got {tuple(weight.shape)} for "
                 f"a prediction of shape {tuple(prediction.shape)}."
             )
-        return weight.to(prediction, non_blocking=True)
+        return weight.to(prediction, non_blocking=weight.is_cpu)

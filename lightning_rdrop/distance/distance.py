@@ -81,12 +81,12 @@ class Distance(Described, Predictive):
         """Move tensor attributes, such as class weights, to the device of the module, but never cast them.
 
         They are not buffers: ``precision="bf16-true"`` would round those, and weight averaging would average them.
-        FSDPStrategy leaves them on the CPU.
+        FSDPStrategy leaves them on the CPU. On the meta device they would lose their values.
         """
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(fn(value).device))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Tensor) and not (moved := fn(value)).is_meta:
+                vars(self)[name] = value.to(moved.device)
         return self
 
     def to_target(self, prediction: Any, target: Any) -> Average:

@@ -64,7 +64,7 @@ class Focal(Categorical):
         values = -(missing.clamp(min=torch.finfo(missing.dtype).tiny) ** self.gamma) * log_p
         if self.weight is None:
             return Average.of(values, counted)
-        weight = self.weight.to(values, non_blocking=True)[label].where(counted, 0)
+        weight = self.weight.to(values, non_blocking=self.weight.is_cpu)[label].where(counted, 0)
         return Average.over(values * weight, weight)
 
     def checked(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_rdrop._compat import is_readable
 from lightning_rdrop._lightning import on_all_ranks, searches_learning_rate, trainer_of
@@ -126,7 +127,7 @@ class Guard:
             ValueError: a BatchNorm gets a single value per channel, and ``rdrop_guard="error"``.
         """
         network = cast(nn.Module, module)
-        copies = examples == 1 and not isinstance(inputs, Views)
+        copies = examples == 1 and not isinstance(inputs, Views) and not any(map(is_lazy, network.parameters()))
         if module.rdrop_guard == "off" or not copies or (modes := switches.random()) == self._single.get(part):
             return
         self._single[part] = modes

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_rdrop import views
 from lightning_rdrop._compat import is_sharded
@@ -79,7 +80,8 @@ def row_dependence(
 
 def has_sharded_weights(network: nn.Module) -> bool:
     """Whether its weights are sharded across ranks, so that all ranks must run the same passes."""
-    return any(is_sharded(parameter) or not parameter.numel() for parameter in network.parameters())
+    made = (parameter for parameter in network.parameters() if not is_lazy(parameter))
+    return any(is_sharded(parameter) or not parameter.numel() for parameter in made)
 
 
 def passes_synchronize(network: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,12 @@ from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.submodules import few
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_REFUSAL = "more than 1 value per channel"
+_EXPLANATION = (
+    "The batch has one example, so these BatchNorm layers get a single value per channel: {}. Plain training raises an "
+    "error here; over copies of the example, the variance would be 0 or only that of dropout. Drop the last incomplete "
+    "batch, DataLoader(..., drop_last=True), or use a larger batch size."
+)
 
 
 def single_values(network: nn.Module, predict: Callable[[Any], Any], inputs: Any, device: torch.device) -> str | None:
@@ -24,7 +30,7 @@ def single_values(network: nn.Module, predict: Callable[[Any], Any], inputs: Any
     training mode.
 
     Args:
-        network: the module that predicts. Its passes must not communicate between ranks.
+        network: the module that predicts. Its passes must not communicate between ranks: this one is made by one alone.
         predict: returns the prediction for some inputs.
         inputs: inputs of one example.
         device: the device of the inputs.
@@ -49,12 +55,9 @@ def single_values(network: nn.Module, predict: Callable[[Any], Any], inputs: Any
         for name, norm in norms.items():
             stack.callback(norm.register_forward_pre_hook(partial(note, name)).remove)
         stack.enter_context(without_side_effects(network, device))
-        stack.enter_context(suppress(Exception))  # torch refuses the value; if another part fails, drawing raises
-        predict(inputs)
-    if not found:
-        return None
-    return (
-        f"The batch has one example, from which BatchNorm gets a single value per channel: {few(found)}. Plain "
-        "training fails here, and in a duplicated batch the variance would be that of copies, 0 or that of dropout "
-        "alone. Leave out a last batch of one example, DataLoader(..., drop_last=True), or use a larger batch size."
-    )
+        try:
+            predict(inputs)
+        except Exception as error:  # if another part fails, drawing the views raises as well
+            if found and _REFUSAL in str(error):
+                return _EXPLANATION.format(few(found))
+    return None

@@ -22,7 +22,7 @@ def unused_criterion(network: nn.Module, distance: Distance) -> str | None:
     """Report a ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with settings that the distance lacks; else ``None``.
 
     A deleted ``training_step`` may have used it. Default settings are not reported, and neither is a distance of
-    another kind, which was chosen on purpose.
+    another kind or with arguments, which was chosen on purpose.
 
     Example:
         >>> network = nn.ModuleDict({"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)})
@@ -33,7 +33,7 @@ def unused_criterion(network: nn.Module, distance: Distance) -> str | None:
     """
     for name, criterion in named(network).items():
         kind, defaults = _COUNTERPARTS.get(type(criterion), (Distance, {}))
-        if type(distance) not in (Categorical, kind):
+        if type(distance) is not kind and (type(distance) is not Categorical or distance.init_args):
             continue
         own = {key: getattr(criterion, key) for key in defaults}
         own = {key: value for key, value in own.items() if not _same(value, defaults[key])}
@@ -44,8 +44,8 @@ def unused_criterion(network: nn.Module, distance: Distance) -> str | None:
         arguments = {key: spell(describe(value)) for key, value in kept.items()}
         arguments |= {key: f"{path}.{key}" if isinstance(own[key], Tensor) else f"{own[key]}" for key in own}
         return (
-            f"{path}, a {type(criterion).__name__}, is not used in training: the mixin's training_step uses "
-            f"rdrop_distance={spell(describe(distance))}, which lacks its {' and '.join(own)}. Set "
+            f"The mixin's training_step uses rdrop_distance={spell(describe(distance))} and not {path}, a "
+            f"{type(criterion).__name__} with another {' and '.join(own)}. If it is the training loss, set "
             f"self.rdrop_distance = {kind.__name__}({', '.join(f'{key}={value}' for key, value in arguments.items())}) "
             f"in __init__, after {path}."
         )
@@ -53,4 +53,6 @@ def unused_criterion(network: nn.Module, distance: Distance) -> str | None:
 
 
 def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        second = second.to(first.dtype)  # half precision casts a criterion, but not a distance
     return same_description(describe(first), describe(second))

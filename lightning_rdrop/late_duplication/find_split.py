@@ -110,8 +110,9 @@ class LateDuplication:
                 if not isinstance(error, UnforeseenError):
                     raise
                 raise ValueError(
-                    f"rdrop_duplicate_at: {error} If ranks share the weights, a rank cannot test them alone: make sure "
-                    "that the first batch has all of them, such as a mask, or train without rdrop_duplicate_at."
+                    f"rdrop_duplicate_at: {error} If ranks share the weights, no rank can make the test passes alone: "
+                    "make sure that the first batch has every tensor that later ones have, such as a mask, or train "
+                    "without rdrop_duplicate_at."
                 ) from None
             put_back()
             # on this rank alone: the others may never see such a batch

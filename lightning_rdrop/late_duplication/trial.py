@@ -63,7 +63,7 @@ class Trial:
             if waiting:
                 raise ValueError(f"{', '.join(sorted(waiting))} is not called.")
             if not _same(found, self._expected):
-                raise ValueError("The prediction is not that for duplicated inputs.")
+                raise ValueError("The prediction differs from that for duplicated inputs.")
         except Exception as error:  # a network may raise anything when shapes do not match
             raise ValueError(
                 f"rdrop_duplicate_at: the batch cannot be duplicated before {', '.join(at)}. {_sentence(error)} Name "

@@ -110,7 +110,7 @@ def _placed(found: _Message, said: str) -> str:
 
 def _no_argument(found: _Message, name: str) -> str:
     if found.owner == "pytorch_lightning.Callback":
-        return f"{name} belongs to no callback. Pass the class first: --callbacks.NAME=CLASS."
+        return f"{name} comes before the class of its callback. Pass the class first: --callbacks.NAME=CLASS."
     hint = near(name, _arguments(found.owner))
     if found.owner in _BASE_CLASSES:
         hint = f" Pass --{found.key}=CLASS before its arguments."

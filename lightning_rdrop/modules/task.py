@@ -83,8 +83,7 @@ class Task(RDropMixin, pl.LightningModule):
         self.weight_decay = weight_decay
         self.warmup = None if warmup is None else duration("warmup", warmup)
         self.mc_passes = mc_passes
-        if metrics is not None:
-            self.set_metrics(metrics)
+        self.set_metrics(MetricCollection({}) if metrics is None else metrics)
         self._rdrop_set_distance(self.rdrop_distance)
 
     def _rdrop_set_distance(self, distance: Distance) -> None:
@@ -147,8 +146,9 @@ class Task(RDropMixin, pl.LightningModule):
         steps = planned_steps(self.trainer)
         if not steps:
             raise ValueError(
-                f"warmup={self.warmup} decays the learning rate until the end of training, but this training has none. "
-                "Set the Trainer's max_epochs or max_steps, or leave warmup out."
+                f"warmup={self.warmup} decays the learning rate until the end of training, but its number of steps is "
+                "unknown. Set the Trainer's max_epochs or max_steps (in manual optimization only max_epochs), or leave "
+                "warmup out."
             )
         rise = self.warmup if isinstance(self.warmup, int) else self.warmup * steps
         factor = partial(warmup_and_decay, rise=rise, steps=steps)
@@ -165,8 +165,9 @@ class Task(RDropMixin, pl.LightningModule):
         Row weights (see :class:`~lightning_rdrop.Weighted`) apply to the loss, not to the metrics.
         """
         inputs, target = self.rdrop_unpack(batch)
-        prediction = map_tensors(self.rdrop_predict(first_view(inputs)), at_least_float32)
+        prediction = self.rdrop_predict(first_view(inputs))
         loss.add_batch(self.rdrop_distance, prediction, target)
+        prediction = map_tensors(prediction, at_least_float32)
         self.measure(metrics, batch, prediction, self.rdrop_distance.unwrapped_target(target))
         examples = len(views.first_tensor(target))
         self.log_dict(loss, batch_size=examples)

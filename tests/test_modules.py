@@ -28,6 +28,7 @@ from lightning_rdrop.modules import (
     TokenClassifier,
 )
 from lightning_rdrop.modules._frozen import freeze_below
+from lightning_rdrop.modules.task import Task
 from lightning_rdrop.predictions import PredictionTable
 
 
@@ -82,6 +83,20 @@ def test_metrics_are_computed_in_float32(trainer, task, precision, monkeypatch):
     found = trainer(precision=precision).validate(module, rows, verbose=False)[0]
     assert found == pytest.approx(expected, rel=0.02, abs=0.02)
     assert set(seen) == {torch.float32}
+
+
+class Projected(Categorical):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def to_target(self, prediction, target):
+        return super().to_target(self.layer(prediction), target)
+
+
+def test_half_precision_is_that_of_the_layers_of_a_distance_too(trainer, rows):
+    module = Task(network(), None, rdrop_distance=Projected())  # and of a task without metrics
+    assert trainer(precision="bf16-true").validate(module, rows, verbose=False)[0]["val/ce"] > 0
 
 
 def test_an_interrupted_evaluation_is_forgotten(trainer, rows):

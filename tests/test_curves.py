@@ -117,7 +117,7 @@ def test_a_training_that_ends_before_the_first_log_is_said_before(fit, small, ro
             seen.append(len(warned))
             return super().training_step(batch, batch_idx)
 
-    message = f"the Trainer logs every {every} steps, but makes 8. Use Trainer\\(log_every_n_steps=1\\)"
+    message = f"the Trainer logs every {every} steps, but makes only 8. Use Trainer\\(log_every_n_steps=1\\)"
     with pytest.warns(UserWarning, match=message) as warned:
         fit(Watched(), rows, [Curves()], logger=CSVLogger(tmp_path), log_every_n_steps=every)
     assert seen[0] > 0

@@ -233,7 +233,7 @@ def test_tokens_are_no_embedding():
 
 
 def test_exact_accumulation_is_refused(fit):
-    with pytest.raises(ValueError, match="SimCSE's is not: its negatives"):
+    with pytest.raises(ValueError, match="The loss of SimCSE is not such a mean: its negatives"):
         fit(Encoder(), DataLoader(torch.randn(8, 8), 4), [ExactAccumulation()])
 
 

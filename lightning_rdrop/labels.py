@@ -68,7 +68,7 @@ class Labels:
             Average(total=tensor(0.6931), weight=tensor(1.))
         """
         logits = at_least_float32(logits)
-        weight = None if self.weight is None else self.weight.to(logits, non_blocking=self.weight.is_cpu)
+        weight = None if self.weight is None else moved(self.weight, logits.device, logits.dtype)
         probabilities = target.is_floating_point()
         values = F.cross_entropy(
             logits,
@@ -122,6 +122,18 @@ class RowWeights(NamedTuple):
 
 UNIT_WEIGHTS = RowWeights()
 """Weight 1 in both terms for every row that counts."""
+
+
+def moved(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move class weights to the device of a prediction without waiting for it; ``FSDPStrategy`` leaves them on the CPU.
+
+    A copy in the other direction has to be waited for, or the CPU would read it too early.
+
+    Example:
+        >>> moved(torch.tensor([1, 2]), torch.device("cpu"), torch.float64)
+        tensor([1., 2.], dtype=torch.float64)
+    """
+    return weight.to(device, dtype, non_blocking=weight.is_cpu)
 
 
 def composite(

@@ -102,8 +102,7 @@ def dropout_passes(
     passes = whole("passes", passes, 2)
     separate = module.rdrop_passes == "separate"
     examples = 0 if separate else views.batch_size(inputs)
-    device = getattr(module, "device", None) or views.first_tensor(inputs).device
-    with without_side_effects(module, device):
+    with without_side_effects(module, views.device_of(module, inputs)):
         set_dropout_modes(module, training)
         at_once = passes
         while True:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_rdrop.arguments import whole
@@ -264,6 +264,12 @@ def count(predictions: Any) -> int:
 def first_tensor(predictions: Any) -> Tensor:
     """The first tensor with dimensions, for the number of views, the dtype and the device."""
     return next(tensor for _, tensor in tensors_of(predictions) if tensor.dim())
+
+
+def device_of(network: nn.Module, inputs: Any) -> torch.device:
+    """The device of a LightningModule, or of its inputs for a plain ``nn.Module``, which has none."""
+    device: torch.device | None = getattr(network, "device", None)
+    return device or first_tensor(inputs).device
 
 
 def _with_tensors(prediction: Any) -> Any:

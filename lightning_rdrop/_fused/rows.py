@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_rdrop import _compat
 from lightning_rdrop._fused.chunk import Factors
-from lightning_rdrop.labels import Labels, RowWeights
+from lightning_rdrop.labels import Labels, RowWeights, moved
 from lightning_rdrop.terms import Terms
 
 
@@ -95,9 +95,8 @@ def counted(target: Tensor, labels: Labels, weights: RowWeights, classes: int, d
         ignored = (in_ce == 0) & (in_kl == 0)
         ce_rows, kl_rows = in_ce.sum(), in_kl.sum()
     smoothed = in_ce
-    class_weight = labels.weight
+    class_weight = None if labels.weight is None else moved(labels.weight, target.device, dtype)
     if class_weight is not None:
-        class_weight = class_weight.to(target.device, dtype, non_blocking=class_weight.is_cpu)
         in_ce = class_weight[label] * in_ce
         ce_rows = in_ce.sum()
 

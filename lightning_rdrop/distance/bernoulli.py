@@ -12,6 +12,7 @@ from lightning_rdrop import arguments
 from lightning_rdrop.distance.distance import Distance
 from lightning_rdrop.distance.shapes import blank, counted_between, same_shape
 from lightning_rdrop.divergence import at_least_float32, kl, symmetric_bernoulli_kl
+from lightning_rdrop.labels import moved
 from lightning_rdrop.terms import Average
 
 _RESHAPING = (
@@ -153,4 +154,4 @@ class Bernoulli(Distance):
                 f"pos_weight must have the shape {tuple(labels)}, one weight per label, got {tuple(weight.shape)} for "
                 f"a prediction of shape {tuple(prediction.shape)}."
             )
-        return weight.to(prediction, non_blocking=weight.is_cpu)
+        return moved(weight, prediction.device, prediction.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.distance.categorical import Categorical
 from lightning_rdrop.divergence import log_probabilities
-from lightning_rdrop.labels import blank_rows
+from lightning_rdrop.labels import blank_rows, moved
 from lightning_rdrop.terms import Average
 
 
@@ -64,7 +64,7 @@ class Focal(Categorical):
         values = -(missing.clamp(min=torch.finfo(missing.dtype).tiny) ** self.gamma) * log_p
         if self.weight is None:
             return Average.of(values, counted)
-        weight = self.weight.to(values, non_blocking=self.weight.is_cpu)[label].where(counted, 0)
+        weight = moved(self.weight, values.device, values.dtype)[label].where(counted, 0)
         return Average.over(values * weight, weight)
 
     def checked(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_rdrop.late_duplication.first_random import first_random
 from lightning_rdrop.late_duplication.trial import Trial
 from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.probe import random_states, without_side_effects
-from lightning_rdrop.views import batch_size, duplicate
+from lightning_rdrop.views import batch_size, duplicate, first_tensor
 
 _NOTHING_SAVED = 0.995
 """Shares of the FLOPs above this are 100 % when rounded."""
@@ -100,7 +100,7 @@ class LateDuplication:
         structure = _structure(inputs)
         split = self._splits[structure]
         assert split is not None
-        put_back = random_states(_device(inputs))
+        put_back = random_states(first_tensor(inputs).device)
         try:
             return split.predict(network, predict, inputs, views)
         except torch.OutOfMemoryError:
@@ -165,7 +165,7 @@ def find_split(
     chosen = None if at == "auto" else submodules.matching("rdrop_duplicate_at", network, patterns)
     if batch_size(inputs) == 1:  # tensors with one row would silently broadcast against those with two
         inputs = duplicate(inputs, 2)
-    device = _device(inputs)
+    device = first_tensor(inputs).device
     with without_side_effects(network, device):
         calls, random = first_random(network, predict, inputs, device, on_all_ranks)
         if chosen is None:
@@ -175,10 +175,6 @@ def find_split(
     reached = min((index for index, (name, _) in enumerate(calls) if name in chosen), default=0)
     shared = calls[random - 1][0] if random is not None and 0 < random <= reached else None
     return replace(split, shared=shared)
-
-
-def _device(inputs: Any) -> torch.device:
-    return next(tensor.device for _, tensor in tensors_of(inputs))
 
 
 def _structure(inputs: Any) -> tuple[KeyPath, ...]:

@@ -82,7 +82,7 @@ class Passes:
 
     @contextmanager
     def _same_masks(self) -> Iterator[None]:
-        device = getattr(self._module, "device", None) or views.first_tensor(self._inputs).device
+        device = views.device_of(self._module, self._inputs)
         if self._restore_masks is None:
             self._restore_masks = random_states(device)
             yield

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_rdrop import data_views, views
 from lightning_rdrop.late_duplication import LateDuplication
+from lightning_rdrop.nesting import copied
 
 
 def draw(
@@ -22,6 +23,8 @@ def draw(
     late: LateDuplication | None = None,
 ) -> Any:
     """Draw K predictions for the same inputs, views first, in the containers of one prediction.
+
+    Each pass gets its own copy of the inputs, which ``predict`` may change in place.
 
     Args:
         network: the module whose submodules ``late`` names.
@@ -42,7 +45,7 @@ def draw(
         torch.Size([2, 4, 8])
     """
     if passes == "separate":
-        return views.stack([predict(one) for one in data_views.each_view(inputs, count)])
+        return views.stack([predict(copied(one)) for one in data_views.each_view(inputs, count)])
     if late is None:
         prediction = predict(data_views.joined(inputs, count, examples))
     else:

@@ -73,6 +73,19 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value if parts is None else with_parts(value, {key: map_tensors(parts[key], change) for key in parts})
 
 
+def copied(value: Any) -> Any:
+    """Copy the tensors of a container, for a forward pass that may change its inputs in place.
+
+    A PackedSequence and objects of other types are not copied.
+
+    Example:
+        >>> batch = {"x": torch.ones(1)}
+        >>> copied(batch)["x"].mul_(2), batch["x"]
+        (tensor([2.]), tensor([1.]))
+    """
+    return map_tensors(value, Tensor.clone)
+
+
 def has_attributes(value: Any) -> bool:
     """Whether the parts of a value are its attributes. A ModelOutput is a dataclass but used as a dict."""
     return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict, UserDict))

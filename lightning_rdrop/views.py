@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_rdrop.arguments import whole
-from lightning_rdrop.nesting import ATOMS, CONSTANTS, has_attributes, map_tensors, parts_of, tensors_of, with_parts
+from lightning_rdrop.nesting import (
+    ATOMS,
+    CONSTANTS,
+    copied,
+    has_attributes,
+    map_tensors,
+    parts_of,
+    tensors_of,
+    with_parts,
+)
 
 _SEPARATE = 'Or run one forward pass for each view, which needs no duplication: rdrop_passes="separate".'
 
@@ -82,7 +91,7 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
 
     Tensors are repeated along their first dimension, also those in a list: each must be (B, ...), not a single example.
     Lists of B other items, such as strings, are repeated in the same order. Tensors without dimensions, other lists,
-    numbers, strings and None are constants. The caller's batch is not changed.
+    numbers, strings and None are constants. The result shares no memory with the caller's batch.
 
     Args:
         batch: any nesting of tensors, dicts (and UserDicts), lists, tuples, named tuples and dataclasses.
@@ -99,7 +108,7 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
         (tensor([1, 2, 1, 2]), ['a', 'b', 'a', 'b'])
     """
     if whole("views", views) == 1:
-        return batch
+        return copied(batch)
     examples = batch_size(batch) if examples is None else examples
     return _map_rows(batch, examples, lambda tensor: torch.cat([tensor] * views), lambda items: [*items] * views)
 
@@ -306,7 +315,7 @@ def _count(target: Any) -> int | None:
 def _map_rows(value: Any, examples: int, tensor: Callable[[Tensor], Tensor], items: Callable[[Any], list[Any]]) -> Any:
     """Map the tensors, and the lists with one item for each example, within the same containers."""
     if isinstance(value, Tensor):
-        return tensor(value) if value.dim() else value
+        return tensor(value) if value.dim() else value.clone()
     parts = _structure(value)
     if parts is not None:
         return with_parts(value, {key: _map_rows(part, examples, tensor, items) for key, part in parts.items()})

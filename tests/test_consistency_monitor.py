@@ -306,6 +306,21 @@ def test_a_batch_that_a_step_takes_apart(fit):
     assert fit(module, rows(), [ConsistencyMonitor()]).callback_metrics.keys() >= NAMES
 
 
+def test_a_forward_that_changes_its_inputs_in_place():
+    class InPlace(Validated):
+        def forward(self, x):
+            return self.network(x.exp_())
+
+    def metrics(*callbacks):
+        torch.manual_seed(0)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=list(callbacks))
+        return trainer.validate(InPlace(), table())[0]
+
+    watched = metrics(ConsistencyMonitor())
+    assert metrics()["val/accuracy"] == watched["val/accuracy"]
+    assert 0 < watched["val/average_gap"] < 1
+
+
 class Regression(Validated):
     def __init__(self, distance, outputs):
         super().__init__(rdrop_distance=distance)

@@ -77,6 +77,38 @@ def test_one_view_is_ordinary_training(small):
     assert terms.kl == 0
 
 
+class InPlace(Small):
+    """Scales its inputs, in place or not."""
+
+    def __init__(self, in_place=True, **kwargs):
+        super().__init__(**kwargs)
+        self.in_place = in_place
+
+    def forward(self, x):
+        return self.network(x.mul_(10) if self.in_place else x * 10)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"rdrop_passes": "separate"},
+        {"rdrop_duplicate_at": "network.2"},
+        {"rdrop_views": 1, "rdrop_regularizers": [VAT(at="network.0"), FGM(at="network.0")]},
+    ],
+)
+def test_a_forward_that_changes_its_inputs_in_place(arguments):
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        module, (x, y) = InPlace(in_place, **arguments), batch_of()
+        terms = module.rdrop_step((x, y))
+        terms.loss.backward()
+        assert torch.equal(x, batch_of()[0])
+        found.append((terms.ce, terms.kl, terms.extra, module.network[0].weight.grad))
+    torch.testing.assert_close(*found)
+
+
 def test_three_views_by_hand(small):
     module, (x, y) = small(rdrop_views=3, rdrop_alpha=2.0).double(), batch_of()
     captured = Capture(module)

@@ -44,6 +44,19 @@ def test_classes():
     torch.testing.assert_close(found.average.softmax(-1), p.mean(0))
 
 
+def test_a_forward_that_changes_its_inputs_in_place():
+    class InPlace(Small):
+        def forward(self, x):
+            return self.network(x.mul_(10))
+
+    x = torch.ones(4, 8)
+    assert not mc_predict(InPlace(p=0.0), x, passes=3).std.any()
+    assert (x == 1).all()
+    separate = InPlace(p=0.0, rdrop_passes="separate")
+    assert not mc_predict(separate, x, passes=3).std.any()
+    assert (x == 1).all()
+
+
 def test_two_sure_models_that_contradict_each_other():
     """By hand: all of ln 2 is disagreement."""
     passes = torch.tensor([[[50.0, -50.0]], [[-50.0, 50.0]]])

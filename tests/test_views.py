@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_rdrop import views as views_module
+from lightning_rdrop.nesting import tensors_of
 from lightning_rdrop.views import batch_size, count, duplicate, merge, split, stack, view
 
 
@@ -115,7 +116,7 @@ def test_doubling_then_splitting_gives_every_view_the_original(data, examples, v
     tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
     for leaf, many in zip(tensors, [x for x in leaves(doubled) if isinstance(x, Tensor)], strict=True):
         if leaf.dim() == 0:
-            assert many is leaf
+            assert torch.equal(many, leaf)
         else:
             assert torch.equal(split(many, views, examples), torch.stack([leaf] * views))
     assert batch_size(doubled) == views * examples
@@ -135,9 +136,18 @@ def test_a_size_that_is_given_is_not_asked_for_again(monkeypatch):
     assert same(duplicate(batch, 2, 2), expected)
 
 
-def test_one_view_is_the_batch_itself():
-    for batch in ({"x": torch.ones(2)}, pack_sequence([torch.ones(3), torch.ones(2)])):
-        assert duplicate(batch, 1) is batch
+def test_one_view_of_any_batch():
+    packed = pack_sequence([torch.ones(3), torch.ones(2)])
+    assert duplicate(packed, 1) is packed
+    assert same(duplicate({"x": torch.ones(2)}, 1), {"x": torch.ones(2)})
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_views_share_no_memory_with_the_batch(views):
+    batch = {"x": torch.ones(2), "scale": torch.tensor(1.0)}
+    for _, tensor in tensors_of(duplicate(batch, views)):
+        tensor.zero_()
+    assert same(batch, {"x": torch.ones(2), "scale": torch.tensor(1.0)})
 
 
 def test_splitting_copies_nothing():

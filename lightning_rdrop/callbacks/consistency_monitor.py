@@ -17,7 +17,7 @@ from lightning_rdrop.distance import Distance, Together
 from lightning_rdrop.metrics.average_gap import gap_averages
 from lightning_rdrop.metrics.dropout_disagreement import disagreement_average
 from lightning_rdrop.metrics.dropout_kl import kl_averages
-from lightning_rdrop.nesting import map_tensors, tensors_of
+from lightning_rdrop.nesting import copied, tensors_of
 from lightning_rdrop.predict import dropout_passes, refuse_embeddings
 from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.terms import Average
@@ -112,12 +112,12 @@ class ConsistencyMonitor(Callback):
             return
         module = require_rdrop(self, pl_module)
         training = dict(zip(self._modules, self._training, strict=True)) if self._modules else None
-        batch = map_tensors(batch, lambda tensor: tensor)  # rdrop_unpack may pop what validation_step needs
+        batch = copied(batch)  # rdrop_unpack may change what validation_step needs
         with trainer.precision_plugin.val_step_context(), without_side_effects(module, module.device):
             module.eval()  # own hooks may keep dropout on in validation
             inputs, target = module.rdrop_unpack(batch)
             inputs = first_view(inputs)
-            prediction = module.rdrop_predict(inputs)
+            prediction = module.rdrop_predict(copied(inputs))
             predictions = dropout_passes(module, inputs, self.passes, training=training)
         if not trainer.sanity_checking:  # which does not know the training modes yet
             self._measured = True

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_rdrop import views
 from lightning_rdrop._compat import is_sharded
 from lightning_rdrop.guard.agreement import noise_for_tiny
-from lightning_rdrop.nesting import tensors_of
+from lightning_rdrop.nesting import copied, tensors_of
 from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.submodules import few
 
@@ -55,16 +55,20 @@ def row_dependence(
     """
     tolerance = _tolerance(network, device)
     doubled = views.take(inputs, [examples - 1] * examples + [*reversed(range(examples))], examples)
+
+    def tensors_for(batch: Any) -> list[Tensor]:
+        return _tensors(predict(copied(batch)))
+
     try:
         with without_side_effects(network, device), noise_for_tiny(network, sharded=False):
             network.eval()
-            single, both = _tensors(predict(inputs)), _tensors(predict(doubled))
+            single, both = tensors_for(inputs), tensors_for(doubled)
             seen = _difference(single, both, examples, tolerance)
             if seen is None and not has_sharded_weights(network):
                 return None
-            again = _tensors(predict(inputs))
+            again = tensors_for(inputs)
         with without_side_effects(network, device):
-            trained = _tensors(predict(doubled))
+            trained = tensors_for(doubled)
     except Exception:  # if it also fails outside of eval mode, drawing the views raises
         return None
     repeatable = _shapes(again) == _shapes(single) and all(

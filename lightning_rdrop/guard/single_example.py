@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_rdrop.nesting import copied
 from lightning_rdrop.probe import without_side_effects
 from lightning_rdrop.submodules import few
 
@@ -56,7 +57,7 @@ def single_values(network: nn.Module, predict: Callable[[Any], Any], inputs: Any
             stack.callback(norm.register_forward_pre_hook(partial(note, name)).remove)
         stack.enter_context(without_side_effects(network, device))
         try:
-            predict(inputs)
+            predict(copied(inputs))
         except Exception as error:  # if another part fails, drawing the views raises as well
             if found and _REFUSAL in str(error):
                 return _EXPLANATION.format(few(found))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rdrop.nesting import parts_of, tensors_of, with_parts
+from lightning_rdrop.nesting import copied, parts_of, tensors_of, with_parts
 
 Predict = Callable[[Any], Any]
 KeyPath = tuple[Any, ...]
@@ -75,7 +75,7 @@ class Split:
             return duplicator(arguments, [path for path, carries in known.items() if carries])
 
         with before_calls({name: network.get_submodule(name) for name in self.places}, change):
-            prediction = predict(inputs)
+            prediction = predict(copied(inputs))
         if not reached:
             raise ValueError(
                 f"rdrop_duplicate_at: {', '.join(self.at)} was not called in this forward pass, so nothing was "

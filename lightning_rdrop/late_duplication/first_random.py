@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_rdrop import submodules
 from lightning_rdrop.late_duplication.duplicate_at import Call, Predict, before_calls
-from lightning_rdrop.nesting import tensors_of
+from lightning_rdrop.nesting import copied, tensors_of
 
 _REDRAWS = 16
 
@@ -45,7 +45,7 @@ def first_random(
             return arguments
 
         with before_calls(submodules.named(network), look):
-            prediction = predict(inputs)
+            prediction = predict(copied(inputs))
         look(("", 0), prediction)
         return seen, drawn
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_rdrop import guard, submodules
 from lightning_rdrop.late_duplication.duplicate_at import Call, Duplicator, KeyPath, Predict, Split, before_calls
-from lightning_rdrop.nesting import tensors_of
+from lightning_rdrop.nesting import copied, tensors_of
 from lightning_rdrop.views import batch_size, duplicate, merge
 from lightning_rdrop.views import split as split_views
 
@@ -59,7 +59,7 @@ class Trial:
 
         try:
             with before_calls(self._modules, change), FlopCounterMode(display=False) as counter:
-                found = self._predict(self._inputs)
+                found = self._predict(copied(self._inputs))
             if waiting:
                 raise ValueError(f"{', '.join(sorted(waiting))} is not called.")
             if not _same(found, self._expected):
@@ -137,7 +137,7 @@ class Trial:
             return arguments
 
         with before_calls(self._modules, look), FlopCounterMode(display=False) as counter:
-            prediction = self._predict(inputs)
+            prediction = self._predict(copied(inputs))
         return shapes, prediction, counter.get_total_flops()
 
     def _sort(self, call: Call, arguments: Any) -> tuple[list[KeyPath], bool]:

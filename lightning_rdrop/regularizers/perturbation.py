@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_rdrop import submodules, views
 from lightning_rdrop._compat import is_compiled
 from lightning_rdrop.hooks import Hooks
+from lightning_rdrop.nesting import copied
 from lightning_rdrop.probe import copied_buffers, logging_disabled, random_states
 
 
@@ -66,7 +67,7 @@ class Passes:
             else:
                 hook = self._place.register_forward_hook(lambda _, __, output: None if added else add(output))
                 try:
-                    prediction = self._module.rdrop_predict(self._inputs)
+                    prediction = self._module.rdrop_predict(copied(self._inputs))
                 finally:
                     hook.remove()
         if not added and any(map(is_compiled, self._module.modules())):

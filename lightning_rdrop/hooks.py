@@ -14,7 +14,7 @@ from lightning_rdrop._lightning import MixinBase
 from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import Distance
-from lightning_rdrop.guard.first_batch import missing_decoder_inputs, no_counted_targets, same_shapes, unshifted_labels
+from lightning_rdrop.guard.first_batch import no_counted_targets, same_shapes, unshifted_labels
 
 _PASSED_AS_ONE = (
     "{name}.forward got the inputs, a {kind}, as one argument. If it takes several, override the hook\n"
@@ -147,12 +147,12 @@ class Hooks(MixinBase):
         first = self.rdrop_first_view(predictions)
         if part == "unlabeled":
             ignored = _ignored_input(self.rdrop_distance, first, inputs, target)
-            return no_counted_targets(target, ignore_index) or ignored or missing_decoder_inputs(self, inputs)
+            return no_counted_targets(target, ignore_index) or ignored
         if target is not None:
             self.rdrop_distance.check(first, target)
         if self.rdrop_head() is None and (reason := self.rdrop_distance.prediction_warning(first)):
             warnings.warn(reason, stacklevel=2)
-        return unshifted_labels(inputs, target, ignore_index) or missing_decoder_inputs(self, inputs)
+        return unshifted_labels(inputs, target, ignore_index)
 
 
 def _ignored_input(distance: Distance, prediction: Any, inputs: Any, target: Any) -> str | None:

@@ -342,8 +342,7 @@ class RDropMixin(Checkpointed):
     def _rdrop_guarded(self, inputs: Any, target: Any, examples: int, count: int, part: str) -> Any:
         """Draw K predictions (K, N, ...), or hidden states for a head, and let the guard check them."""
         predict = self.rdrop_predict_with_losses
-        if count > 1 and self.rdrop_passes == "joint":
-            self._rdrop_check_rows(predict, inputs, examples, part)
+        self._rdrop_check_inputs(predict, inputs, examples, part, rows=count > 1 and self.rdrop_passes == "joint")
         late = self._rdrop_late if count > 1 and self._rdrop_splits(predict, inputs, part) else None
         redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, late=late)
         predictions = redraw()
@@ -384,9 +383,11 @@ class RDropMixin(Checkpointed):
         self._rdrop_guard.note(kl, ce)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values
-    def _rdrop_check_rows(self, predict: Any, inputs: Any, examples: int, part: str) -> None:
-        self._rdrop_guard.check_rows(self, predict, inputs, examples, part=part)
-        self._rdrop_guard.single_example(self, predict, inputs, examples, self._rdrop_own_switches(), part=part)
+    def _rdrop_check_inputs(self, predict: Any, inputs: Any, examples: int, part: str, *, rows: bool) -> None:
+        self._rdrop_guard.check_inputs(self, inputs, part=part)
+        if rows:
+            self._rdrop_guard.check_rows(self, predict, inputs, examples, part=part)
+            self._rdrop_guard.single_example(self, predict, inputs, examples, self._rdrop_own_switches(), part=part)
 
     def _rdrop_splits(self, predict: Any, inputs: Any, part: str) -> bool:
         """Whether the batch is duplicated inside the network."""

@@ -13,7 +13,7 @@ from lightning_rdrop._lightning import trainer_of
 from lightning_rdrop.arguments import non_negative
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.divergence import at_least_float32
-from lightning_rdrop.guard.first_batch import missing_decoder_inputs, same_shapes
+from lightning_rdrop.guard.first_batch import same_shapes
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.own_losses import add_losses, split_losses
 from lightning_rdrop.terms import Terms
@@ -130,7 +130,7 @@ class SimCSEMixin(RDropMixin):
                 "from rdrop_unpack_unlabeled; for unsupervised SimCSE, only the anchors, or both as examples of one "
                 "batch."
             )
-        return missing_decoder_inputs(self, inputs)
+        return None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as in RDropMixin.rdrop_log
     def rdrop_log(self, terms: Terms) -> None:

@@ -155,6 +155,16 @@ WRONG = {
         lambda: sentences("other"),
         "network, a BartForConditionalGeneration, got no decoder inputs.*decoder_input_ids",
     ),
+    "the same with targets of another length": (
+        lambda: hugging_face("ForConditionalGeneration"),
+        lambda: sentences(tokens()[:, :5]),
+        "got no decoder inputs.*decoder_input_ids",
+    ),
+    "the same in separate passes": (
+        lambda: after(hugging_face("ForConditionalGeneration"), lambda m: setattr(m, "rdrop_passes", "separate")),
+        lambda: sentences(tokens()[:, :5]),
+        "got no decoder inputs.*decoder_input_ids",
+    ),
     "one class": (lambda: Module(nn.Dropout(0.3), nn.Linear(8, 1)), lambda: rows(classes=1), "at least 2 classes"),
     "a column of numbers against a row": (
         lambda: Module(nn.Dropout(0.3), nn.Linear(8, 1), rdrop_distance=Gaussian()),
@@ -829,6 +839,19 @@ def test_without_a_trainer_the_device_is_waited_for_every_50_steps(monkeypatch):
     for _ in range(120):
         module.rdrop_step(batch)
     assert read == [1, 51, 101]
+
+
+@pytest.mark.parametrize("name", ["labels", "decoder_input_ids", "decoder_inputs_embeds"])
+def test_decoder_inputs_may_have_other_names(name):
+    model = hugging_face("ForConditionalGeneration").network
+    assert missing_decoder_inputs(model, {"input_ids": tokens(), name: None}) is None
+
+
+def test_a_copy_of_the_source_is_no_copy_of_the_decoder_inputs():
+    source = tokens()
+    shifted = torch.cat([torch.zeros_like(source[:, :1]), source[:, :-1]], 1)
+    assert unshifted_labels({"input_ids": source, "decoder_input_ids": shifted}, source) is None
+    assert "were not shifted" in unshifted_labels({"input_ids": shifted, "decoder_input_ids": source}, source)
 
 
 def test_a_network_that_only_looks_like_an_encoder_decoder_is_left_in_peace():

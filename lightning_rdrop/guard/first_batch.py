@@ -15,6 +15,8 @@ def unshifted_labels(inputs: Any, target: Any, ignore_index: int = -100) -> str 
 
     This happens if the labels of a causal language model were not shifted: cross-entropy then falls to 0 even on noise.
 
+    With decoder inputs, these are compared, since the task may be to copy the source.
+
     Example:
         >>> from torch import tensor
         >>> tokens = tensor([[5, 6, 7]])
@@ -23,7 +25,9 @@ def unshifted_labels(inputs: Any, target: Any, ignore_index: int = -100) -> str 
         >>> unshifted_labels(tokens[:, :-1], tokens[:, 1:]) is None
         True
     """
-    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    tokens = inputs
+    if isinstance(inputs, Mapping):
+        tokens = inputs.get("decoder_input_ids" if _decoder_inputs(inputs) else "input_ids")
     if not (isinstance(tokens, Tensor) and isinstance(target, Tensor)) or tokens.is_nested or target.is_nested:
         return None
     if tokens.shape != target.shape:
@@ -41,20 +45,25 @@ def unshifted_labels(inputs: Any, target: Any, ignore_index: int = -100) -> str 
 def missing_decoder_inputs(network: nn.Module, inputs: Any) -> str | None:
     """Report a Hugging Face seq2seq model without decoder inputs; ``None`` if there is none.
 
-    BART and similar models then feed the source to the decoder and train on the wrong task. A classifier on such a
-    model does so by design and is not reported.
+    T5 then fails, and BART and similar models feed the source to the decoder and train on the wrong task. A classifier
+    on such a model does so by design and is not reported.
     """
-    if not isinstance(inputs, Mapping) or any(key.startswith("decoder_input") for key in inputs):
+    if not isinstance(inputs, Mapping) or "labels" in inputs or _decoder_inputs(inputs):  # it makes them from labels
         return None
     for name, module in network.named_modules():
         head = getattr(module, "get_output_embeddings", None)
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and head and head() is not None:
             return (
-                f"{name or type(module).__name__}, a {type(module).__name__}, got no decoder inputs and would feed "
-                "the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the inputs, "
+                f"{name or type(module).__name__}, a {type(module).__name__}, got no decoder inputs and would fail, "
+                "or feed the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the inputs, "
                 "made by model.prepare_decoder_input_ids_from_labels(labels)."
             )
     return None
+
+
+def _decoder_inputs(inputs: Mapping[Any, Any]) -> list[Any]:
+    """The names of the decoder inputs, token ids or embeddings."""
+    return [key for key in inputs if str(key).startswith("decoder_input")]
 
 
 def no_counted_targets(target: Any, ignore_index: int = -100) -> str | None:

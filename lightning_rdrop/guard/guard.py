@@ -17,7 +17,7 @@ from lightning_rdrop.distance import Distance
 from lightning_rdrop.guard.agreement import diagnose
 from lightning_rdrop.guard.equal_watch import KEPT, EqualWatch
 from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_dead, explain_negligible
-from lightning_rdrop.guard.first_batch import in_evaluation
+from lightning_rdrop.guard.first_batch import in_evaluation, missing_decoder_inputs
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
 from lightning_rdrop.guard.rows import has_sharded_weights, passes_synchronize, row_dependence
@@ -61,6 +61,7 @@ class Guard:
         """Reset the state of an earlier fit."""
         self._drawn = self._batch_ended = self._must_differ = False
         self._warned: set[str] = set()
+        self._read_inputs: set[str] = set()
         self._alone: set[str] = set()
         self._parted: set[str] = set()
         self._single: dict[str, list[bool]] = {}
@@ -76,6 +77,21 @@ class Guard:
         """Warn if the module keeps a loss with settings that the distance in use does not have."""
         if module.rdrop_guard != "off":
             self._warn(unused_criterion(cast(nn.Module, module), distance))
+
+    def check_inputs(self, module: Guarded, inputs: Any, *, part: str) -> None:
+        """Check before the first pass over a part of the batch that no input of the network is missing.
+
+        Args:
+            module: the LightningModule that is trained.
+            inputs: inputs of B examples, or :class:`~lightning_rdrop.Views` of them.
+            part: the part of the batch.
+
+        Raises:
+            ValueError: decoder inputs are missing, and ``rdrop_guard="error"``.
+        """
+        if module.rdrop_guard != "off" and part not in self._read_inputs:
+            self._read_inputs.add(part)
+            self.complain(module, missing_decoder_inputs(cast(nn.Module, module), first_view(inputs)))
 
     def check_rows(
         self, module: Guarded, predict: Callable[[Any], Any], inputs: Any, examples: int, *, part: str

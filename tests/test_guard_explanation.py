@@ -56,6 +56,29 @@ def test_zero_probability_is_named_with_the_line_to_write():
     assert "model.train()" in both
 
 
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.linear(x), 0.3, self.training)
+
+
+def test_functional_dropout_is_off_in_eval_mode():
+    network = nn.Sequential(nn.BatchNorm1d(4).eval(), nn.Sequential(Functional()), Functional().requires_grad_(False))
+    assert reason(network) is None
+    network[1].eval()
+    network[2].eval()
+    text = reason(network)
+    assert "no stochastic layer" in text
+    assert "functional dropout, call self[1].train() before" in text
+    assert "model.train()" in reason(network.eval())
+    assert "eval mode" not in explain(
+        nn.Sequential(nn.BatchNorm1d(4).eval(), Functional().eval().requires_grad_(False))
+    )
+
+
 @pytest.mark.parametrize("head", [None, LayerDropEncoder(0.0)])
 def test_no_stochastic_layer(head):
     text = reason(Blocks(blocks=0, head=head))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -56,11 +57,8 @@ def explain(network: nn.Module, *, shared: bool = False) -> str:
     usable = [layer for layer in layers if layer.p > 0 or layer.scope == "element"]  # LayerDrop is often 0 on purpose
     bare = _without_dropout(network)
     if not usable:
-        return agree + (
-            bare
-            or "The network has no stochastic layer. Add nn.Dropout(0.3) before its head, or train without R-Drop: "
-            "rdrop_views=1."
-        )
+        add = "Add nn.Dropout(0.3) before its head, or train without R-Drop: rdrop_views=1."
+        return agree + (bare or f"The network has no stochastic layer. {_functional_dropout(network)}{add}")
     reasons = [bare] if bare else []
     if asleep := [each for each in usable if each.trained and not each.module.training and not (bare and each.p == 0)]:
         reasons.append(_how_to_switch_on(network, asleep))
@@ -113,14 +111,44 @@ def _without_dropout(network: nn.Module) -> str:
     )
 
 
+def _functional_dropout(network: nn.Module) -> str:
+    """The message for functional dropout, which is not visible and off in a part in eval mode; empty if all is on."""
+    if not (asleep := few(_train_call(path) for path, module in _in_eval_mode(network) if _may_drop(module))):
+        return ""
+    return (
+        f"But a part is in eval mode: if its forward uses functional dropout, call {asleep} before training, or "
+        "lightning_rdrop.dropout.switch_on(model). If not: "
+    )
+
+
+def _in_eval_mode(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost submodules in eval mode, with their paths."""
+    if not module.training:
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _in_eval_mode(child, f"{path}.{name}".removeprefix("."))
+
+
+def _may_drop(module: nn.Module) -> bool:
+    """Whether a module is not frozen, and no layer of torch, such as a BatchNorm, whose dropout would be visible."""
+    trained = [weight.requires_grad for weight in module.parameters()]
+    layer = type(module).__module__.startswith("torch.nn.") and not any(module.children())
+    return not layer and (any(trained) or not trained)
+
+
+def _train_call(path: str) -> str:
+    """The expression that puts a submodule into training mode."""
+    return re.sub(r"\.(\d+)", r"[\1]", f"self.{path}.train()") if path else "model.train()"
+
+
 def _how_to_switch_on(network: nn.Module, layers: list[StochasticLayer]) -> str:
     asleep = {path for path, module in network.named_modules() if not module.training}
     calls = {}
     for layer in layers:
         parts = layer.name.split(".")
         outermost = next(path for end in range(len(parts) + 1) if (path := ".".join(parts[:end])) in asleep)
-        owner = re.sub(r"\.(\d+)", r"[\1]", f"self.{outermost}") if outermost else "model"
-        calls[f"{owner}.train()"] = layer
+        calls[_train_call(outermost)] = layer
     return (
         f"In eval mode inside a trained part: {few(layer.name for layer in layers)}. "
         "Since Lightning 2.2, fit keeps the mode of each submodule, and from_pretrained returns models in eval mode. "

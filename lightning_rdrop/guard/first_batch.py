@@ -55,8 +55,8 @@ def missing_decoder_inputs(network: nn.Module, inputs: Any) -> str | None:
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and head and head() is not None:
             return (
                 f"{name or type(module).__name__}, a {type(module).__name__}, got no decoder inputs and would fail, "
-                "or feed the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the inputs, "
-                "made by model.prepare_decoder_input_ids_from_labels(labels)."
+                "or feed the source to its decoder. Override rdrop_unpack(self, batch) to add decoder_input_ids to the "
+                "inputs, made by model.prepare_decoder_input_ids_from_labels(labels)."
             )
     return None
 

@@ -357,11 +357,14 @@ class RDropMixin(Checkpointed):
         predictions, _ = own_losses.split_losses(drawn)
         must_differ = self._rdrop_must_differ(views.count(predictions))
         switches = self._rdrop_own_switches()
-        self._rdrop_guard.watch(self, predictions, again, inputs, target, part, switches, must_differ=must_differ)
-        if self.rdrop_guard != "off" and part == "labeled" and target is not None:
-            self._rdrop_guard.note_target(
-                self, self.rdrop_distance.has_invalid(self.rdrop_first_view(predictions), target)
-            )
+        learned = self.rdrop_guard != "off" and part == "labeled" and target is not None
+        first = self.rdrop_first_view(predictions) if learned else None
+        counted = _counted(self.rdrop_distance, first, target) if learned else None
+        self._rdrop_guard.watch(
+            self, predictions, again, inputs, target, part, switches, must_differ=must_differ, counted=counted
+        )
+        if learned:
+            self._rdrop_guard.note_target(self, self.rdrop_distance.has_invalid(first, target))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # communicates with other ranks
     def _rdrop_skip_part(self, part: str) -> None:
@@ -430,6 +433,17 @@ def _outputs(terms: Terms) -> dict[str, Any]:
     """What ``training_step`` returns to callbacks; only the loss keeps its graph."""
     others = {"ce": terms.ce, "kl": terms.kl, "prediction": terms.prediction}
     return {"loss": terms.loss} | {name: map_tensors(value, Tensor.detach) for name, value in others.items()}
+
+
+def _counted(distance: Distance, prediction: Any, target: Any) -> Any:
+    """Mask of the rows that count, which broadcasts over the classes; by name for several predictions."""
+    if isinstance(distance, Together):
+        distance.check_names(prediction, target)
+        return {name: _counted(distance.part(name), prediction[name], target[name]) for name in distance.weights}
+    counted = distance.counted(prediction, target) if isinstance(target, Tensor) else None
+    if counted is not None and isinstance(distance, Categorical):
+        return counted.unsqueeze(distance.class_dim)
+    return counted
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

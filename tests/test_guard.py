@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import pytorch_lightning as pl
@@ -794,6 +795,43 @@ def poison(module):
 def test_nan_in_the_middle_of_a_training_is_found_at_the_next(fit, small, rows, every):
     with pytest.raises(ValueError, match="view 0 is NaN since batch 5"):
         fit(small(), rows, [Change(poison, 5)], log_every_n_steps=every)
+
+
+class NanTokens(nn.Module):
+    """Classes (N, C, T) or (N, T, C) of tokens; those of the last one are NaN."""
+
+    def __init__(self, class_dim):
+        super().__init__()
+        self.linear, self.dropout, self.class_dim = nn.Linear(8, 5), nn.Dropout(0.3), class_dim
+
+    def forward(self, x):
+        logits = self.linear(self.dropout(x))
+        logits = torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], torch.nan)], 1)
+        return logits.movedim(-1, self.class_dim)
+
+
+@pytest.mark.parametrize("ignored", [4, 3])
+@pytest.mark.parametrize("class_dim", [-1, 1])
+@pytest.mark.parametrize("together", [False, True])
+def test_nan_in_rows_that_do_not_count(ignored, class_dim, together):
+    distance = Categorical(class_dim=class_dim)
+    module = Module(NanTokens(class_dim), rdrop_distance={"tokens": distance} if together else distance)
+    x, target = torch.randn(6, 5, 8), torch.randint(5, (6, 5))  # as many tokens as classes
+    target[:, ignored] = -100
+    if together:
+        module.rdrop_predict = lambda x: {"tokens": module(x)}
+        target = {"tokens": target}
+    with pytest.raises(ValueError, match="view 0 is NaN since batch 0") if ignored == 3 else nullcontext():
+        assert module.rdrop_step((x, target)).loss.isfinite()
+
+
+def test_nan_in_values_that_do_not_count():
+    watch, predictions = NanWatch(), torch.ones(2, 3, 4)
+    predictions[:, 1, 2] = torch.nan
+    watch.look(predictions, ~predictions[0].isnan())
+    assert watch.reason() is None
+    watch.look(predictions, torch.ones(3, 4, dtype=torch.bool))
+    assert watch.reason().startswith("The prediction of view 0 is NaN since batch 1")
 
 
 def test_nan_is_said_once_at_the_end_of_an_epoch_before_a_hook_of_ones_own(fit, small, rows):

@@ -161,6 +161,7 @@ class Guard:
         switches: Switches,
         *,
         must_differ: bool,
+        counted: Any = None,
     ) -> None:
         """Check or record one batch.
 
@@ -173,6 +174,7 @@ class Guard:
             part: the part of the batch; each part has its own first batch.
             switches: the switches of the module; checks that depend on them are repeated after they change.
             must_differ: whether equal views are an error.
+            counted: the rows in which NaN is an error; see :meth:`NanWatch.look`.
 
         Raises:
             ValueError: a check failed, and ``rdrop_guard="error"``.
@@ -183,7 +185,7 @@ class Guard:
         nan = self._nan.setdefault(part, NanWatch(_PARTS.get(part, f" of the part {part!r}")))
         every = getattr(trainer_of(module), "log_every_n_steps", _EVERY)
         read = nan.batches % min(every or KEPT, KEPT) == 0
-        nan.look(predictions)
+        nan.look(predictions, counted)
         self._equal.look(predictions)
         self._must_differ = must_differ
         network = cast(nn.Module, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,9 +33,19 @@ class NanWatch:
         self.batches = 0
         self._since: Tensor | None = None
 
-    def look(self, predictions: Any) -> None:
-        """Record which of the K views (K, N, ...) are NaN, without waiting for the device."""
-        sums = [_sums(tensor) for _, tensor in tensors_of(predictions) if tensor.dim()]
+    def look(self, predictions: Any, counted: Any = None) -> None:
+        """Record which of the K views are NaN in rows that count, without waiting for the device.
+
+        Args:
+            predictions: shape (K, N, ...).
+            counted: mask of the rows that count, (N, ...), broadcast over further dimensions; a mapping by name for
+                several predictions; None if all do.
+        """
+        sums = [
+            _sums(tensor, counted.get(path[0]) if isinstance(counted, Mapping) else counted)
+            for path, tensor in tensors_of(predictions)
+            if tensor.dim()
+        ]
         nan = sums[0].isnan() if len(sums) == 1 else torch.stack(sums).isnan().any(0)
         if self._since is None or len(self._since) != len(nan):  # the number of views may change between steps
             self._since = torch.full_like(nan, -1, dtype=torch.long)
@@ -53,7 +64,14 @@ class NanWatch:
         return None
 
 
-def _sums(views: Tensor) -> Tensor:
+def _sums(views: Tensor, counted: Tensor | None) -> Tensor:
     """One number per view, NaN if any value is. Infinite logits are allowed, since they mask classes."""
-    rows = views.detach().flatten(1)
-    return rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    views, wide = views.detach(), torch.promote_types(views.dtype, torch.float32)
+    if counted is not None and counted.dim() < views.dim():
+        counted = counted[(..., *[None] * (views.dim() - 1 - counted.dim()))]
+        sizes = list(zip(counted.shape, views.shape[1:], strict=True))
+        if all(size in (1, own) for size, own in sizes):  # otherwise the distance raises an error
+            within = [dim for dim, (size, own) in enumerate(sizes, start=1) if size < own]
+            rows = views.sum(within, keepdim=True, dtype=wide) if within else views  # before a copy of the logits
+            views = rows.where(counted, 0)
+    return views.flatten(1).sum(1, dtype=wide)

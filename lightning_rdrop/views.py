@@ -13,7 +13,7 @@ Views come first: K views of N rows are one tensor (K, N, ...).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,9 @@ def batch_size(batch: Any, target: Any = None) -> int:
         if unknown and _structure(items) is None and len(items) != size:
             found = type(unknown[0]).__name__
             raise _not_duplicable(items, path, f"contains a {found}, but not one item for each of the {size} examples")
+        for inner, rows in _walk(items, path, size) if _structure(items) is None else ():
+            if _is_list(rows) and len(rows) == size and (reason := _ambiguous(rows, size)):
+                raise _not_duplicable(rows, inner, reason)
     return size
 
 
@@ -90,8 +93,9 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
     """Repeat a batch of B examples to K * B rows, view after view, in the same containers.
 
     Tensors are repeated along their first dimension, also those in a list: each must be (B, ...), not a single example.
-    Lists of B other items, such as strings, are repeated in the same order. Tensors without dimensions, other lists,
-    numbers, strings and None are constants. The result shares no memory with the caller's batch.
+    Lists of B other items, such as strings, are repeated in the same order, also each of several such lists in a list,
+    as ``default_collate`` makes them. Tensors without dimensions, other lists, numbers, strings and None are constants.
+    B numbers in a list may be either, which is an error. The result shares no memory with the caller's batch.
 
     Args:
         batch: any nesting of tensors, dicts (and UserDicts), lists, tuples, named tuples and dataclasses.
@@ -100,7 +104,7 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
 
     Raises:
         TypeError: the batch contains something that cannot be duplicated safely, such as a PackedSequence, a sparse
-            tensor or a graph.
+            tensor, a graph or a list of B numbers.
         ValueError: tensors have different numbers of rows.
 
     Example:
@@ -290,17 +294,17 @@ def _with_tensors(prediction: Any) -> Any:
     )
 
 
-def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _walk(value: Any, path: str, examples: int | None = None) -> Iterator[tuple[str, Any]]:
     """Everything in a batch, containers before their parts, with the expression that accesses it."""
     yield path, value
-    for key, part in (_structure(value) or {}).items():
-        yield from _walk(part, f"{path}.{key}" if has_attributes(value) else f"{path}[{key!r}]")
+    for key, part in (_structure(value, examples) or {}).items():
+        yield from _walk(part, f"{path}.{key}" if has_attributes(value) else f"{path}[{key!r}]", examples)
 
 
 def _columns(batch: Any, examples: int) -> Iterator[tuple[str, Any]]:
     """The tensors and lists that have one row or item for each example, with their paths."""
-    for path, value in _walk(batch, "inputs"):
-        leaf = isinstance(value, Tensor) or _structure(value) is None
+    for path, value in _walk(batch, "inputs", examples):
+        leaf = isinstance(value, Tensor) or _structure(value, examples) is None
         if leaf and (value.dim() if isinstance(value, Tensor) else _is_list(value) and len(value) == examples):
             yield path, value
 
@@ -316,16 +320,42 @@ def _map_rows(value: Any, examples: int, tensor: Callable[[Tensor], Tensor], ite
     """Map the tensors, and the lists with one item for each example, within the same containers."""
     if isinstance(value, Tensor):
         return tensor(value) if value.dim() else value.clone()
-    parts = _structure(value)
+    parts = _structure(value, examples)
     if parts is not None:
         return with_parts(value, {key: _map_rows(part, examples, tensor, items) for key, part in parts.items()})
     return type(value)(items(value)) if _is_list(value) and len(value) == examples else value
 
 
-def _structure(value: Any) -> dict[Any, Any] | None:
-    """The parts of a container; None for a leaf, including a list without tensors."""
-    parts = parts_of(value)
-    return None if _is_list(value) and not any(map(_has_rows, _flat(value))) else parts
+def _structure(value: Any, examples: int | None = None) -> dict[Any, Any] | None:
+    """The parts of a container; None for a leaf, including a list without tensors, unless it has a list per column."""
+    if _is_list(value) and not any(map(_has_rows, _flat(value))):
+        return parts_of(value) if len(value) != examples and _has_columns(value, examples) else None
+    return parts_of(value)
+
+
+def _has_columns(items: Any, examples: int | None) -> bool:
+    """Whether a list holds lists of one item for each example, as ``default_collate`` makes of lists of strings."""
+    return (
+        len(items) > 0
+        and not _are_numbers(_flat(items))  # of which it makes tensors
+        and all(_is_list(item) and (len(item) == examples or _has_columns(item, examples)) for item in items)
+    )
+
+
+def _ambiguous(items: Any, examples: int) -> str | None:
+    """Why it is unclear whether B items are one for each example; None if they are."""
+    if examples and _are_numbers(items):
+        return (
+            f"contains {examples} numbers, which may be one for each of the {examples} examples, or a constant, which "
+            "should be kept in the module"
+        )
+    if _has_columns(items, examples):
+        return f"contains {examples} lists of {examples} items, so it is unclear which of them are the examples"
+    return None
+
+
+def _are_numbers(items: Iterable[Any]) -> bool:
+    return all(isinstance(item, (int, float, complex)) for item in items)
 
 
 def _flat(value: Any) -> Iterator[Any]:

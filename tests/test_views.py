@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import default_collate
 
 from lightning_rdrop import views as views_module
 from lightning_rdrop.nesting import tensors_of
-from lightning_rdrop.views import batch_size, count, duplicate, merge, split, stack, view
+from lightning_rdrop.views import batch_size, concatenate, count, duplicate, merge, split, stack, take, view
 
 
 class Pair(NamedTuple):
@@ -238,6 +239,40 @@ def test_what_a_list_has_for_each_example_is_doubled_whatever_it_is():
     assert doubled["graphs"] == graphs * 2
     assert doubled["meta"] == (one, two, one, two)
     assert one["words"] == ["a", "b"]
+
+
+def test_strings_as_default_collate_arranges_them():
+    captions = default_collate([{"captions": [f"a{row}", f"b{row}"], "x": torch.ones(2)} for row in range(3)])
+    assert captions["captions"] == [("a0", "a1", "a2"), ("b0", "b1", "b2")]
+    assert duplicate(captions, 2)["captions"] == [("a0", "a1", "a2") * 2, ("b0", "b1", "b2") * 2]
+    assert take(captions, [2, 0], 3)["captions"] == [("a2", "a0"), ("b2", "b0")]
+    deeper = {"x": torch.ones(3), "deeper": [captions["captions"]]}
+    assert duplicate(deeper, 2)["deeper"] == [duplicate(captions, 2)["captions"]]
+    both = concatenate([captions, captions | {"captions": [("c", "d", "e"), ("f", "g", "h")]}], 3)
+    assert both["captions"] == [("a0", "a1", "a2", "c", "d", "e"), ("b0", "b1", "b2", "f", "g", "h")]
+
+
+def test_lists_of_other_lists_are_left():
+    for constant in ([["a", "b"], ["c"]], [["a", "b", "c"], "d"], [[1, 2, 3], [4, 5, 6]], [[]], [1, 2]):
+        assert duplicate({"x": torch.ones(3), "constant": constant}, 2)["constant"] == constant
+    words = [["a"], ["b", "c"], ["d", "e", "f"]]  # of three examples
+    assert duplicate({"x": torch.ones(3), "words": words}, 2)["words"] == words * 2
+    sizes = [[480, 640], [224, 224]]
+    assert duplicate({"x": torch.ones(2), "sizes": sizes}, 2)["sizes"] == sizes * 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ((224, 224), r"batch\['entry'\], a tuple.*contains 2 numbers.*2 examples, or a constant.*in the module"),
+        ([0.5, True], r"batch\['entry'\], a list.*contains 2 numbers"),
+        ([("a", "b"), ("c", "d")], r"batch\['entry'\], a list.*contains 2 lists of 2 items, so it is unclear"),
+        ([[("a", "b"), ("c", "d")]], r"batch\['entry'\]\[0\], a list.*contains 2 lists of 2 items"),
+    ],
+)
+def test_what_may_be_examples_or_not_is_refused(entry, message):
+    with pytest.raises(TypeError, match=message):
+        duplicate({"x": torch.ones(2), "entry": entry}, 2)
 
 
 def test_gradients_flow_back_to_every_view():

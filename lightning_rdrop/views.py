@@ -13,7 +13,7 @@ Views come first: K views of N rows are one tensor (K, N, ...).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ def batch_size(batch: Any, target: Any = None) -> int:
             found = type(unknown[0]).__name__
             raise _not_duplicable(items, path, f"contains a {found}, but not one item for each of the {size} examples")
         for inner, rows in _walk(items, path, size) if _structure(items) is None else ():
-            if _is_list(rows) and len(rows) == size and (reason := _ambiguous(rows, size)):
+            if _is_list(rows) and len(rows) == size and _has_columns(rows, size):
+                reason = f"contains {size} lists of {size} items, so it is unclear which of them are the examples"
                 raise _not_duplicable(rows, inner, reason)
     return size
 
@@ -95,7 +96,7 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
     Tensors are repeated along their first dimension, also those in a list: each must be (B, ...), not a single example.
     Lists of B other items, such as strings, are repeated in the same order, also each of several such lists in a list,
     as ``default_collate`` makes them. Tensors without dimensions, other lists, numbers, strings and None are constants.
-    B numbers in a list may be either, which is an error. The result shares no memory with the caller's batch.
+    The result shares no memory with the caller's batch.
 
     Args:
         batch: any nesting of tensors, dicts (and UserDicts), lists, tuples, named tuples and dataclasses.
@@ -104,7 +105,7 @@ def duplicate(batch: Any, views: int, examples: int | None = None) -> Any:
 
     Raises:
         TypeError: the batch contains something that cannot be duplicated safely, such as a PackedSequence, a sparse
-            tensor, a graph or a list of B numbers.
+            tensor or a graph.
         ValueError: tensors have different numbers of rows.
 
     Example:
@@ -337,25 +338,9 @@ def _has_columns(items: Any, examples: int | None) -> bool:
     """Whether a list holds lists of one item for each example, as ``default_collate`` makes of lists of strings."""
     return (
         len(items) > 0
-        and not _are_numbers(_flat(items))  # of which it makes tensors
+        and not all(isinstance(item, (int, float, complex)) for item in _flat(items))  # of which it makes tensors
         and all(_is_list(item) and (len(item) == examples or _has_columns(item, examples)) for item in items)
     )
-
-
-def _ambiguous(items: Any, examples: int) -> str | None:
-    """Why it is unclear whether B items are one for each example; None if they are."""
-    if examples and _are_numbers(items):
-        return (
-            f"contains {examples} numbers, which may be one for each of the {examples} examples, or a constant, which "
-            "should be kept in the module"
-        )
-    if _has_columns(items, examples):
-        return f"contains {examples} lists of {examples} items, so it is unclear which of them are the examples"
-    return None
-
-
-def _are_numbers(items: Iterable[Any]) -> bool:
-    return all(isinstance(item, (int, float, complex)) for item in items)
 
 
 def _flat(value: Any) -> Iterator[Any]:

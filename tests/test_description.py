@@ -3,6 +3,7 @@
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +63,22 @@ def test_another_one_that_is_given_stays_and_is_named(fit, small, rows, tmp_path
     with pytest.warns(UserWarning, match=message):
         again = small.load_from_checkpoint(path, rdrop_distance=JensenShannon())
     assert type(again.rdrop_distance) is JensenShannon
+
+
+def test_numbers_of_numpy_are_plain(fit, small, rows, tmp_path):
+    distance = Categorical(weight=np.array([1.0, 2.0, 3.0]), label_smoothing=np.float64(0.1))
+    path = saved(
+        fit,
+        small(rdrop_distance=distance, rdrop_regularizers=[VAT(epsilon=np.float32(2))]),
+        rows,
+        tmp_path / "last.ckpt",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = small.load_from_checkpoint(path)
+    assert torch.equal(again.rdrop_distance.weight, torch.tensor([1.0, 2.0, 3.0]))
+    assert again.rdrop_distance.label_smoothing == 0.1
+    assert again.rdrop_regularizers[0].epsilon == 2
 
 
 def test_what_cannot_be_made_again_is_named(fit, small, rows, tmp_path):

@@ -27,8 +27,8 @@ class Checkpointed(Hooks):
     """Arguments that are modules and therefore not saved as hyperparameters."""
     rdrop_regularizers: nn.ModuleList
     """Further loss terms."""
-    _rdrop_given: list[str]
-    """The arguments that were passed, which a checkpoint does not replace."""
+    _rdrop_made: dict[str, Any]
+    """The modules in use that neither an argument nor an assignment gave, which a checkpoint replaces."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,7 +66,7 @@ class Checkpointed(Hooks):
             if same_description(saved, self._rdrop_described()[name]):
                 continue
             try:
-                if name in self._rdrop_given:
+                if self._rdrop_made.get(name) != self._rdrop_parts()[name]:  # modules are equal if identical
                     raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
                 if name == "rdrop_distance":
                     self._rdrop_set_distance(rebuild(saved, Distance).to(self.device))
@@ -80,12 +80,15 @@ class Checkpointed(Hooks):
                     stacklevel=4,
                 )
             else:
+                self._rdrop_made[name] = self._rdrop_parts()[name]
                 rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
 
     def _rdrop_set_distance(self, distance: Distance) -> None:
         """Use this distance from now on."""
         self.rdrop_distance = distance
 
+    def _rdrop_parts(self) -> dict[str, Any]:
+        return {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}
+
     def _rdrop_described(self) -> dict[str, Any]:
-        parts = {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}
-        return {name: describe(part) for name, part in parts.items()}
+        return {name: describe(part) for name, part in self._rdrop_parts().items()}

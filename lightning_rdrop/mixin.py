@@ -54,7 +54,8 @@ class RDropMixin(Checkpointed):
             unless :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
         rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. A dict of distances
             becomes :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these keys.
-            Saved in checkpoints: if not given, it is rebuilt on load, or a warning says why it cannot be.
+            Saved in checkpoints: if neither passed nor assigned, it is rebuilt on load, or a warning says why it cannot
+            be.
         rdrop_passes: ``"joint"`` is one forward pass over K * B rows; ``"separate"`` is K passes over B rows, for
             models whose randomness is shared by the whole batch (LayerDrop) and batches that cannot be duplicated.
         rdrop_duplicate_at: the submodule before which the batch is duplicated, so that everything before it runs once:
@@ -143,7 +144,7 @@ class RDropMixin(Checkpointed):
         self.rdrop_kl: Tensor | None = None
         """kl of the last logged step, read by callbacks; None before the first one."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
-        self._rdrop_given = [name for name, value in given.items() if value is not None]
+        self._rdrop_made = {name: part for name, part in self._rdrop_parts().items() if given[name] is None}
         self._rdrop_own_alpha = self.rdrop_alpha
         self._rdrop_guard = Guard()
         self._rdrop_switches: Switches | None = None

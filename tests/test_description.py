@@ -1,5 +1,6 @@
 """A checkpoint says what it was trained with; it is rebuilt on load, or a warning says why it cannot be."""
 
+import copy
 import warnings
 from functools import partial
 
@@ -63,6 +64,34 @@ def test_another_one_that_is_given_stays_and_is_named(fit, small, rows, tmp_path
     with pytest.warns(UserWarning, match=message):
         again = small.load_from_checkpoint(path, rdrop_distance=JensenShannon())
     assert type(again.rdrop_distance) is JensenShannon
+
+
+def test_what_is_assigned_is_given(fit, small, rows, tmp_path):
+    class Assigned(small):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.rdrop_distance = Categorical(label_smoothing=0.2)
+            self.rdrop_regularizers.append(VAT())
+
+    path = saved(fit, small(), rows, tmp_path / "last.ckpt")
+    module = Assigned()
+    with (
+        pytest.warns(UserWarning, match=r"now: Categorical\(label_smoothing=0\.2\) was given here"),
+        pytest.warns(UserWarning, match=r"now: \[VAT\(\)\] was given here"),
+    ):
+        fit(module, rows, resume=path)
+    assert module.rdrop_distance.label_smoothing == 0.2
+    assert len(module.rdrop_regularizers) == 1
+
+
+def test_a_second_checkpoint_replaces_what_the_first_gave(fit, small, rows, tmp_path):
+    paths = [
+        saved(fit, small(rdrop_distance=distance), rows, tmp_path / f"{distance}.ckpt")
+        for distance in (JensenShannon(), Categorical(label_smoothing=0.1))
+    ]
+    module = copy.deepcopy(small.load_from_checkpoint(paths[0]))
+    fit(module, rows, resume=paths[1])
+    assert type(module.rdrop_distance) is Categorical
 
 
 def test_numbers_of_numpy_are_plain(fit, small, rows, tmp_path):

@@ -6,10 +6,23 @@ from functools import partial
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from conftest import Small
 
-from lightning_rdrop import FGM, VAT, Bernoulli, Categorical, Distance, FromDistribution, JensenShannon
+from lightning_rdrop import FGM, VAT, AlphaScheduler, Bernoulli, Categorical, Distance, FromDistribution, JensenShannon
 from lightning_rdrop.description import describe, rebuild, same_description, spell
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint in the middle of a training."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
 
 
 def saved(fit, module, rows, path):
@@ -82,6 +95,32 @@ def test_what_is_assigned_is_given(fit, small, rows, tmp_path):
         fit(module, rows, resume=path)
     assert module.rdrop_distance.label_smoothing == 0.2
     assert len(module.rdrop_regularizers) == 1
+
+
+def test_numbers_that_fall_back_to_their_defaults_are_named(fit, rows, tmp_path):
+    class Unsaved(Small):
+        def save_hyperparameters(self):
+            pass
+
+    path = tmp_path / "last.ckpt"
+    module = Unsaved(rdrop_alpha=1, rdrop_views=3)
+    trainer = fit(module, rows, [AlphaScheduler(ramp=4), SaveAt(2, path)])
+    assert module.rdrop_alpha == 1
+    with (
+        pytest.warns(
+            UserWarning, match=r"trained with rdrop_alpha=1\.0, which Unsaved.*now: 4\.0 is the default\. Pass"
+        ),
+        pytest.warns(UserWarning, match="trained with rdrop_views=3, which Unsaved.*now: 2 is the default"),
+    ):
+        Unsaved.load_from_checkpoint(path)
+    trainer.save_checkpoint(path)
+    assigned = Unsaved(rdrop_views=1)
+    assigned.rdrop_alpha = 2.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The checkpoint was trained with")
+        Unsaved.load_from_checkpoint(path, rdrop_alpha=1, rdrop_views=3)
+        fit(assigned, rows, resume=path)
+    assert (assigned.rdrop_alpha, assigned.rdrop_views) == (2.0, 1)
 
 
 def test_a_second_checkpoint_replaces_what_the_first_gave(fit, small, rows, tmp_path):

@@ -263,6 +263,8 @@ class RDropMixin(Checkpointed):
         self._rdrop_own_alpha = self.rdrop_alpha  # before a callback sets it
         self._rdrop_guard.begin()
         self._rdrop_switches = None
+        with_losses = type(self).rdrop_predict_with_losses is not RDropMixin.rdrop_predict_with_losses
+        self._rdrop_unchecked_output = self.rdrop_guard != "off" and not with_losses
         if self._rdrop_late is not None:
             self._rdrop_late.forget()
         steps = ("training_step", "rdrop_step", "rdrop_loss", "rdrop_predict_with_losses")

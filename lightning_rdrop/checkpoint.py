@@ -1,4 +1,4 @@
-"""What checkpoints contain of the distance and the regularizers, which are modules and not hyperparameters."""
+"""What checkpoints contain of the loss: the modules, which are no hyperparameters, and the numbers, which may be."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from lightning_rdrop.distance import Distance
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.regularizers import Regularizer, distinct, logged_names
 
+_NUMBERS = ("rdrop_alpha", "rdrop_views")
+"""Compared but never replaced on load: hyperparameters come from the constructor or, if saved, from Lightning."""
+
 
 class Checkpointed(Hooks):
-    """Describes the distance and the regularizers in checkpoints; :class:`~lightning_rdrop.RDropMixin` inherits it.
+    """Describes the arguments of the loss in checkpoints; :class:`~lightning_rdrop.RDropMixin` inherits it.
 
     A description is made of plain values and loads under ``weights_only=True``; the modules themselves would not.
     """
@@ -27,8 +30,14 @@ class Checkpointed(Hooks):
     """Arguments that are modules and therefore not saved as hyperparameters."""
     rdrop_regularizers: nn.ModuleList
     """Further loss terms."""
-    _rdrop_given: list[str]
-    """The arguments that were passed, which a checkpoint does not replace."""
+    rdrop_alpha: float
+    """Weight of the consistency term."""
+    rdrop_views: int
+    """The number of predictions per example."""
+    _rdrop_defaults: dict[str, Any]
+    """What the arguments of the loss are if neither passed nor assigned; a checkpoint replaces such modules."""
+    _rdrop_own_alpha: float
+    """The module's own alpha, while callbacks set ``rdrop_alpha``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -51,11 +60,12 @@ class Checkpointed(Hooks):
         forget_hyperparameters(self, self.rdrop_unsaved)
 
     def _rdrop_save(self, checkpoint: dict[str, Any]) -> None:
-        """Save a description of the modules that are not hyperparameters."""
+        """Save a description of the arguments of the loss."""
         checkpoint["rdrop"] = self._rdrop_described()
 
     def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the saved modules that are not given here; warn about those that differ or cannot be rebuilt."""
+        """Rebuild the saved modules that are not given here; warn about what differs or cannot be rebuilt."""
+        self._rdrop_own_alpha = self.rdrop_alpha  # no callback has changed it yet
         if "rdrop" not in checkpoint:
             rank_zero_info(
                 "The checkpoint does not say which rdrop_distance and rdrop_regularizers it was trained with. Keeping "
@@ -63,11 +73,13 @@ class Checkpointed(Hooks):
                 f"{spell(self._rdrop_described()['rdrop_regularizers'])}."
             )
         for name, saved in checkpoint.get("rdrop", {}).items():
-            if same_description(saved, self._rdrop_described()[name]):
+            now = self._rdrop_described()[name]
+            given = self._rdrop_parts()[name] != self._rdrop_defaults.get(name)  # modules are equal if identical
+            if same_description(saved, now) or (given and name in _NUMBERS):
                 continue
             try:
-                if name in self._rdrop_given:
-                    raise ValueError(f"{spell(self._rdrop_described()[name])} was given here")
+                if given or name in _NUMBERS:
+                    raise ValueError(f"{spell(now)} {'was given here' if given else 'is the default'}")
                 if name == "rdrop_distance":
                     self._rdrop_set_distance(rebuild(saved, Distance).to(self.device))
                 else:
@@ -80,12 +92,20 @@ class Checkpointed(Hooks):
                     stacklevel=4,
                 )
             else:
+                self._rdrop_defaults[name] = self._rdrop_parts()[name]
                 rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
 
     def _rdrop_set_distance(self, distance: Distance) -> None:
         """Use this distance from now on."""
         self.rdrop_distance = distance
 
+    def _rdrop_parts(self) -> dict[str, Any]:
+        return {
+            "rdrop_alpha": float(self._rdrop_own_alpha),
+            "rdrop_views": self.rdrop_views,
+            "rdrop_distance": self.rdrop_distance,
+            "rdrop_regularizers": [*self.rdrop_regularizers],
+        }
+
     def _rdrop_described(self) -> dict[str, Any]:
-        parts = {"rdrop_distance": self.rdrop_distance, "rdrop_regularizers": [*self.rdrop_regularizers]}
-        return {name: describe(part) for name, part in parts.items()}
+        return {name: describe(part) for name, part in self._rdrop_parts().items()}

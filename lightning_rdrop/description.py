@@ -53,6 +53,8 @@ def describe(value: Any) -> Any:
         return [describe(part) for part in value]
     if isinstance(value, Tensor):
         return value.detach().cpu()
+    if hasattr(value, "tolist") and type(plain := value.tolist()) is not type(value):  # a NumPy array or number
+        return describe(plain)
     return value if type(value) in _PLAIN else {_UNKNOWN: repr(value)}
 
 

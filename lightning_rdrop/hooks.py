@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_rdrop import views
@@ -15,6 +16,7 @@ from lightning_rdrop.cross_entropy import Head
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.distance import Distance
 from lightning_rdrop.guard.first_batch import no_counted_targets, same_shapes, unshifted_labels
+from lightning_rdrop.own_losses import unused_losses
 
 _PASSED_AS_ONE = (
     "{name}.forward got the inputs, a {kind}, as one argument. If it takes several, override the hook\n"
@@ -35,6 +37,8 @@ class Hooks(MixinBase):
 
     rdrop_distance: Distance
     """D of the general form."""
+    _rdrop_unchecked_output = False
+    """Whether the output of ``forward`` is still to be checked for losses that the mixin ignores."""
 
     def rdrop_unpack(self, batch: Any) -> tuple[Any, Any]:
         """Hook: split a batch into the inputs of the network and the target.
@@ -93,9 +97,28 @@ class Hooks(MixinBase):
             if isinstance(inputs, (list, tuple)):
                 error.add_note(_PASSED_AS_ONE.format(name=type(self).__name__, kind=type(inputs).__name__))
             raise
-        if isinstance(output, Mapping) and "logits" in output:
-            return output["logits"]
-        return getattr(output, "logits", output)
+        named = isinstance(output, Mapping) and "logits" in output
+        if not named and not hasattr(output, "logits"):
+            return output
+        if not torch.compiler.is_compiling() and self._rdrop_unchecked_output:
+            self._rdrop_check_output(output, "**inputs" if isinstance(inputs, Mapping) else "inputs")
+        return output["logits"] if named else output.logits
+
+    def _rdrop_check_output(self, output: Any, arguments: str) -> None:
+        """Warn once in a fit about losses of the model's own, which are ignored."""
+        if not self.training or not torch.is_grad_enabled():
+            return
+        self._rdrop_unchecked_output = False
+        if names := unused_losses(output):
+            warnings.warn(
+                f"forward of {type(self).__name__} returns {' and '.join(names)} besides logits, but the mixin takes "
+                "only the logits. If the model's own loss should be minimized too, override the hook\n"
+                "    def rdrop_predict_with_losses(self, inputs):\n"
+                f"        output = self({arguments})\n"
+                f"        return WithLosses(output.logits, {{'own': ...}})  # computed from output.{names[0]}\n"
+                "If not, let it return self.rdrop_predict(inputs).",
+                stacklevel=3,
+            )
 
     def rdrop_predict_with_losses(self, inputs: Any) -> Any:
         """Hook: predict in a training pass, with the losses that the model computes itself, if any.

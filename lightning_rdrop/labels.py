@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class Labels:
         """
         if not target.is_floating_point():
             return target != self.ignore_index
-        return ~((target == 0).all(1) | (target == self.ignore_index).all(1))
+        return ~((target == 0).all(1) | equals(target, self.ignore_index).all(1))
 
     def average(self, logits: Tensor, target: Tensor, counted: Tensor) -> Average:
         """The cross-entropy of logits (N, C, ...), 0 in rows that do not count, to indices or probabilities.
@@ -122,6 +123,23 @@ class RowWeights(NamedTuple):
 
 UNIT_WEIGHTS = RowWeights()
 """Weight 1 in both terms for every row that counts."""
+
+
+def equals(target: Tensor, value: float) -> Tensor:
+    """Mask of the targets that are this value, rounded as data in float32 and a cast to the target's dtype round it.
+
+    ``precision="bf16-true"`` makes -1000 of -999, and ``"64-true"`` keeps the rounding of float32. NaN matches NaN.
+
+    Example:
+        >>> equals(torch.tensor([-999.0, 1.0]).bfloat16(), -999.0)
+        tensor([ True, False])
+    """
+    if math.isnan(value):
+        return target.isnan()
+    rounded = torch.tensor(value, dtype=torch.float32, device="cpu")  # a scalar there is compared without a copy
+    if target.is_floating_point():
+        rounded = rounded.to(target.dtype)
+    return (target == rounded) | (target == float(value))  # an int would wrap around: -1 to 255 in uint8
 
 
 def moved(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

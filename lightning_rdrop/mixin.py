@@ -49,12 +49,14 @@ class RDropMixin(Checkpointed):
     :meth:`rdrop_unpack_unlabeled` for what the unlabeled part may contain.
 
     Args:
-        rdrop_alpha: weight of the consistency term, >= 0; a plain attribute that callbacks set.
+        rdrop_alpha: weight of the consistency term, >= 0; a plain attribute that callbacks set. If a loaded checkpoint
+            was trained with another alpha or number of views, and these are the defaults here, a warning says so.
         rdrop_views: K, the number of predictions per example; 1 is ordinary training. All use the same inputs,
             unless :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
         rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. A dict of distances
             becomes :class:`~lightning_rdrop.Together`, for predictions and targets that are mappings with these keys.
-            Saved in checkpoints: if not given, it is rebuilt on load, or a warning says why it cannot be.
+            Saved in checkpoints: if neither passed nor assigned, it is rebuilt on load, or a warning says why it cannot
+            be.
         rdrop_passes: ``"joint"`` is one forward pass over K * B rows; ``"separate"`` is K passes over B rows, for
             models whose randomness is shared by the whole batch (LayerDrop) and batches that cannot be duplicated.
         rdrop_duplicate_at: the submodule before which the batch is duplicated, so that everything before it runs once:
@@ -142,9 +144,15 @@ class RDropMixin(Checkpointed):
         """The number of rows of each term, by name; several predictions have an entry for each."""
         self.rdrop_kl: Tensor | None = None
         """kl of the last logged step, read by callbacks; None before the first one."""
-        given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
-        self._rdrop_given = [name for name, value in given.items() if value is not None]
         self._rdrop_own_alpha = self.rdrop_alpha
+        arguments = {
+            "rdrop_alpha": (rdrop_alpha, self.rdrop_alpha),
+            "rdrop_views": (rdrop_views, self.rdrop_views),
+            "rdrop_distance": (rdrop_distance, self.rdrop_distance),
+            "rdrop_regularizers": (rdrop_regularizers, [*self.rdrop_regularizers]),
+        }
+        defaults = _arguments()
+        self._rdrop_defaults = {name: used for name, (passed, used) in arguments.items() if passed == defaults[name]}
         self._rdrop_guard = Guard()
         self._rdrop_switches: Switches | None = None
 
@@ -255,6 +263,8 @@ class RDropMixin(Checkpointed):
         self._rdrop_own_alpha = self.rdrop_alpha  # before a callback sets it
         self._rdrop_guard.begin()
         self._rdrop_switches = None
+        with_losses = type(self).rdrop_predict_with_losses is not RDropMixin.rdrop_predict_with_losses
+        self._rdrop_unchecked_output = self.rdrop_guard != "off" and not with_losses
         if self._rdrop_late is not None:
             self._rdrop_late.forget()
         steps = ("training_step", "rdrop_step", "rdrop_loss", "rdrop_predict_with_losses")
@@ -465,5 +475,7 @@ def _without_prefix(kwargs: dict[str, Any], refusal: str) -> str | None:
     return None
 
 
-def _arguments() -> list[str]:
-    return [name for name in inspect.signature(RDropMixin.__init__).parameters if name.startswith("rdrop_")]
+def _arguments() -> dict[str, Any]:
+    """The defaults of the arguments."""
+    parameters = inspect.signature(RDropMixin.__init__).parameters
+    return {name: one.default for name, one in parameters.items() if name.startswith("rdrop_")}

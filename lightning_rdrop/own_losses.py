@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,3 +61,22 @@ def add_losses(terms: Terms, losses: dict[str, Tensor], taken: Collection[str] =
         mean = arguments.tensor(f"losses[{name!r}]", loss).mean()
         terms.loss = terms.loss + mean
         terms.extra[name] = mean.detach()
+
+
+def unused_losses(output: Any) -> list[str]:
+    """The names of tensors beside the logits of a model's output that look like losses to be trained.
+
+    Example:
+        >>> from torch import ones
+        >>> unused_losses({"logits": ones(2), "aux_loss": ones((), requires_grad=True), "z_loss": None})
+        ['aux_loss']
+    """
+    if isinstance(output, Mapping):
+        parts = output
+    else:
+        parts = output._asdict() if hasattr(output, "_asdict") else getattr(output, "__dict__", {})
+    return [
+        name
+        for name, part in parts.items()
+        if isinstance(part, Tensor) and part.requires_grad and ("aux" in name or name.endswith("_loss"))
+    ]

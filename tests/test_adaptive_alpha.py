@@ -80,6 +80,13 @@ def test_a_training_too_short_for_a_change_is_a_warning(fit, small, rows, every,
     assert all(message in text for text in texts)
 
 
+def test_a_single_view_leaves_alpha_alone(fit, small, rows):
+    watch = Watch()
+    with pytest.warns(UserWarning, match=r"never changes alpha: Small has rdrop_views=1.*Set rdrop_views=2"):
+        fit(small(rdrop_views=1), rows, [AdaptiveAlpha(0.02, horizon=4, every=3), watch])
+    assert watch.alphas == [4.0] * 8
+
+
 def test_manual_optimization(fit, rows):
     watch = Watch()
     trainer = fit(Two(), rows, [AdaptiveAlpha(1e3, horizon=4, every=4), watch])

@@ -3,8 +3,10 @@ import math
 import warnings
 
 import pytest
+import pytorch_lightning as pl
 import yaml
 
+from lightning_rdrop import AlphaScheduler
 from lightning_rdrop.compare.config import resolve
 from lightning_rdrop.compare.equal_cost import add_equal_cost
 from lightning_rdrop.compare.plan import Plan
@@ -16,7 +18,12 @@ for package in ("scipy", "rich", "matplotlib"):
 
 CONFIG = {
     "model": {"class_path": "Classifier", "init_args": {"network": {"class_path": "torch.nn.Flatten"}}},
-    "callbacks": {"best": {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/accuracy", "mode": "max"}}},
+    "callbacks": {
+        "best": {
+            "class_path": "pytorch_lightning.callbacks.ModelCheckpoint",
+            "init_args": {"monitor": "val/accuracy", "mode": "max"},
+        }
+    },
 }
 
 
@@ -190,13 +197,24 @@ def test_plain_training_with_the_seconds_of_rdrop(trainer, expected):
     assert add_equal_cost(after, slower, "rdrop") == after
 
 
+class Warm(AlphaScheduler):
+    """Sets alpha under another name."""
+
+
+class NoAlphaScheduler(pl.Callback):
+    """Sets something else."""
+
+
 def test_doubled_rows_have_no_alpha_from_anywhere(tmp_path):
     before = plan("plain", "rdrop")
     config = before.variants["rdrop"]
-    config["callbacks"]["alpha"] = {"class_path": "AlphaScheduler", "init_args": {"peak": 5.0}}
+    config["callbacks"]["alpha"] = {"class_path": "lightning_rdrop.AlphaScheduler", "init_args": {"peak": 5.0}}
     config["trainer"] = {"callbacks": [
         {"class_path": "lightning_rdrop.AdaptiveAlpha", "init_args": {"target_kl": 0.1, "horizon": 9}},
-        {"class_path": "LearningRateMonitor"},
+        {"class_path": "test_compare_report.Warm"},
+        {"class_path": "test_compare_report.NoAlphaScheduler"},
+        {"class_path": "lightning_rdrop.callbacks.UnlabeledWeightScheduler"},
+        {"class_path": "pytorch_lightning.callbacks.LearningRateMonitor"},
     ]}  # fmt: skip
     doubled = add_equal_cost(before, HAND, "rdrop").variants["rdrop-alpha0"]
     (tmp_path / "doubled.yaml").write_text(yaml.safe_dump(doubled))
@@ -204,7 +222,11 @@ def test_doubled_rows_have_no_alpha_from_anywhere(tmp_path):
     assert resolved["model"]["init_args"]["rdrop_alpha"] == 0
     assert resolved["model"]["init_args"].get("rdrop_views", 2) == 2
     assert resolved["callbacks"]["alpha"] is None
-    assert [one["class_path"].rpartition(".")[2] for one in resolved["trainer"]["callbacks"]] == ["LearningRateMonitor"]
+    assert [one["class_path"].rpartition(".")[2] for one in resolved["trainer"]["callbacks"]] == [
+        "NoAlphaScheduler",
+        "UnlabeledWeightScheduler",
+        "LearningRateMonitor",
+    ]
     assert config["callbacks"]["alpha"]["init_args"]["peak"] == 5.0  # that of R-Drop is as it was
 
 

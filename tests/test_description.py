@@ -1,13 +1,28 @@
 """A checkpoint says what it was trained with; it is rebuilt on load, or a warning says why it cannot be."""
 
+import copy
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from conftest import Small
 
-from lightning_rdrop import FGM, VAT, Bernoulli, Categorical, Distance, FromDistribution, JensenShannon
+from lightning_rdrop import FGM, VAT, AlphaScheduler, Bernoulli, Categorical, Distance, FromDistribution, JensenShannon
 from lightning_rdrop.description import describe, rebuild, same_description, spell
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint in the middle of a training."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
 
 
 def saved(fit, module, rows, path):
@@ -62,6 +77,76 @@ def test_another_one_that_is_given_stays_and_is_named(fit, small, rows, tmp_path
     with pytest.warns(UserWarning, match=message):
         again = small.load_from_checkpoint(path, rdrop_distance=JensenShannon())
     assert type(again.rdrop_distance) is JensenShannon
+
+
+def test_what_is_assigned_is_given(fit, small, rows, tmp_path):
+    class Assigned(small):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.rdrop_distance = Categorical(label_smoothing=0.2)
+            self.rdrop_regularizers.append(VAT())
+
+    path = saved(fit, small(), rows, tmp_path / "last.ckpt")
+    module = Assigned()
+    with (
+        pytest.warns(UserWarning, match=r"now: Categorical\(label_smoothing=0\.2\) was given here"),
+        pytest.warns(UserWarning, match=r"now: \[VAT\(\)\] was given here"),
+    ):
+        fit(module, rows, resume=path)
+    assert module.rdrop_distance.label_smoothing == 0.2
+    assert len(module.rdrop_regularizers) == 1
+
+
+def test_numbers_that_fall_back_to_their_defaults_are_named(fit, rows, tmp_path):
+    class Unsaved(Small):
+        def save_hyperparameters(self):
+            pass
+
+    path = tmp_path / "last.ckpt"
+    module = Unsaved(rdrop_alpha=1, rdrop_views=3)
+    trainer = fit(module, rows, [AlphaScheduler(ramp=4), SaveAt(2, path)])
+    assert module.rdrop_alpha == 1
+    with (
+        pytest.warns(
+            UserWarning, match=r"trained with rdrop_alpha=1\.0, which Unsaved.*now: 4\.0 is the default\. Pass"
+        ),
+        pytest.warns(UserWarning, match="trained with rdrop_views=3, which Unsaved.*now: 2 is the default"),
+    ):
+        Unsaved.load_from_checkpoint(path)
+    trainer.save_checkpoint(path)
+    assigned = Unsaved(rdrop_views=1)
+    assigned.rdrop_alpha = 2.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The checkpoint was trained with")
+        Unsaved.load_from_checkpoint(path, rdrop_alpha=1, rdrop_views=3)
+        fit(assigned, rows, resume=path)
+    assert (assigned.rdrop_alpha, assigned.rdrop_views) == (2.0, 1)
+
+
+def test_a_second_checkpoint_replaces_what_the_first_gave(fit, small, rows, tmp_path):
+    paths = [
+        saved(fit, small(rdrop_distance=distance), rows, tmp_path / f"{distance}.ckpt")
+        for distance in (JensenShannon(), Categorical(label_smoothing=0.1))
+    ]
+    module = copy.deepcopy(small.load_from_checkpoint(paths[0]))
+    fit(module, rows, resume=paths[1])
+    assert type(module.rdrop_distance) is Categorical
+
+
+def test_numbers_of_numpy_are_plain(fit, small, rows, tmp_path):
+    distance = Categorical(weight=np.array([1.0, 2.0, 3.0]), label_smoothing=np.float64(0.1))
+    path = saved(
+        fit,
+        small(rdrop_distance=distance, rdrop_regularizers=[VAT(epsilon=np.float32(2))]),
+        rows,
+        tmp_path / "last.ckpt",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = small.load_from_checkpoint(path)
+    assert torch.equal(again.rdrop_distance.weight, torch.tensor([1.0, 2.0, 3.0]))
+    assert again.rdrop_distance.label_smoothing == 0.1
+    assert again.rdrop_regularizers[0].epsilon == 2
 
 
 def test_what_cannot_be_made_again_is_named(fit, small, rows, tmp_path):

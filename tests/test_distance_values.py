@@ -1,5 +1,7 @@
 """What counts, what a target cannot hold, and what is no prediction of logits."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_distance import target_of
@@ -64,6 +66,32 @@ def test_what_is_not_known_counts_in_neither_term(distance, shape, value, views,
             for (first, second), y in ((predictions[:2], target), (known[:2], target[[0, 2]]))
         ]
         torch.testing.assert_close(*directed)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [-999, -999.9, -99999.0])
+@pytest.mark.parametrize("kind", [Gaussian, Bernoulli, Cosine, partial(FromDistribution, distributions.Poisson)])
+def test_what_is_not_known_stays_so_in_another_precision(kind, value, stored, trained):
+    """As ``precision="bf16-true"`` casts the batch; -99999 overflows in float16."""
+    distance, predictions = kind(ignore_value=value), torch.rand(2, 4, 3, dtype=trained)
+    target = torch.randint(2, (4, 3)).to(stored)
+    target[[1, 3]] = value
+    target = target.to(trained)
+    terms = RDropLoss(distance)(predictions, target, 3.0)
+    expected = RDropLoss(kind())(predictions[:, [0, 2]], target[[0, 2]], 3.0)
+    torch.testing.assert_close((terms.ce, terms.kl), (expected.ce, expected.kl))
+    assert not distance.has_invalid(predictions[0], target)
+
+
+def test_an_unknown_label_that_a_small_type_cannot_hold_is_invalid():
+    """-1 stored as 255 is neither unknown nor a label."""
+    prediction, target = torch.zeros(1, 3), torch.tensor([[0, 1, -1]]).to(torch.uint8)
+    distance = Bernoulli(ignore_value=-1)
+    assert distance.counted(prediction, target).all()
+    assert distance.has_invalid(prediction, target)
+    with pytest.raises(ValueError, match="The target contains 255"):
+        distance.check(prediction, target)
 
 
 def test_a_label_of_an_example_may_be_unknown():

@@ -955,6 +955,13 @@ MULTI_HOT = (torch.randn(6, 8), torch.randint(2, (6, 3)).float())
             MULTI_HOT,
             "Bernoulli(pos_weight=self.losses[0].pos_weight)",
         ),
+        (nn.NLLLoss(WEIGHT), None, rows(), "Categorical(weight=self.losses[0].weight)"),
+        (
+            nn.BCEWithLogitsLoss(WEIGHT),
+            Bernoulli(),
+            MULTI_HOT,
+            "Weighted(Bernoulli()) in __init__, and return (target, self.losses[0].weight.expand_as(target))",
+        ),
     ],
 )
 def test_a_criterion_that_is_not_used_is_a_warning_with_the_distance(fit, criterion, distance, batch, advice):
@@ -967,7 +974,9 @@ def test_a_criterion_that_is_not_used_is_a_warning_with_the_distance(fit, criter
 @pytest.mark.parametrize(
     ("kind", "criterion", "arguments"),
     [
-        (Criterion, nn.CrossEntropyLoss(reduction="sum"), {}),
+        (Criterion, nn.CrossEntropyLoss(reduction="none"), {}),
+        (Criterion, nn.CrossEntropyLoss(reduction="sum"), {"rdrop_distance": Focal()}),
+        (Criterion, nn.BCEWithLogitsLoss(WEIGHT, reduction="sum"), {}),
         (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Categorical(weight=[1.0, 1.0, 5.0])}),
         (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_distance": Focal(weight=WEIGHT)}),
         (Criterion, nn.CrossEntropyLoss(WEIGHT), {"rdrop_guard": "off"}),
@@ -979,8 +988,17 @@ def test_a_criterion_that_is_not_used_is_a_warning_with_the_distance(fit, criter
 )
 def test_a_criterion_that_is_used_or_says_nothing_new_is_left_in_peace(fit, kind, criterion, arguments):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*rdrop_distance.*")
+        warnings.filterwarnings("error", "The mixin's training_step")
         fit(kind(criterion, **arguments), DataLoader([rows()], batch_size=None))
+
+
+@pytest.mark.parametrize(
+    ("kind", "distance"),
+    [(nn.CrossEntropyLoss, Categorical()), (nn.NLLLoss, Categorical()), (nn.BCEWithLogitsLoss, Bernoulli())],
+)
+def test_a_sum_is_told_from_the_mean_that_is_used(kind, distance):
+    reason = unused_criterion(Criterion(kind(reduction="sum")), distance)
+    assert f"not self.losses[0], a {kind.__name__} with reduction='sum'" in reason
 
 
 def test_a_criterion_in_half_precision_is_that_of_the_distance():

@@ -116,3 +116,20 @@ def test_padding_of_unlabelled_texts_does_not_count(gpt2):
         terms.append(module.rdrop_step({"labeled": batch, "unlabeled": batch | {"input_ids": changed}}))
     assert terms[0].extra["kl_unlabeled"] > 0
     torch.testing.assert_close(terms[0].extra["kl_unlabeled"], terms[1].extra["kl_unlabeled"])
+
+
+def test_a_mixture_of_experts_is_balanced_as_hugging_faces(folder):
+    settings = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5, attn_implementation="eager",
+        **TOKEN_IDS,
+    )  # fmt: skip
+    path, batch = folder(transformers.MixtralForCausalLM(settings)), texts(labels=False)
+    module = CausalLM(path, rdrop_views=1, rdrop_guard="off")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = module.network(**batch, labels=labels)
+    terms = module.rdrop_step(batch)
+    torch.testing.assert_close(terms.loss, expected.loss)
+    torch.testing.assert_close(terms.extra["balance"], 0.5 * expected.aux_loss)
+    with pytest.raises(ValueError, match=r"fused_head=True never completes.*load-balancing loss"):
+        CausalLM(path, fused_head=True)

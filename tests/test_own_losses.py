@@ -1,11 +1,13 @@
 """A loss that the model makes itself is added once, whatever the way in which the views are drawn."""
 
 import copy
+import warnings
+from collections import namedtuple
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import TOKEN_IDS
+from conftest import TOKEN_IDS, Small
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -253,3 +255,44 @@ def test_a_model_with_a_loss_beside_its_logits():
     terms = Bert().rdrop_step(batch)
     torch.testing.assert_close(terms.extra["own"], terms.ce)  # both are the cross-entropy of the 8 rows
     torch.testing.assert_close(terms.loss, 2 * terms.ce + ALPHA * terms.kl)
+
+
+Outputs = namedtuple("Outputs", ["logits", "aux2", "aux1"])  # as torchvision's GoogLeNet
+
+
+class OfGoogLeNet(Small):
+    def forward(self, x):
+        logits = super().forward(x)
+        return Outputs(logits, logits * 2, logits.detach()) if self.training else logits
+
+
+class OfMixtral(Small):
+    def rdrop_unpack(self, batch):
+        return {"x": batch[0]}, batch[1]
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return {"logits": logits, "aux_loss": logits.mean(), "router_z_loss": logits.square().mean(), "hidden": logits}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "call"),
+    [(OfGoogLeNet, "aux2", "self(inputs)"), (OfMixtral, "aux_loss and router_z_loss", r"self(**inputs)")],
+)
+def test_a_loss_beside_the_logits_is_told_once_in_a_fit(fit, rows, kind, names, call):
+    with pytest.warns(UserWarning, match=rf"forward of {kind.__name__} returns {names} besides logits") as warned:
+        fit(kind(), rows, max_epochs=2)
+    (said,) = (str(one.message) for one in warned if "besides logits" in str(one.message))
+    assert f"output = {call}" in said
+
+
+def test_a_loss_beside_the_logits_that_is_used_or_ignored_on_purpose_is_left_in_peace(fit, rows):
+    class Used(OfMixtral):
+        def rdrop_predict_with_losses(self, inputs):
+            output = self(**inputs)
+            return WithLosses(output["logits"], {"own": output["aux_loss"]})
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*besides logits")
+        fit(Used(), rows)
+        fit(OfMixtral(rdrop_guard="off"), rows)

@@ -17,6 +17,7 @@ from lightning_rdrop.training_length import planned_steps
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer
+    from lightning_rdrop.mixin import RDropMixin
 
 
 class AdaptiveAlpha(ModuleValue):
@@ -30,7 +31,7 @@ class AdaptiveAlpha(ModuleValue):
     resumes with bitwise equal alphas (on the same number of ranks), and a second ``fit`` of the same Trainer continues
     from the last alpha. The training step never waits for the device: kl is read when alpha changes, with one
     all-reduce of two numbers. Batches that the step skips are left out. If the training is too short for a single
-    change, a warning says so.
+    change, a warning says so; likewise with ``rdrop_views=1``, where alpha stays as it is.
 
     Args:
         target_kl: the desired kl, > 0, in nats per row, as logged by ``train/kl``. A good value is the kl in the middle
@@ -108,7 +109,8 @@ class AdaptiveAlpha(ModuleValue):
         """Start counting, or restore the sums of a resumed training."""
         if self._changed_at is None:
             self._changed_at = steps_made(trainer, pl_module)
-            self._warn_of_no_change(trainer, self._changed_at)
+            if trainer.is_global_zero and not is_dry_run(trainer):
+                self._warn_of_no_change(trainer, require_rdrop(self, pl_module), self._changed_at)
         if self._saved_sums:
             if len(self._saved_sums) != trainer.world_size:  # put all on one rank
                 total = [sum(column) for column in zip(*self._saved_sums, strict=True)]
@@ -134,9 +136,15 @@ class AdaptiveAlpha(ModuleValue):
     def _steps_between_changes(self, trainer: Trainer) -> int:
         return self.every or trainer.log_every_n_steps or 50  # type: ignore[attr-defined]  # set by its connector
 
-    def _warn_of_no_change(self, trainer: Trainer, begin: int) -> None:
+    def _warn_of_no_change(self, trainer: Trainer, module: RDropMixin, begin: int) -> None:
         planned, every = planned_steps(trainer), self._steps_between_changes(trainer)
-        if trainer.is_global_zero and not is_dry_run(trainer) and planned is not None and planned - begin <= every:
+        if module.rdrop_views == 1:
+            warnings.warn(
+                f"AdaptiveAlpha never changes alpha: {type(module).__name__} has rdrop_views=1, so there is no kl. Set "
+                "rdrop_views=2, or train without this callback.",
+                stacklevel=3,
+            )
+        elif planned is not None and planned - begin <= every:
             warnings.warn(
                 f"AdaptiveAlpha never changes alpha: it does so every {every} steps, but the training has only "
                 f"{planned - begin}. Pass a smaller AdaptiveAlpha(..., every=N); the default is "
@@ -160,6 +168,8 @@ class AdaptiveAlpha(ModuleValue):
                 )
             return
         self._patience = math.inf
+        if module.rdrop_views == 1:
+            return  # kl is 0, and alpha multiplies nothing
         kl = module.rdrop_kl.to(_precise(module.rdrop_kl.device))
         counted = module.rdrop_denominators.get("kl")
         rows = torch.ones_like(kl) if counted is None else counted.to(kl)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from pkgutil import resolve_name
+from typing import Any
 
+from lightning_rdrop.callbacks import AdaptiveAlpha, AlphaScheduler
 from lightning_rdrop.compare.config import Config, callbacks
 from lightning_rdrop.compare.plan import Plan
 from lightning_rdrop.compare.results import Row
@@ -61,10 +64,15 @@ def _longer(config: Config, ratio: float) -> Config:
 def _without_kl(config: Config) -> Config:
     config = copy.deepcopy(config)
     config["model"].setdefault("init_args", {})["rdrop_alpha"] = 0.0
-    theirs = [one for one in callbacks(config) if one["class_path"].endswith(("AlphaScheduler", "AdaptiveAlpha"))]
+    theirs = [one for one in callbacks(config) if _sets_alpha(resolve_name(one["class_path"]))]
     named = config.get("callbacks") or {}
     config["callbacks"] = {name: None if one in theirs else one for name, one in named.items()}
     listed = config.get("trainer", {}).get("callbacks")
     if isinstance(listed, list):
         config["trainer"]["callbacks"] = [one for one in listed if one not in theirs]
     return config
+
+
+def _sets_alpha(callback: Any) -> bool:
+    ours = isinstance(callback, type) and issubclass(callback, (AlphaScheduler, AdaptiveAlpha))
+    return ours and callback.attribute == "rdrop_alpha"

@@ -83,11 +83,11 @@ class Bernoulli(Distance):
         self.pos_weight = weight
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        prediction, target = same_shape(self, prediction, target)
+        logits, labels = same_shape(self, prediction, target)
         counted = self.counted(prediction, target)
-        prediction, target = blank(counted, prediction, target)
-        weight = self._weight(prediction)
-        elements = F.binary_cross_entropy_with_logits(prediction, target, pos_weight=weight, reduction="none")
+        logits, labels = blank(counted, logits, labels)
+        weight = self._weight(logits)
+        elements = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
         return Average.of(elements, counted)
 
     def between(self, first: Tensor, second: Tensor, target: Tensor | None = None) -> Average:

@@ -13,7 +13,7 @@ from lightning_rdrop import views
 from lightning_rdrop.description import Described
 from lightning_rdrop.distance.predictive import Predictive
 from lightning_rdrop.divergence import at_least_float32
-from lightning_rdrop.labels import UNIT_WEIGHTS, RowWeights
+from lightning_rdrop.labels import UNIT_WEIGHTS, RowWeights, equals
 from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.terms import Average, Terms, fitted
 
@@ -62,7 +62,7 @@ class Distance(Described, Predictive):
     """The names under which the two terms are logged."""
 
     ignore_value: float | None = None
-    """Targets with this value (NaN matches NaN) are ignored in both terms; None ignores no target."""
+    """Targets with this value, rounded to their dtype, are ignored in both terms; NaN matches NaN, None nothing."""
 
     measures: ClassVar[tuple[str, ...]] = ("to_target", "between", "counted")
     """Methods that define D and its rows; a subclass that overrides one falls back to the general ``terms``."""
@@ -145,12 +145,10 @@ class Distance(Described, Predictive):
         :class:`~lightning_rdrop.CTC`, where the lengths tell what counts.
 
         Args:
-            prediction, target: as for :meth:`to_target`.
+            prediction: as for :meth:`to_target`.
+            target: likewise, in its own dtype: after a cast, ``ignore_value`` may be rounded differently.
         """
-        if self.ignore_value is None:
-            return None
-        counted: Tensor = ~target.isnan() if math.isnan(self.ignore_value) else target != self.ignore_value
-        return counted
+        return None if self.ignore_value is None else ~equals(target, self.ignore_value)
 
     def invalid_mask(self, prediction: Any, target: Any) -> Tensor | None:
         """Mask of the invalid values of the target; None if every value is valid.

@@ -50,10 +50,10 @@ class Gaussian(Distance):
         self.term_names = ("nll", "kl") if log_variance else ("mse", "kl")
 
     def to_target(self, prediction: Tensor, target: Tensor) -> Average:
-        mean, target = same_shape(self, self._mean(prediction), target)
+        mean, value = same_shape(self, self._mean(prediction), target)
         counted = self.counted(prediction, target)
-        mean, target = blank(counted, mean, target)
-        error = (target - mean).square()
+        mean, value = blank(counted, mean, value)
+        error = (value - mean).square()
         if self.log_variance:
             (log_var,) = blank(counted, at_least_float32(prediction)[..., 1])
             error = (math.log(2 * math.pi) + log_var + error * log_var.neg().exp()) / 2

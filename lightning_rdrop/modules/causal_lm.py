@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -10,6 +10,7 @@ from torchmetrics.text import Perplexity
 
 from lightning_rdrop.modules._language_model import LanguageModel
 from lightning_rdrop.modules._pretrained import load
+from lightning_rdrop.own_losses import WithLosses
 
 
 class CausalLM(LanguageModel):
@@ -18,6 +19,9 @@ class CausalLM(LanguageModel):
     The module shifts the targets: position t predicts token t + 1. A batch has ``input_ids``, and optionally ``labels``
     of the same shape, with -100 for tokens that do not count, such as those of a prompt; without labels, all tokens
     count whose ``attention_mask`` is not 0. Validation and test log the cross-entropy and the perplexity, per token.
+
+    A mixture of experts whose config has ``output_router_logits`` also minimizes its load-balancing loss, times its
+    ``router_aux_loss_coef``, logged as ``train/balance``.
 
     Args:
         pretrained: name or folder of the model, whose dropout is switched on.
@@ -32,7 +36,8 @@ class CausalLM(LanguageModel):
         kwargs: the arguments of :class:`~lightning_rdrop.modules.Task`, such as ``warmup``.
 
     Raises:
-        ValueError: ``fused_head`` for a model whose logits do not come straight from its output layer.
+        ValueError: ``fused_head`` for a model whose logits do not come straight from its output layer, or with
+            ``output_router_logits``.
     """
 
     def __init__(
@@ -55,6 +60,12 @@ class CausalLM(LanguageModel):
             gradient_checkpointing=gradient_checkpointing,
         )
         super().__init__(network, metrics, fused_head=fused_head, learning_rate=learning_rate, **kwargs)
+        self.balances = getattr(network.config, "output_router_logits", False)
+        if self.balances and fused_head:
+            raise ValueError(
+                f"fused_head=True never completes the forward pass, in which {type(network).__name__} computes its "
+                "load-balancing loss. Set fused_head=False, or output_router_logits to false in its config.json."
+            )
 
     def rdrop_unpack(self, batch: Any) -> tuple[dict[str, Any], Tensor]:
         inputs = dict(batch)
@@ -70,6 +81,12 @@ class CausalLM(LanguageModel):
 
     def rdrop_predict(self, inputs: Any) -> Tensor:
         return super().rdrop_predict(inputs)[:, :-1]  # no token follows the last one
+
+    def rdrop_predict_with_losses(self, inputs: Any) -> Any:
+        if not self.balances:
+            return super().rdrop_predict_with_losses(inputs)
+        output, config = self(**inputs, use_cache=False), cast(Any, self.network).config
+        return WithLosses(output.logits[:, :-1], {"balance": config.router_aux_loss_coef * output.aux_loss})
 
     def rdrop_hidden(self, inputs: Any) -> Tensor:
         return super().rdrop_hidden(inputs)[:, :-1]

@@ -139,17 +139,17 @@ class Hooks(MixinBase):
             inputs: inputs of B examples, for the first view.
             target: their target, or None.
             part: ``"labeled"`` or ``"unlabeled"``.
-
-        Raises:
-            ValueError: the distance does not accept the target.
         """
         ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
         first = self.rdrop_first_view(predictions)
         if part == "unlabeled":
             ignored = _ignored_input(self.rdrop_distance, first, inputs, target)
             return no_counted_targets(target, ignore_index) or ignored or missing_decoder_inputs(self, inputs)
-        if target is not None:
-            self.rdrop_distance.check(first, target)
+        try:
+            if target is not None:
+                self.rdrop_distance.check(first, target)
+        except ValueError as error:
+            return str(error)
         if self.rdrop_head() is None and (reason := self.rdrop_distance.prediction_warning(first)):
             warnings.warn(reason, stacklevel=2)
         return unshifted_labels(inputs, target, ignore_index) or missing_decoder_inputs(self, inputs)

@@ -766,6 +766,31 @@ def test_a_part_that_is_frozen_in_every_other_step_is_searched_once(monkeypatch)
     assert len(searched) == 2
 
 
+def test_modes_that_alternate_are_each_looked_at_once(fit, small, rows, monkeypatch):
+    class Alternating(small):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.network[0].train(batch_idx % 2 == 0)
+
+        def rdrop_check(self, *batch):
+            checked.append(self.network[0].training)
+
+    checked, compared = [], []
+    monkeypatch.setattr("lightning_rdrop.guard.guard.diagnose", lambda *arguments: compared.append(arguments))
+    fit(Alternating(), rows)
+    assert checked == [True, False]
+    assert len(compared) == 2
+
+
+def test_single_examples_are_looked_at_once_in_each_mode(monkeypatch):
+    module, looked = normalized(), []
+    monkeypatch.setattr("lightning_rdrop.guard.guard.single_values", lambda *arguments: looked.append(arguments))
+    module.network[1].eval()
+    for step in range(4):
+        module.network[0].train(step % 2 == 0)
+        module.rdrop_step(rows(1))
+    assert len(looked) == 2
+
+
 def test_a_dropout_that_is_switched_off_is_seen_in_the_same_step():
     module, batch = mlp(), rows()
     for p in (0.3, 0.5):

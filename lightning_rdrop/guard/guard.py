@@ -51,9 +51,9 @@ class Guard:
 
     Its state belongs to one fit: :meth:`begin` resets it. Values are compared on the first batch, and again after a
     submodule has changed its mode or a dropout probability has changed from or to 0, once in each such state, or after
-    alpha has risen from 0; this waits for the device. Freezing or unfreezing a part starts another search for dead dropout. Other batches are only
-    recorded on the device, and read whenever the Trainer logs (every 50 steps without a Trainer), at the end of an
-    epoch, and before records are lost.
+    alpha has risen from 0; this waits for the device. Freezing or unfreezing a part starts another search for dead
+    dropout. Other batches are only recorded on the device, and read whenever the Trainer logs (every 50 steps without a
+    Trainer), at the end of an epoch, and before records are lost.
     """
 
     def __init__(self) -> None:

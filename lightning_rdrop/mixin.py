@@ -262,7 +262,7 @@ class RDropMixin(Checkpointed):
         if not own and not self.rdrop_regularizers:  # where the module's own losses may be used
             self._rdrop_guard.look_for_criterion(self, self.rdrop_distance)
 
-    def _rdrop_batch_ends(self, *_: Any) -> None:
+    def _rdrop_batch_ends(self, *_: Any, **__: Any) -> None:
         if self.rdrop_views > 1:
             self._rdrop_guard.batch_ends(self)
 

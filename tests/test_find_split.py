@@ -193,6 +193,27 @@ class InTraining(nn.Module):
         return self.head(behind + self.more(self, before, behind) if self.training else behind)
 
 
+class Full(nn.Module):
+    """Runs out of memory where the batch is duplicated, in one mode."""
+
+    def __init__(self, training):
+        super().__init__()
+        self.first, self.drop, self.when = nn.Linear(8, 8), nn.Dropout(0.3), training
+
+    def forward(self, x):
+        y = self.drop(self.first(x))
+        if len(y) != len(x) and self.training == self.when:
+            raise torch.OutOfMemoryError
+        return y
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("at", ["drop", "auto"])
+def test_a_lack_of_memory_is_no_wrong_place(training, at):
+    with pytest.raises(torch.OutOfMemoryError):
+        find_split(*[Full(training)] * 2, torch.randn(4, 8), 2, at)
+
+
 class Checkpointed(nn.Module):
     """A block between two layers, computed again in the backward pass."""
 

@@ -40,10 +40,12 @@ class RandomReplacement:
         self.probability = probability
         self.examples = examples
         self.special = tuple(special)
+        self._special = torch.tensor(self.special, dtype=torch.long, device="cpu")
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Replace some of the tokens (N, T), and return a new tensor."""
-        free = ~torch.isin(tokens, tokens.new_tensor(self.special))
+        special = self._special.to(tokens.device, non_blocking=True)
+        free = (tokens.unsqueeze(-1) != special).all(-1)  # torch.isin may wait for the device
         free[:, 0] = False
         changed = torch.rand_like(tokens[:, :1], dtype=torch.float) < self.examples
         chosen = free & changed & (torch.rand_like(tokens, dtype=torch.float) < self.probability)

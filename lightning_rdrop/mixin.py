@@ -136,10 +136,8 @@ class RDropMixin(Checkpointed):
         self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), logged_names(self.rdrop_distance)))
         self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
-        self.rdrop_rows: Tensor | None = None
-        """Rows per view that the last logged step averaged over, read by callbacks; None if it is not such a mean."""
         self.rdrop_denominators: dict[str, Tensor] = {}
-        """The number of rows of each term, by name; several predictions have an entry for each."""
+        """Rows per view that each term of the last logged step averaged over, by name; empty if it is not such a mean."""
         self.rdrop_kl: Tensor | None = None
         """kl of the last logged step, read by callbacks; None before the first one."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}
@@ -232,7 +230,7 @@ class RDropMixin(Checkpointed):
         holds for each part, and their sums weight a batch by its examples. With unlabeled examples kl is the sum of two
         means over different rows, and weights a batch by its labeled rows.
         """
-        self.rdrop_rows, self.rdrop_denominators, self.rdrop_kl = terms.rows, terms.denominators(), terms.kl.detach()
+        self.rdrop_denominators, self.rdrop_kl = terms.denominators(), terms.kl.detach()
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)

@@ -17,7 +17,8 @@ class Watch(pl.Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append((pl_module.rdrop_alpha, float(pl_module.rdrop_kl), float(pl_module.rdrop_rows)))
+        rows = float(pl_module.rdrop_denominators["kl"])
+        self.seen.append((pl_module.rdrop_alpha, float(pl_module.rdrop_kl), rows))
 
     @property
     def alphas(self):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import own_losses, unlabeled, views
+from lightning_rdrop._compat import passes_synchronize
 from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of, whole
@@ -22,7 +23,6 @@ from lightning_rdrop.data_views import first_view
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
-from lightning_rdrop.guard.rows import passes_synchronize
 from lightning_rdrop.inheritance import notice_replaced_step, require_first, require_init
 from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import map_tensors
@@ -137,7 +137,7 @@ class RDropMixin(Checkpointed):
         self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
         self.rdrop_denominators: dict[str, Tensor] = {}
-        """Rows per view that each term of the last logged step averaged over, by name; empty if it is not such a mean."""
+        """Rows per view that each term of the last logged step averaged over, by name; empty if it has no such mean."""
         self.rdrop_kl: Tensor | None = None
         """kl of the last logged step, read by callbacks; None before the first one."""
         given = {"rdrop_distance": rdrop_distance, "rdrop_regularizers": rdrop_regularizers}

@@ -84,14 +84,14 @@ def test_a_hook_is_extended_once_whether_or_not_an_override_calls_super():
 
     class Forgets(Calls):
         def hook(self, value):
-            raise OSError
+            raise OSError("disk full")
 
     for cls in (Base, Calls, Forgets):
         extend_hook(cls, "hook", first)
     assert Calls().hook(1) == 2
     forgets = Forgets()
     for _ in range(2):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="disk full"):
             forgets.hook(value=1)
     assert calls == [((1,), {}), ((), {"value": 1}), ((), {"value": 1})]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, cast
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_rdrop._compat import is_readable
+from lightning_rdrop._compat import has_sharded_weights, is_readable, passes_synchronize
 from lightning_rdrop._lightning import on_all_ranks, searches_learning_rate, trainer_of
 from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.distance import Distance
@@ -20,7 +20,7 @@ from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_de
 from lightning_rdrop.guard.first_batch import in_evaluation
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
-from lightning_rdrop.guard.rows import has_sharded_weights, passes_synchronize, row_dependence
+from lightning_rdrop.guard.rows import row_dependence
 from lightning_rdrop.guard.single_example import single_values
 from lightning_rdrop.guard.switches import Switches
 from lightning_rdrop.guard.target_watch import TargetWatch

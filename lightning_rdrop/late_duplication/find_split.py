@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from lightning_rdrop import submodules
-from lightning_rdrop._compat import is_compiled
+from lightning_rdrop._compat import has_sharded_weights, is_compiled
 from lightning_rdrop.data_views import Views
-from lightning_rdrop.guard.rows import has_sharded_weights
 from lightning_rdrop.late_duplication.duplicate_at import KeyPath, Predict, Split, UnforeseenError
 from lightning_rdrop.late_duplication.first_random import first_random
 from lightning_rdrop.late_duplication.trial import Trial

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_rdrop._lightning import Callback, is_dry_run
-from lightning_rdrop.callbacks._module_value import steps_made
+from lightning_rdrop.optimizer_steps import planned_steps, steps_made
 from lightning_rdrop.plots import History, curves, read_csv
-from lightning_rdrop.training_length import planned_steps
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer

@@ -64,7 +64,7 @@ class ChatDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.name = tokenizer
+        self.name: str = tokenizer
         self.tables = {"train": train, "val": val, "test": test}
         self.batch_size = batch_size
         self.max_length = max_length

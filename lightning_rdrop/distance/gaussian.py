@@ -122,4 +122,5 @@ class Gaussian(Distance):
         first, second = same_shape(self, first, second)
         counted = counted_between(self, self._mean(first), target)
         mask = counted.unsqueeze(-1) if self.log_variance and counted is not None else counted
-        return *blank(mask, first, second), counted
+        first, second = blank(mask, first, second)
+        return first, second, counted

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_rdrop import arguments
+
 
 class RandomReplacement:
     """Replaces some of the decoder's input tokens with other tokens of the same text, against exposure bias.
@@ -34,11 +36,8 @@ class RandomReplacement:
     """
 
     def __init__(self, probability: float = 0.3, *, examples: float = 0.5, special: Iterable[int] = ()) -> None:
-        for name, value in (("probability", probability), ("examples", examples)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
-        self.probability = probability
-        self.examples = examples
+        self.probability = arguments.probability("probability", probability)
+        self.examples = arguments.probability("examples", examples)
         self.special = tuple(special)
         self._special = torch.tensor(self.special, dtype=torch.long, device="cpu")
 

@@ -64,13 +64,13 @@ class Hooks(MixinBase):
         )
 
     def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[Any, Any]:
-        """Hook: split an unlabeled batch into the inputs of the network and None, or what tells which rows count.
+        """Hook: split an unlabeled batch into the network's inputs and a target that only marks the rows that count.
 
-        The inputs are a tensor, :class:`~lightning_rdrop.Views`, a mapping without ``labels``, ``label`` or
-        ``target``, or the only element of a tuple or list. Anything else goes to :meth:`rdrop_unpack`. Labels found
-        there are not learned from, but rows labeled -100 (the distance's ``ignore_index``) do not count. Without
-        labels, tokens whose ``attention_mask`` (B, T) is 0 do not count, if the prediction is a single tensor
-        (B, T, ...) with at least one further dimension, such as classes.
+        The target is None if all do. The inputs are a tensor, :class:`~lightning_rdrop.Views`, a mapping without
+        ``labels``, ``label`` or ``target``, or the only element of a tuple or list. Anything else goes to
+        :meth:`rdrop_unpack`. Labels found there are not learned from, but rows labeled -100 (the distance's
+        ``ignore_index``) do not count. Without labels, tokens whose ``attention_mask`` (B, T) is 0 do not count, if the
+        prediction is a single tensor (B, T, ...) with at least one further dimension, such as classes.
         """
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch[0], None
@@ -133,6 +133,8 @@ class Hooks(MixinBase):
 
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """Hook: what is wrong with the first batch, or None; raised or warned about according to ``rdrop_guard``.
+
+        A suspicious prediction, such as a softmax, is only a warning.
 
         Args:
             predictions: the K views (K, N, ...), or hidden states if there is a head.

@@ -126,7 +126,8 @@ class RDropMixin(Checkpointed):
         if not isinstance(rdrop_distance, (Distance, type(None))):
             raise TypeError(
                 f"rdrop_distance must be a Distance, a dict of such, or None, got {rdrop_distance!r}. For a weighted "
-                "cross-entropy use Categorical(weight=...); for another loss write a Distance, see docs/distances.md."
+                "cross-entropy use Categorical(weight=...); for another loss subclass lightning_rdrop.Distance, which "
+                "defines to_target and between."
             )
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))

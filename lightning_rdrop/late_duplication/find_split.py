@@ -20,7 +20,7 @@ from lightning_rdrop.probe import random_states, without_side_effects
 from lightning_rdrop.views import batch_size, duplicate, first_tensor
 
 _NOTHING_SAVED = 0.995
-"""Shares of the FLOPs above this are 100 % when rounded."""
+"""Shares of the FLOPs above this are 100% when rounded."""
 
 
 class LateDuplication:

@@ -295,6 +295,14 @@ def test_a_second_training_is_warned_of_what_it_does_itself(fit):
         watched(fit, Small(), monitor)
 
 
+def test_another_module_is_measured_in_its_own_modes(fit):
+    monitor, other = ConsistencyMonitor(2), Validated()
+    watched(fit, Validated(), monitor)
+    other.val_dataloader = table
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[monitor])
+    assert trainer.validate(other)[0]["val/dropout_kl"] > 0
+
+
 def test_of_views_the_first_is_looked_at(fit):
     class Twice(Validated):
         def rdrop_unpack(self, batch):

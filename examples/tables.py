@@ -18,7 +18,7 @@ class MLP(nn.Sequential):
 
 
 class Table(FewLabels):
-    """A table of numbers: 60 % of its rows for training, 20 % each for validation and test."""
+    """A table of numbers: 60% of its rows for training, 20% each for validation and test."""
 
     def table(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError

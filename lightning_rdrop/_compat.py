@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def graph_is_kept() -> bool:
@@ -44,6 +45,17 @@ def is_batched(tensor: Tensor) -> bool:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether it is one rank's shard of a parameter under FSDP2 (a DTensor) or FSDP."""
     return hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False)
+
+
+def has_sharded_weights(network: nn.Module) -> bool:
+    """Whether its weights are sharded across ranks, so that all ranks must run the same passes."""
+    made = (parameter for parameter in network.parameters() if not is_lazy(parameter))
+    return any(is_sharded(parameter) or not parameter.numel() for parameter in made)
+
+
+def passes_synchronize(network: nn.Module) -> bool:
+    """Whether its passes communicate between ranks (sharded weights or SyncBatchNorm), so each must run as many."""
+    return has_sharded_weights(network) or any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
 
 
 def mark_rows_dynamic(*tensors: Tensor) -> None:

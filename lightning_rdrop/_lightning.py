@@ -70,15 +70,22 @@ def is_dry_run(trainer: Trainer) -> bool:
 
 
 def extend_hook(cls: type, name: str, first: Callable[..., None]) -> None:
-    """Call ``first`` before a hook of a class, even if an override of the hook does not call ``super()``."""
+    """Call ``first`` once before a hook of a class, whether or not an override of the hook calls ``super()``."""
     hook = getattr(cls, name, None)
     if hook is None or hasattr(hook, "extended"):  # not a LightningModule yet, or extended in a base
         return
 
     @functools.wraps(hook)
     def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
-        first(self, *args, **kwargs)
-        return hook(self, *args, **kwargs)
+        running: set[str] = vars(self).setdefault("_rdrop_running_hooks", set())
+        if name in running:  # called by super() in an override
+            return hook(self, *args, **kwargs)
+        running.add(name)
+        try:
+            first(self, *args, **kwargs)
+            return hook(self, *args, **kwargs)
+        finally:
+            running.remove(name)
 
     extended.extended = True  # type: ignore[attr-defined]
     setattr(cls, name, extended)

@@ -50,6 +50,23 @@ def whole(name: str, value: SupportsIndex, least: int = 1, meaning: str = "") ->
     return number
 
 
+def probability(name: str, value: float, *, below_one: bool = False) -> float:
+    """Return the value as a float if it is in [0, 1], or in [0, 1) if it must be below 1, including numpy's.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> probability("p", 30)
+        Traceback (most recent call last):
+        ValueError: p must be a probability, 0 <= p <= 1, got 30.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not (0 <= value < 1 or (value == 1 and not below_one)):
+        raise ValueError(f"{name} must be a probability, 0 <= {name} {'<' if below_one else '<='} 1, got {value!r}.")
+    return float(value)
+
+
 def duration(name: str, value: int | float) -> int | float:
     """Return a number of optimizer steps as an int, or a share of training as a float in [0, 1].
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_rdrop import data_views, views
-from lightning_rdrop.guard.rows import passes_synchronize
+from lightning_rdrop._compat import passes_synchronize
 from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import copied
 from lightning_rdrop.probe import without_side_effects

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_rdrop.arguments import probability
 from lightning_rdrop.submodules import few
 
 _DROPS = re.compile(r"(?!.*(?-i:RDrop)).*(drop(?!ped|ping)|stochastic_?depth)", re.IGNORECASE)
@@ -127,9 +128,8 @@ def set_probability(network: nn.Module, p: float | Mapping[str, float]) -> dict[
     """
     layers = {layer.name: layer for layer in stochastic_layers(network)}
     if not isinstance(p, Mapping):
-        if not 0 <= p < 1:
-            raise ValueError(f"p must be a probability, 0 <= p < 1 (0.3 is the recommended dropout), got {p!r}.")
-        p = {layer.name: float(p) for layer in layers.values() if layer.scope == "element"}
+        p = probability("p", p, below_one=True)
+        p = {layer.name: p for layer in layers.values() if layer.scope == "element"}
     unknown = few(name for name in p if name not in layers)
     if unknown:
         raise ValueError(f"The network has no stochastic layer {unknown}; it has {few(layers) or 'none'}.")

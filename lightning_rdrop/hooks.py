@@ -68,13 +68,13 @@ class Hooks(MixinBase):
         )
 
     def rdrop_unpack_unlabeled(self, batch: Any) -> tuple[Any, Any]:
-        """Hook: split an unlabeled batch into the inputs of the network and None, or what tells which rows count.
+        """Hook: split an unlabeled batch into the network's inputs and a target that only marks the rows that count.
 
-        The inputs are a tensor, :class:`~lightning_rdrop.Views`, a mapping without ``labels``, ``label`` or
-        ``target``, or the only element of a tuple or list. Anything else goes to :meth:`rdrop_unpack`. Labels found
-        there are not learned from, but rows labeled -100 (the distance's ``ignore_index``) do not count. Without
-        labels, tokens whose ``attention_mask`` (B, T) is 0 do not count, if the prediction is a single tensor
-        (B, T, ...) with at least one further dimension, such as classes.
+        The target is None if all do. The inputs are a tensor, :class:`~lightning_rdrop.Views`, a mapping without
+        ``labels``, ``label`` or ``target``, or the only element of a tuple or list. Anything else goes to
+        :meth:`rdrop_unpack`. Labels found there are not learned from, but rows labeled -100 (the distance's
+        ``ignore_index``) do not count. Without labels, tokens whose ``attention_mask`` (B, T) is 0 do not count, if the
+        prediction is a single tensor (B, T, ...) with at least one further dimension, such as classes.
         """
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch[0], None
@@ -157,22 +157,24 @@ class Hooks(MixinBase):
     def rdrop_check(self, predictions: Any, inputs: Any, target: Any, part: str) -> str | None:
         """Hook: what is wrong with the first batch, or None; raised or warned about according to ``rdrop_guard``.
 
+        A suspicious prediction, such as a softmax, is only a warning.
+
         Args:
             predictions: the K views (K, N, ...), or hidden states if there is a head.
             inputs: inputs of B examples, for the first view.
             target: their target, or None.
             part: ``"labeled"`` or ``"unlabeled"``.
-
-        Raises:
-            ValueError: the distance does not accept the target.
         """
         ignore_index = getattr(self.rdrop_distance, "ignore_index", -100)
         first = self.rdrop_first_view(predictions)
         if part == "unlabeled":
             ignored = _ignored_input(self.rdrop_distance, first, inputs, target)
             return no_counted_targets(target, ignore_index) or ignored
-        if target is not None:
-            self.rdrop_distance.check(first, target)
+        try:
+            if target is not None:
+                self.rdrop_distance.check(first, target)
+        except ValueError as error:
+            return str(error)
         if self.rdrop_head() is None and (reason := self.rdrop_distance.prediction_warning(first)):
             warnings.warn(reason, stacklevel=2)
         return unshifted_labels(inputs, target, ignore_index)

@@ -50,6 +50,14 @@ class RDropLoss(nn.Module):
         self.distance = Categorical() if distance is None else distance
 
     def forward(self, predictions: Tensor, target: Tensor, alpha: float | Tensor, head: Head | None = None) -> Terms:
+        """The terms of labeled rows: loss = ce + alpha kl.
+
+        Args:
+            predictions: shape (K, N, ...), views first; hidden states (K, N, ..., D) with a head.
+            target: shape (N, ...), what the distance takes.
+            alpha: the weight of kl.
+            head: a linear output layer, whose logits are never stored.
+        """
         with compiled_loss(self.is_compiled):
             return self.distance.terms(predictions, target, alpha, head)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rdrop import own_losses, unlabeled, views
+from lightning_rdrop._compat import passes_synchronize
 from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of, whole
@@ -22,7 +23,6 @@ from lightning_rdrop.data_views import first_view
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
-from lightning_rdrop.guard.rows import passes_synchronize
 from lightning_rdrop.inheritance import notice_replaced_step, require_first, require_init
 from lightning_rdrop.late_duplication import LateDuplication
 from lightning_rdrop.nesting import map_tensors
@@ -128,7 +128,8 @@ class RDropMixin(Checkpointed):
         if not isinstance(rdrop_distance, (Distance, type(None))):
             raise TypeError(
                 f"rdrop_distance must be a Distance, a dict of such, or None, got {rdrop_distance!r}. For a weighted "
-                "cross-entropy use Categorical(weight=...); for another loss write a Distance, see docs/distances.md."
+                "cross-entropy use Categorical(weight=...); for another loss subclass lightning_rdrop.Distance, which "
+                "defines to_target and between."
             )
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
         self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))
@@ -138,10 +139,8 @@ class RDropMixin(Checkpointed):
         self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), logged_names(self.rdrop_distance)))
         self.rdrop_compile_loss = rdrop_compile_loss
         self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
-        self.rdrop_rows: Tensor | None = None
-        """Rows per view that the last logged step averaged over, read by callbacks; None if it is not such a mean."""
         self.rdrop_denominators: dict[str, Tensor] = {}
-        """The number of rows of each term, by name; several predictions have an entry for each."""
+        """Rows per view that each term of the last logged step averaged over, by name; empty if it has no such mean."""
         self.rdrop_kl: Tensor | None = None
         """kl of the last logged step, read by callbacks; None before the first one."""
         self._rdrop_own_alpha = self.rdrop_alpha
@@ -240,7 +239,7 @@ class RDropMixin(Checkpointed):
         holds for each part, and their sums weight a batch by its examples. With unlabeled examples kl is the sum of two
         means over different rows, and weights a batch by its labeled rows.
         """
-        self.rdrop_rows, self.rdrop_denominators, self.rdrop_kl = terms.rows, terms.denominators(), terms.kl.detach()
+        self.rdrop_denominators, self.rdrop_kl = terms.denominators(), terms.kl.detach()
         self.log("train/loss", terms.loss, batch_size=terms.examples)
         for name, value in ({"alpha": self.rdrop_alpha} | terms.extra).items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=terms.examples)
@@ -272,7 +271,7 @@ class RDropMixin(Checkpointed):
         if not own and not self.rdrop_regularizers:  # where the module's own losses may be used
             self._rdrop_guard.look_for_criterion(self, self.rdrop_distance)
 
-    def _rdrop_batch_ends(self, *_: Any) -> None:
+    def _rdrop_batch_ends(self, *_: Any, **__: Any) -> None:
         if self.rdrop_views > 1:
             self._rdrop_guard.batch_ends(self)
 

@@ -112,7 +112,7 @@ def dropout_passes(
                     draw(module, module.rdrop_predict, inputs, count, examples, passes=module.rdrop_passes)
                     for count in counts
                 ]
-            except torch.cuda.OutOfMemoryError:
+            except torch.OutOfMemoryError:
                 if separate or at_once == 1:
                     raise
                 at_once = (at_once + 1) // 2

@@ -54,9 +54,11 @@ class PredictionTable(BasePredictionWriter):
         source = data.tables["predict"]
         if source is not None and self.path.exists() and self.path.samefile(source):
             raise ValueError(f"predictions={str(self.path)!r} is the input table: choose another file.")
-        taken = {"prediction", "probability", "probabilities"} & {*(data.rows("predict") or [{}])[0]}
-        if taken:
-            raise ValueError(f"The input has a column {min(taken)!r}, which the predictions would add: rename it.")
+        new = {"prediction", "probability", "probabilities", "log_variance"}
+        if getattr(pl_module, "mc_passes", 0):
+            new |= {"entropy", "mutual_information", "std"}
+        if taken := new & {*(data.rows("predict") or [{}])[0]}:
+            raise ValueError(f"The input has a column {min(taken)!r}, a name that predictions use: rename it.")
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._found = {}

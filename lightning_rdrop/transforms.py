@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_rdrop import arguments
+
 
 class RandomReplacement:
     """Replaces some of the decoder's input tokens with other tokens of the same text, against exposure bias.
@@ -34,16 +36,15 @@ class RandomReplacement:
     """
 
     def __init__(self, probability: float = 0.3, *, examples: float = 0.5, special: Iterable[int] = ()) -> None:
-        for name, value in (("probability", probability), ("examples", examples)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
-        self.probability = probability
-        self.examples = examples
+        self.probability = arguments.probability("probability", probability)
+        self.examples = arguments.probability("examples", examples)
         self.special = tuple(special)
+        self._special = torch.tensor(self.special, dtype=torch.long, device="cpu")
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Replace some of the tokens (N, T), and return a new tensor."""
-        free = ~torch.isin(tokens, tokens.new_tensor(self.special))
+        special = self._special.to(tokens.device, non_blocking=True)
+        free = (tokens.unsqueeze(-1) != special).all(-1)  # torch.isin may wait for the device
         free[:, 0] = False
         changed = torch.rand_like(tokens[:, :1], dtype=torch.float) < self.examples
         chosen = free & changed & (torch.rand_like(tokens, dtype=torch.float) < self.probability)

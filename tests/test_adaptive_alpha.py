@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -17,7 +18,8 @@ class Watch(pl.Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append((pl_module.rdrop_alpha, float(pl_module.rdrop_kl), float(pl_module.rdrop_rows)))
+        rows = float(pl_module.rdrop_denominators["kl"])
+        self.seen.append((pl_module.rdrop_alpha, float(pl_module.rdrop_kl), rows))
 
     @property
     def alphas(self):
@@ -116,6 +118,18 @@ def test_resumed_training_takes_the_same_alphas_to_the_bit(fit, small, rows, tmp
     fit(module, batches, callbacks(resumed), resume=tmp_path / f"step={stop}.ckpt", **options)
     assert resumed.seen == whole.seen[stop:]
     assert len(set(whole.alphas)) == 6
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_sums_of_another_number_of_ranks_are_counted_once(ranks):
+    sums = []
+    for rank in range(ranks):
+        adaptive = AdaptiveAlpha(0.1, 10)
+        adaptive.load_state_dict({"alpha": 4.0, "changed_at": 0, "sums": [[1.0, 2.0], [3.0, 4.0]]})
+        trainer = SimpleNamespace(world_size=ranks, global_rank=rank)
+        adaptive.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+        sums.append(adaptive._sums)
+    assert torch.stack(sums).sum(0).tolist() == [4.0, 6.0]
 
 
 def test_kl_is_weighed_by_its_own_rows(fit, rows):

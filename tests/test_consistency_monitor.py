@@ -277,13 +277,44 @@ def test_modes_are_those_of_training(fit, sanity):
     assert found[0]["val/dropout_kl"] == 0
 
 
+def test_a_module_that_is_replaced_between_epochs_has_its_own_mode(fit):
+    class Replaced(Validated):
+        def on_train_epoch_start(self):
+            self.network[2] = nn.Dropout(0.5)
+
+    assert all(found["val/dropout_kl"] > 0 for found in watched(fit, Replaced(), ConsistencyMonitor(2), max_epochs=2))
+
+
+def test_a_second_training_is_warned_of_what_it_does_itself(fit):
+    monitor = ConsistencyMonitor(2)
+    watched(fit, Validated(), monitor)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="passes of Validated are all the same"):
+            watched(fit, Validated(p=0.0, rdrop_views=1), monitor)
+    with pytest.warns(UserWarning, match="measured nothing"):
+        watched(fit, Small(), monitor)
+
+
+def test_another_module_is_measured_in_its_own_modes(fit):
+    monitor, other = ConsistencyMonitor(2), Validated()
+    watched(fit, Validated(), monitor)
+    other.val_dataloader = table
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[monitor])
+    assert trainer.validate(other)[0]["val/dropout_kl"] > 0
+
+
 def test_of_views_the_first_is_looked_at(fit):
     class Twice(Validated):
         def rdrop_unpack(self, batch):
-            return Views(batch[0], -batch[0]), batch[1]
+            return (Views(batch[0], -batch[0]) if self.views_in_validation or self.training else batch[0]), batch[1]
 
-    found = watched(fit, Twice(), ConsistencyMonitor())[-1]
-    assert found["val/average_gap"] > 0
+    found = []
+    for views in (True, False):
+        torch.manual_seed(0)
+        module = Twice()
+        module.views_in_validation = views
+        found.append(watched(fit, module, ConsistencyMonitor())[-1])
+    assert found[0] == found[1]
 
 
 def test_a_batch_that_a_step_takes_apart(fit):

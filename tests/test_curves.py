@@ -64,6 +64,24 @@ def test_the_callback_keeps_what_a_csv_logger_writes(fit, rows, tmp_path, kept):
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_logged_in_some_batches_only(fit, rows, tmp_path, kept):
+    class Some(Validated):
+        def training_step(self, batch, batch_idx):
+            for name in {1: ["second"], 4: ["fifth"], 7: ["last"]}.get(batch_idx, []):
+                self.log(name, float(self.current_epoch))
+            return super().training_step(batch, batch_idx)
+
+    for logger in (CSVLogger(tmp_path), False):
+        module = Some()
+        module.val_dataloader = lambda: rows
+        fit(module, rows, [Curves()], logger=logger, log_every_n_steps=3, max_epochs=2, val_check_interval=4)
+    (csv,), (own,) = (each.values() for each in kept)
+    assert own["second"] == [(2, 0.0), (5, 0.0), (11, 1.0), (14, 1.0)]
+    assert set(own) == set(csv) - {"epoch", "step"}
+    for name, points in own.items():
+        assert [step for step, _ in points] == [step for step, _ in csv[name]], name
+
+
 def test_accumulated_batches_are_one_step(fit, rows, tmp_path, kept):
     for logger in (CSVLogger(tmp_path), False):
         fit(Small(), rows, [Curves()], logger=logger, log_every_n_steps=2, accumulate_grad_batches=2)

@@ -43,7 +43,14 @@ def test_evaluation_has_it_too_and_the_users_own_comes_back(fit, small, rows):
 
 
 def test_no_dropout_at_all(fit, small, rows):
-    fit(small(rdrop_views=1), rows, [DropoutProbability(0)])
+    seen = []
+
+    class Watched(small):
+        def on_train_batch_end(self, *args):
+            seen.append(self.network[2].p)
+
+    fit(Watched(rdrop_views=1), rows, [DropoutProbability(0)])
+    assert seen == [0.0] * 8
 
 
 def test_it_is_put_back_when_training_fails(fit, small, rows):

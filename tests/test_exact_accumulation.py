@@ -66,6 +66,13 @@ def test_a_skipped_micro_batch_counts_nothing(fit, accumulate, skipped):
     torch.testing.assert_close(weights(skipping), weights(big))
 
 
+def test_a_step_in_which_no_row_counts_changes_nothing(fit):
+    module, before = Tagger(), weights(Tagger())
+    batch = torch.randn(2, 8, 4), torch.full((2, 8), -100)
+    fit(module, DataLoader([batch] * 2, batch_size=None), [ExactAccumulation()], accumulate_grad_batches=2)
+    assert torch.equal(weights(module), before)
+
+
 class Failing(pl.Callback):
     def on_train_batch_end(self, *args):
         raise OSError("disk full")

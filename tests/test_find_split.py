@@ -47,20 +47,26 @@ def test_the_share_of_the_work():
     assert found(sequential(0.0, 0.3)).share == pytest.approx((64 + 64 + 2 * 24) / (2 * (64 + 64 + 24)))
 
 
+def place(module, x):
+    """Where the last batch was duplicated."""
+    late = module._rdrop_late
+    return late._splits[late._key(x)].at
+
+
 def test_another_mode_is_looked_at_anew():
     module = Net(sequential(0.3, 0.3), rdrop_duplicate_at="auto")
     module.network[2].eval()
     batch = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
     module.rdrop_step(batch)
-    assert next(iter(module._rdrop_late._splits.values())).at == ("network.5",)
+    assert place(module, batch[0]) == ("network.5",)
     module.network[2].train()
     module.rdrop_step(batch)
-    assert next(iter(module._rdrop_late._splits.values())).at == ("network.2",)
+    assert place(module, batch[0]) == ("network.2",)
 
 
 def test_a_dropout_that_is_switched_on_below_the_split_is_looked_at_anew(monkeypatch):
     module = Net(sequential(0.0, 0.3), rdrop_duplicate_at="auto")
-    looked = []
+    looked, batch = [], (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
     monkeypatch.setattr(
         import_module("lightning_rdrop.late_duplication.find_split"),  # which its function hides
         "find_split",
@@ -68,9 +74,9 @@ def test_a_dropout_that_is_switched_on_below_the_split_is_looked_at_anew(monkeyp
     )
     for p in (0.0, 0.5, 0.4, 0.0):
         module.network[2].p = p
-        module.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
-        assert next(iter(module._rdrop_late._splits.values())).at == ("network.2" if p else "network.5",)
-    assert looked == [0.0, 0.5, 0.0]
+        module.rdrop_step(batch)
+        assert place(module, batch[0]) == ("network.2" if p else "network.5",)
+    assert looked == [0.0, 0.5]
     named = Net(sequential(0.0, 0.3), rdrop_duplicate_at="network.3")
     named.rdrop_step((torch.randn(4, 8), torch.tensor([0, 1, 2, 0])))
     named.network[2].p = 0.5
@@ -96,7 +102,7 @@ def test_a_forgotten_split_is_looked_for_again():
     network, late, x = sequential(0.0, 0.3), LateDuplication("auto", 2), torch.randn(4, 8)
 
     def split():
-        return late.split(network, network, x, [module.training for module in network.modules()])
+        return late.split(network, network, x, tuple(module.training for module in network.modules()))
 
     first, new = split()
     assert (first.at, new) == (("5",), True)
@@ -185,6 +191,27 @@ class InTraining(nn.Module):
         before = self.first(x)
         behind = self.drop(self.second(before))
         return self.head(behind + self.more(self, before, behind) if self.training else behind)
+
+
+class Full(nn.Module):
+    """Runs out of memory where the batch is duplicated, in one mode."""
+
+    def __init__(self, training):
+        super().__init__()
+        self.first, self.drop, self.when = nn.Linear(8, 8), nn.Dropout(0.3), training
+
+    def forward(self, x):
+        y = self.drop(self.first(x))
+        if len(y) != len(x) and self.training == self.when:
+            raise torch.OutOfMemoryError
+        return y
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("at", ["drop", "auto"])
+def test_a_lack_of_memory_is_no_wrong_place(training, at):
+    with pytest.raises(torch.OutOfMemoryError):
+        find_split(*[Full(training)] * 2, torch.randn(4, 8), 2, at)
 
 
 class Checkpointed(nn.Module):

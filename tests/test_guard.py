@@ -777,6 +777,31 @@ def test_a_part_that_is_frozen_in_every_other_step_is_searched_once(monkeypatch)
     assert len(searched) == 2
 
 
+def test_modes_that_alternate_are_each_looked_at_once(fit, small, rows, monkeypatch):
+    class Alternating(small):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.network[0].train(batch_idx % 2 == 0)
+
+        def rdrop_check(self, *batch):
+            checked.append(self.network[0].training)
+
+    checked, compared = [], []
+    monkeypatch.setattr("lightning_rdrop.guard.guard.diagnose", lambda *arguments: compared.append(arguments))
+    fit(Alternating(), rows)
+    assert checked == [True, False]
+    assert len(compared) == 2
+
+
+def test_single_examples_are_looked_at_once_in_each_mode(monkeypatch):
+    module, looked = normalized(), []
+    monkeypatch.setattr("lightning_rdrop.guard.guard.single_values", lambda *arguments: looked.append(arguments))
+    module.network[1].eval()
+    for step in range(4):
+        module.network[0].train(step % 2 == 0)
+        module.rdrop_step(rows(1))
+    assert len(looked) == 2
+
+
 def test_a_dropout_that_is_switched_off_is_seen_in_the_same_step():
     module, batch = mlp(), rows()
     for p in (0.3, 0.5):
@@ -1132,10 +1157,33 @@ def test_a_second_fit_finds_its_split_anew(fit, small, rows):
     """Dropout that came before the old split would drop the same in all views: kl would be 0 there."""
     module = small(rdrop_duplicate_at="auto")
     fit(module, rows)
-    module.network[1] = nn.Dropout(0.3)
-    module.network[2].p = 0.0
+    module.network[1], module.network[2] = module.network[2], module.network[1]
     trainer = fit(module, rows)
     assert trainer.callback_metrics["train/kl"] > 0
+
+
+class Breaks(pl.Callback):
+    def on_train_batch_end(self, *args):
+        raise OSError("disk full")
+
+
+def test_a_fit_after_one_that_broke_off_watches_the_modules_of_its_own(fit, small, rows):
+    module = small()
+    with pytest.raises(OSError, match="disk full"):
+        fit(module, rows, [Breaks()])
+    module.network = small().network
+    with pytest.raises(ValueError, match=r"p = 0: network\.2"):
+        fit(module, rows, [Change(lambda module: setattr(module.network[2], "p", 0.0), 4)])
+
+
+def test_a_dropout_that_is_replaced_between_epochs_is_seen_in_the_next_batch(fit, small, rows):
+    class Replaced(small):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.network[2] = nn.Dropout(0.0)
+
+    with pytest.raises(ValueError, match=r"p = 0: network\.2"):
+        fit(Replaced(), rows, max_epochs=2)
 
 
 def test_a_schedule_that_begins_at_0_is_no_alpha_0_on_purpose(fit, small, rows):

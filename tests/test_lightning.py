@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_rdrop import RDropMixin
+from lightning_rdrop._lightning import extend_hook
 from lightning_rdrop.callbacks import AlphaScheduler, Curves, DropoutProbability, ExactAccumulation
 
 BOTH = pytest.mark.parametrize("name", [pytorch_lightning, lightning.pytorch], ids=lambda module: module.__name__)
@@ -65,6 +66,58 @@ def test_every_callback_alone(name, kind, tmp_path):
     trainer = name.Trainer(fast_dev_run=2, accelerator="cpu", logger=logger, callbacks=kind())
     trainer.fit(MODULES[name]())
     assert trainer.callback_metrics["train/kl"] > 0
+
+
+def test_a_hook_is_extended_once_whether_or_not_an_override_calls_super():
+    calls = []
+
+    def first(self, *args, **kwargs):
+        calls.append((args, kwargs))
+
+    class Base:
+        def hook(self, value):
+            return value
+
+    class Calls(Base):
+        def hook(self, value):
+            return 1 + super().hook(value=value)
+
+    class Forgets(Calls):
+        def hook(self, value):
+            raise OSError("disk full")
+
+    for cls in (Base, Calls, Forgets):
+        extend_hook(cls, "hook", first)
+    assert Calls().hook(1) == 2
+    forgets = Forgets()
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk full"):
+            forgets.hook(value=1)
+    assert calls == [((1,), {}), ((), {"value": 1}), ((), {"value": 1})]
+
+
+@BOTH
+def test_the_hooks_take_keywords(name):
+    class Overrides(MODULES[name]):
+        def on_fit_start(self):
+            super().on_fit_start()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            super().on_train_batch_end(outputs=outputs, batch=batch, batch_idx=batch_idx)
+
+        def on_save_checkpoint(self, checkpoint):
+            super().on_save_checkpoint(checkpoint=checkpoint)
+
+        def on_load_checkpoint(self, checkpoint):
+            super().on_load_checkpoint(checkpoint=checkpoint)
+
+    module, checkpoint = Overrides(), {}
+    for each in (module, MODULES[name]()):
+        each.on_fit_start()
+        each.on_train_batch_end(outputs=None, batch=None, batch_idx=0)
+        each.on_save_checkpoint(checkpoint=checkpoint)
+        each.on_load_checkpoint(checkpoint=checkpoint)
+    assert "rdrop" in checkpoint
 
 
 @BOTH

@@ -296,7 +296,9 @@ def test_dead_dropout_is_never_silent(fit, small, rows, case, guard):
         with pytest.warns(UserWarning, match=culprit):
             fit(module, rows)
     else:
-        fit(module, rows)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", f"(?s).*{culprit}")
+            fit(module, rows)
 
 
 def test_the_guard_looks_again_when_the_mode_changes(fit, small, rows):

@@ -353,6 +353,7 @@ def test_multilabel(fit):
     probabilities = module.eval().predict_step(x, 0)
     torch.testing.assert_close(metrics["val/bce"], F.binary_cross_entropy(probabilities, y))
     torch.testing.assert_close(metrics["val/accuracy"], ((probabilities > 0.5) == y.bool()).float().mean())
+    assert module.double().predict_step(x.double(), 0).dtype == torch.float64
     assert metrics["val/accuracy"] > 0.8
     assert metrics["train/kl"] > 0
 

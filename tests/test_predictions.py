@@ -212,6 +212,17 @@ def test_an_input_is_never_overwritten(tmp_path):
         predict(classifier(), Letters("none", predict=table), tmp_path / "out.csv")
 
 
+@pytest.mark.parametrize("column", ["entropy", "mutual_information", "std"])
+def test_an_input_column_is_never_overwritten(tmp_path, column):
+    table = write(tmp_path / "in.csv", [row | {column: "x"} for row in ROWS])
+    module = classifier()
+    predict(module, Letters("none", predict=table), tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv")[0][column] == "x"
+    module.mc_passes = 2
+    with pytest.raises(ValueError, match=f"The input has a column '{column}'"):
+        predict(module, Letters("none", predict=table), tmp_path / "out.csv")
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(torch.arange(6.0).view(3, 2))

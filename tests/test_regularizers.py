@@ -561,3 +561,5 @@ def test_a_regularizer_of_ones_own(fit, rows, small):
 
     metrics = fit(small(rdrop_regularizers=[Flat(weight=0.1)]), rows).callback_metrics
     assert metrics["train/flat"] > 0
+    own = metrics["train/ce"] + 4.0 * metrics["train/kl"]
+    torch.testing.assert_close(metrics["train/loss"], own + 0.1 * metrics["train/flat"])

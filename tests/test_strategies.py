@@ -95,7 +95,9 @@ class Steps(pl.Callback):
         self.steps = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append([float(outputs["ce"]), float(outputs["kl"]), float(pl_module.rdrop_rows or 0)])
+        self.steps.append(
+            [float(outputs["ce"]), float(outputs["kl"]), float(pl_module.rdrop_denominators.get("ce", 0))]
+        )
 
 
 def train(module, rows, batch_size, strategy="auto", callbacks=(), **trainer):

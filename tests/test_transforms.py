@@ -46,5 +46,5 @@ def test_a_text_of_special_tokens_only():
 @pytest.mark.parametrize("arguments", [{"probability": 1.5}, {"probability": -0.1}, {"examples": 2.0}])
 def test_probabilities_out_of_range(arguments):
     ((name, value),) = arguments.items()
-    with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\], got {value}"):
+    with pytest.raises(ValueError, match=rf"{name} must be a probability, 0 <= {name} <= 1, got {value}"):
         RandomReplacement(**arguments)

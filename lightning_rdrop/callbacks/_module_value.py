@@ -47,14 +47,3 @@ class ModuleValue(Callback):
         if self.own_value is not None:
             setattr(require_rdrop(self, pl_module), self.attribute, self.own_value)
             self.own_value = None
-
-
-def steps_made(trainer: Trainer, pl_module: LightningModule) -> int:
-    """The optimizer steps so far, as the loggers count them.
-
-    In manual optimization ``global_step`` counts the steps of every optimizer, so batches are counted instead. The
-    loggers' own counter, ``_batches_that_stepped``, is one ahead after resuming from a step that failed.
-    """
-    if pl_module.automatic_optimization:
-        return trainer.global_step
-    return trainer.fit_loop.epoch_loop.batch_progress.total.completed

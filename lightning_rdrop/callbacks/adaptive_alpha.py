@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_rdrop._lightning import is_dry_run
 from lightning_rdrop.arguments import non_negative, whole
 from lightning_rdrop.callbacks._module import require_rdrop
-from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
-from lightning_rdrop.training_length import planned_steps
+from lightning_rdrop.callbacks._module_value import ModuleValue
+from lightning_rdrop.optimizer_steps import planned_steps, steps_made
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_rdrop._lightning import is_dry_run
 from lightning_rdrop.arguments import duration, non_negative
-from lightning_rdrop.callbacks._module_value import ModuleValue, steps_made
+from lightning_rdrop.callbacks._module_value import ModuleValue
+from lightning_rdrop.optimizer_steps import planned_steps, steps_made
 from lightning_rdrop.schedule import SHAPES, cyclical
-from lightning_rdrop.training_length import planned_steps
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer

@@ -101,7 +101,8 @@ class ConsistencyMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the modes of training, since all modules are in eval mode in validation."""
-        self._modules = self._modules or list(pl_module.modules())
+        if batch_idx == 0 or not self._modules:
+            self._modules = list(pl_module.modules())  # again in each epoch: a module may have been replaced
         self._training = [module.training for module in self._modules]
 
     def on_validation_batch_start(

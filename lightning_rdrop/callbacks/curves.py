@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_rdrop._lightning import Callback, is_dry_run
-from lightning_rdrop.callbacks._module_value import steps_made
+from lightning_rdrop.optimizer_steps import planned_steps, steps_made
 from lightning_rdrop.plots import History, curves, read_csv
-from lightning_rdrop.training_length import planned_steps
 
 if TYPE_CHECKING:
     from lightning_rdrop._lightning import LightningModule, Trainer
@@ -76,10 +75,13 @@ class Curves(Callback):
         steps = steps_made(trainer, pl_module) + (not pl_module.automatic_optimization)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its connector
         has_stepped, self._steps = steps != self._steps, steps
-        if not self._of_steps:
-            self._of_steps = set(trainer.callback_metrics)
-        if has_stepped and every and steps % every == 0:
-            self._record({name: trainer.callback_metrics[name] for name in self._of_steps})
+        due = has_stepped and every and steps % every == 0
+        if due or trainer.is_last_batch or not self._of_steps:  # not in each step: reading them waits for the device
+            metrics = _new(trainer.callback_metrics, self._before_epoch)
+            metrics = {name: value for name, value in metrics.items() if name not in self._of_validation}
+            self._of_steps |= set(metrics)
+            if due:
+                self._record(metrics)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what was logged before the validation."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from lightning_rdrop._lightning import Callback
+from lightning_rdrop.arguments import probability
 from lightning_rdrop.callbacks._module import require_rdrop
 from lightning_rdrop.dropout import set_probability
 
@@ -40,9 +40,7 @@ class DropoutProbability(Callback):
 
     def __init__(self, p: float = 0.3) -> None:
         super().__init__()
-        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p < 1:
-            raise ValueError(f"p must be a probability, 0 <= p < 1 (0.3 is recommended), got {p!r}.")
-        self.p: float = float(p)  # checkpoints hold plain floats
+        self.p = probability("p", p, below_one=True)
         self._earlier: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -64,11 +64,11 @@ class Report:
         """How to read the tables."""
         plan, reference = self.summary.plan, self.summary.reference
         notes = [
-            f"difference: paired, over the seeds that a variant has in common with {reference}, with its 95 % interval "
+            f"difference: paired, over the seeds that a variant has in common with {reference}, with its 95% interval "
             "by Student's t. If the interval contains 0, the verdict is 'not shown'. It is not corrected for "
             "multiple comparisons: of twenty variants without any effect, one will seem to have one.",
-            "needs: the number of seeds with which a paired t-test at 5 % detects a difference of this size and "
-            "variance with a power of 80 %.",
+            "needs: the number of seeds with which a paired t-test at 5% detects a difference of this size and "
+            "variance with a power of 80%.",
             f"time, of training and validation, and peak memory are relative to {reference}.",
         ]
         for family, members in plan.families.items():

@@ -17,7 +17,7 @@ class Difference:
 
     Args:
         mean: of the differences.
-        margin: half the width of its 95 % interval; NaN for one seed, or if all differences are equal.
+        margin: half the width of its 95% interval; NaN for one seed, or if all differences are equal.
         needed: the number of seeds that detects such a difference; None for no difference, or more than a million.
     """
 
@@ -32,7 +32,7 @@ class Difference:
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
-    r"""The mean paired difference with its 95 % interval by Student's t.
+    r"""The mean paired difference with its 95% interval by Student's t.
 
     .. math:: \bar d \pm t_{0.975,\,n-1}\, \frac{s_d}{\sqrt{n}}
 
@@ -59,7 +59,7 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
 
 def seeds_needed(effect: float, power: float = 0.8) -> int | None:
-    """The number of seeds with which a two-sided paired t-test at 5 % detects a difference with this probability.
+    """The number of seeds with which a two-sided paired t-test at 5% detects a difference with this probability.
 
     Args:
         effect: the difference, in standard deviations of the paired differences.

@@ -18,7 +18,7 @@ from lightning_rdrop.data.conversation import messages_of, tokenized
 from lightning_rdrop.data.length_groups import LengthGroups
 from lightning_rdrop.data.read import read_table
 from lightning_rdrop.data.table import Row, Table
-from lightning_rdrop.extras import require
+from lightning_rdrop.extras import from_pretrained, require
 from lightning_rdrop.submodules import few
 
 
@@ -64,7 +64,7 @@ class ChatDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.name = tokenizer
+        self.name: str = tokenizer
         self.tables = {"train": train, "val": val, "test": test}
         self.batch_size = batch_size
         self.max_length = max_length
@@ -75,7 +75,7 @@ class ChatDataModule(pl.LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer."""
         auto = require("transformers", "huggingface", f"tokenizer={self.name!r}").AutoTokenizer
-        tokenizer = auto.from_pretrained(self.name)
+        tokenizer = from_pretrained(auto, "tokenizer", self.name)
         if not isinstance(tokenizer.chat_template, str) or not tokenizer.is_fast:
             lacks = "chat template" if tokenizer.is_fast else "offsets, because it is not a fast tokenizer"
             raise ValueError(

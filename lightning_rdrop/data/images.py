@@ -33,6 +33,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
     Raises:
         ModuleNotFoundError: timm is not installed.
         ValueError: a folder that is not a class; a split that does not exist.
+
+    Shapes:
+        images (B, 3, H, W) and class indices (B,).
     """
 
     def __init__(

@@ -18,6 +18,9 @@ class TextRegressionDataModule(TextDataModule):
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``label`` is the column of the number.
+
+    Shapes:
+        ``input_ids`` and ``attention_mask`` (B, T); ``labels`` (B,), float32.
     """
 
     has_classes = False

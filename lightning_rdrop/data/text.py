@@ -51,6 +51,9 @@ class TextDataModule(pl.LightningDataModule):
         ValueError: a table lacks a column or has an invalid cell, with the file and the line; a stage has no table;
             the classes are unknown.
 
+    Shapes:
+        ``input_ids`` and ``attention_mask`` (B, T); ``labels`` (B,), int64.
+
     Override :meth:`rows` to read texts from elsewhere, :meth:`encode` to tokenize them differently, and
     :meth:`classes` and :meth:`targets` for other labels.
     """

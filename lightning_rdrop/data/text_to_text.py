@@ -17,6 +17,9 @@ class TextToTextDataModule(TextDataModule):
 
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``label`` is the column of the target text.
+
+    Shapes:
+        ``input_ids`` and ``attention_mask`` (B, T); ``labels`` (B, T'), padded with -100.
     """
 
     has_classes = False

@@ -21,6 +21,9 @@ class TokenDataModule(TextDataModule):
     Args:
         args, kwargs: those of :class:`TextDataModule`; ``text`` is a column of lists of words, and ``label`` one of
             lists of classes, one per word.
+
+    Shapes:
+        ``input_ids``, ``attention_mask`` and ``labels`` (B, T), the labels padded with -100.
     """
 
     def check(self, row: Row) -> None:

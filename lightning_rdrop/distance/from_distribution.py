@@ -23,7 +23,9 @@ class FromDistribution(Distance):
     Args:
         make: turns a prediction into a ``torch.distributions.Distribution``; each element of its batch is a row.
         ignore_value: examples whose whole target has this value, such as NaN, are removed before ``make`` is called
-            and ignored in both terms.
+            and ignored in both terms. To count the others, each step waits for the device.
+
+    Torch's own checks of a distribution also wait for it in each step, unless ``make`` passes ``validate_args=False``.
 
     Shapes:
         prediction (N, ...), what ``make`` takes; target: batch shape + event shape of the distribution.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop.distance.distance import Distance
-from lightning_rdrop.distance.shapes import blank, same_shape
+from lightning_rdrop.distance.shapes import blank, counted_between, same_shape
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.terms import Average
 
@@ -120,9 +120,7 @@ class Gaussian(Distance):
     def _blank(self, first: Tensor, second: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both views, set to 0 where rows do not count, and the mask of those that do."""
         first, second = same_shape(self, first, second)
-        mean = self._mean(first)
-        counted = None if target is None else self.counted(first, target)
-        if target is not None and counted is not None:
-            same_shape(self, mean, target)
-            first, second = blank(counted.unsqueeze(-1) if self.log_variance else counted, first, second)
+        counted = counted_between(self, self._mean(first), target)
+        mask = counted.unsqueeze(-1) if self.log_variance and counted is not None else counted
+        first, second = blank(mask, first, second)
         return first, second, counted

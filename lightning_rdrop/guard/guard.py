@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, cast
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_rdrop._compat import is_readable
+from lightning_rdrop._compat import has_sharded_weights, is_readable, passes_synchronize
 from lightning_rdrop._lightning import on_all_ranks, searches_learning_rate, trainer_of
 from lightning_rdrop.data_views import Views, first_view
 from lightning_rdrop.distance import Distance
@@ -20,7 +20,7 @@ from lightning_rdrop.guard.explanation import ALIKE_IN_DATA, explain, explain_de
 from lightning_rdrop.guard.first_batch import in_evaluation, missing_decoder_inputs
 from lightning_rdrop.guard.nan_watch import NanWatch
 from lightning_rdrop.guard.negligible_watch import STEPS, NegligibleWatch
-from lightning_rdrop.guard.rows import has_sharded_weights, passes_synchronize, row_dependence
+from lightning_rdrop.guard.rows import row_dependence
 from lightning_rdrop.guard.single_example import single_values
 from lightning_rdrop.guard.switches import Switches
 from lightning_rdrop.guard.target_watch import TargetWatch
@@ -32,6 +32,8 @@ Redraw = Callable[[], Any]
 
 _EVERY = 50
 """Steps between two reports without a Trainer; the Trainer's default for logging."""
+_Seen = set[tuple[str, tuple[bool, ...]]]
+"""Parts of a batch, and the modes in which they were seen; some modules alternate between two."""
 _PARTS = {"labeled": "", "unlabeled": " of the unlabeled part"}
 
 
@@ -48,10 +50,10 @@ class Guard:
     """Finds what would make training silently wrong, and raises or warns according to the module's ``rdrop_guard``.
 
     Its state belongs to one fit: :meth:`begin` resets it. Values are compared on the first batch, and again after a
-    submodule has changed its mode, a dropout probability has changed from or to 0, or alpha has risen from 0; this
-    waits for the device. Freezing or unfreezing a part starts another search for dead dropout. Other batches are only
-    recorded on the device, and read whenever the Trainer logs (every 50 steps without a Trainer), at the end of an
-    epoch, and before records are lost.
+    submodule has changed its mode or a dropout probability has changed from or to 0, once in each such state, or after
+    alpha has risen from 0; this waits for the device. Freezing or unfreezing a part starts another search for dead
+    dropout. Other batches are only recorded on the device, and read whenever the Trainer logs (every 50 steps without a
+    Trainer), at the end of an epoch, and before records are lost.
     """
 
     def __init__(self) -> None:
@@ -64,9 +66,9 @@ class Guard:
         self._read_inputs: set[str] = set()
         self._alone: set[str] = set()
         self._parted: set[str] = set()
-        self._single: dict[str, list[bool]] = {}
-        self._checked: dict[str, list[bool]] = {}
-        self._compared: dict[str, list[bool]] = {}
+        self._single: _Seen = set()
+        self._checked: _Seen = set()
+        self._compared: _Seen = set()
         self._searched: set[tuple[bool, ...]] = set()
         self._nan: dict[str, NanWatch] = {}
         self._equal = EqualWatch()
@@ -144,9 +146,9 @@ class Guard:
         """
         network = cast(nn.Module, module)
         copies = examples == 1 and not isinstance(inputs, Views) and not any(map(is_lazy, network.parameters()))
-        if module.rdrop_guard == "off" or not copies or (modes := switches.random()) == self._single.get(part):
+        if module.rdrop_guard == "off" or not copies or (seen := (part, switches.random())) in self._single:
             return
-        self._single[part] = modes
+        self._single.add(seen)
         if not passes_synchronize(network):
             self.complain(module, single_values(network, predict, inputs, first_tensor(inputs).device))
 
@@ -192,19 +194,19 @@ class Guard:
         if read:
             self._read(module)
         modes, reason = switches.random(), None
-        state = (*modes, *switches.trained())
-        if modes != self._checked.get(part):
-            self._checked[part] = modes
+        seen, state = (part, modes), (*modes, *switches.trained())
+        if seen not in self._checked:
+            self._checked.add(seen)
             if reason := in_evaluation(trainer_of(module)):
-                self._compared[part] = modes
+                self._compared.add(seen)
                 self._searched.add(state)
                 self.complain(module, reason)
                 return
             self.complain(module, module.rdrop_check(predictions, first_view(inputs), target, part))
         given = isinstance(inputs, Views)  # these differ even without dropout
         # alpha may rise from 0 later
-        if must_differ and modes != self._compared.get(part) and self._all_have(network, part):
-            self._compared[part] = modes
+        if must_differ and seen not in self._compared and self._all_have(network, part):
+            self._compared.add(seen)
             reason = diagnose(network, redraw, predictions, partial(on_all_ranks, network))
             self.complain(module, reason and (ALIKE_IN_DATA if given else "") + reason)
         if must_differ and not given and state not in self._searched:
@@ -218,7 +220,7 @@ class Guard:
         The other ranks may be about to compare their views, which all ranks have to decide together: this postpones it
         to the next step in which each of them has examples.
         """
-        compares = must_differ and switches.random() != self._compared.get(part)
+        compares = must_differ and (part, switches.random()) not in self._compared
         if compares and module.rdrop_guard != "off" and not in_evaluation(trainer_of(module)):
             self._all_have(cast(nn.Module, module), part, False)
 

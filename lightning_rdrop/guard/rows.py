@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_rdrop import views
-from lightning_rdrop._compat import is_sharded
+from lightning_rdrop._compat import has_sharded_weights
 from lightning_rdrop.guard.agreement import noise_for_tiny
 from lightning_rdrop.nesting import copied, tensors_of
 from lightning_rdrop.probe import without_side_effects
@@ -80,17 +79,6 @@ def row_dependence(
         f"The rows of a duplicated batch depend on each other: with dropout off, {seen}. {_usual_reasons(network)} Use "
         'one forward pass for each view: rdrop_passes="separate".'
     )
-
-
-def has_sharded_weights(network: nn.Module) -> bool:
-    """Whether its weights are sharded across ranks, so that all ranks must run the same passes."""
-    made = (parameter for parameter in network.parameters() if not is_lazy(parameter))
-    return any(is_sharded(parameter) or not parameter.numel() for parameter in made)
-
-
-def passes_synchronize(network: nn.Module) -> bool:
-    """Whether its passes communicate between ranks (sharded weights or SyncBatchNorm), so each must run as many."""
-    return has_sharded_weights(network) or any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
 
 
 def _tolerance(network: nn.Module, device: torch.device) -> float:

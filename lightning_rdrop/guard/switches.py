@@ -27,12 +27,12 @@ class Switches:
         self._weights = list(network.parameters())
         self._layers = stochastic_layers(network)
 
-    def random(self) -> list[bool]:
+    def random(self) -> tuple[bool, ...]:
         """Whether each module is in training mode, and whether each stochastic layer has p > 0.
 
         A change between two probabilities above 0 needs no new check.
         """
-        return [module.training for module in self._modules] + [layer.p > 0 for layer in self._layers]
+        return (*(module.training for module in self._modules), *(layer.p > 0 for layer in self._layers))
 
     def trained(self) -> list[bool]:
         """Whether each parameter requires a gradient."""

@@ -22,22 +22,23 @@ class TargetWatch:
     """
 
     def __init__(self) -> None:
-        self._batches = 0
+        self._batches, self._reported = 0, False
         self._noted: deque[tuple[int, Tensor]] = deque(maxlen=KEPT)
 
     def note(self, invalid: Tensor | None) -> None:
         """Keep whether the target of a batch is invalid, without waiting for the device; None if it cannot be."""
-        if invalid is not None:
+        if invalid is not None and not self._reported:
             self._noted.append((self._batches, invalid))
         self._batches += 1
 
     def reason(self) -> str | None:
-        """The message for the first such batch since the last call; ``None`` if there is none. Waits for the device."""
+        """The message for the first such batch, only once; ``None`` if there is none. Waits for the device."""
         noted = [*self._noted]
         self._noted.clear()
         flags = torch.stack([invalid for _, invalid in noted]).tolist() if noted else []
         for (batch, _), invalid in zip(noted, flags, strict=True):
             if invalid:
+                self._reported = True  # another message for each batch would never end
                 return (
                     f"The target of batch {batch} contains a value that is invalid for the distance: a class out of "
                     "range, a label outside [0, 1], a negative weight, more tokens than frames, or NaN. Fix the data, "

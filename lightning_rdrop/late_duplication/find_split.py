@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from lightning_rdrop import submodules
-from lightning_rdrop._compat import is_compiled
+from lightning_rdrop._compat import has_sharded_weights, is_compiled
 from lightning_rdrop.data_views import Views
-from lightning_rdrop.guard.rows import has_sharded_weights
 from lightning_rdrop.late_duplication.duplicate_at import KeyPath, Predict, Split, UnforeseenError
 from lightning_rdrop.late_duplication.first_random import first_random
 from lightning_rdrop.late_duplication.trial import Trial
@@ -21,11 +20,11 @@ from lightning_rdrop.probe import random_states, without_side_effects
 from lightning_rdrop.views import batch_size, duplicate, first_tensor
 
 _NOTHING_SAVED = 0.995
-"""Shares of the FLOPs above this are 100 % when rounded."""
+"""Shares of the FLOPs above this are 100% when rounded."""
 
 
 class LateDuplication:
-    """The splits of a module, each found on the first inputs of a structure.
+    """The splits of a module, each found on the first inputs of a structure in the modes of the module.
 
     Args:
         at: a submodule, by its dotted name or the end of it; several; or a glob. ``"auto"`` is the latest point before
@@ -43,8 +42,8 @@ class LateDuplication:
             )
         self.at = at
         self.views = views
-        self._splits: dict[tuple[KeyPath, ...], Split | None] = {}
-        self._modes: list[bool] = []
+        self._splits: dict[tuple[tuple[bool, ...], tuple[KeyPath, ...]], Split | None] = {}
+        self._modes: tuple[bool, ...] = ()
 
     def forget(self) -> None:
         """Drop all splits, so that each is searched again."""
@@ -55,14 +54,14 @@ class LateDuplication:
         network: nn.Module,
         predict: Predict,
         inputs: Any,
-        modes: list[bool],
+        modes: tuple[bool, ...],
         on_all_ranks: Callable[[bool], bool] = bool,
     ) -> tuple[Split | None, bool]:
         """The split for inputs of this structure, searched if it is not known yet.
 
         Args:
             network, predict, inputs, on_all_ranks: see :func:`find_split`.
-            modes: the state that switches randomness in the network; if it changes, all splits are dropped.
+            modes: the state that switches randomness in the network, each with its own splits.
 
         Returns:
             The split, or None if the inputs are to be duplicated; and whether it is new.
@@ -75,14 +74,12 @@ class LateDuplication:
                 f"rdrop_duplicate_at={self.at!r} runs everything before it once for all views, but the Views of this "
                 "batch differ from the first layer on. Train without rdrop_duplicate_at."
             )
-        if modes != self._modes:  # a part that was switched off may be random now
-            self.forget()
-            self._modes = modes
-        structure = _structure(inputs)
-        new = structure not in self._splits
+        self._modes = modes  # a part that was switched off may be random now
+        key = self._key(inputs)
+        new = key not in self._splits
         if new:
-            self._splits[structure] = find_split(network, predict, inputs, self.views, self.at, on_all_ranks)
-        return self._splits[structure], new
+            self._splits[key] = find_split(network, predict, inputs, self.views, self.at, on_all_ranks)
+        return self._splits[key], new
 
     def predict(self, network: nn.Module, predict: Predict, inputs: Any, views: int) -> Any:
         """Predict with the known split, and update it if submodules are called differently in this batch.
@@ -97,8 +94,8 @@ class LateDuplication:
             ValueError: the batch cannot be duplicated there; or the calls differ and the ranks share the weights, so
                 that they would have to run the same passes.
         """
-        structure = _structure(inputs)
-        split = self._splits[structure]
+        key = self._key(inputs)
+        split = self._splits[key]
         assert split is not None
         put_back = random_states(first_tensor(inputs).device)
         try:
@@ -121,8 +118,11 @@ class LateDuplication:
                 found = split.with_places_of(found)
             if found == split:
                 raise  # the error is the network's own
-            self._splits[structure] = found
+            self._splits[key] = found
         return predict(duplicate(inputs, views)) if found is None else found.predict(network, predict, inputs, views)
+
+    def _key(self, inputs: Any) -> tuple[tuple[bool, ...], tuple[KeyPath, ...]]:
+        return self._modes, tuple(path for path, _ in tensors_of(inputs))
 
 
 def find_split(
@@ -175,10 +175,6 @@ def find_split(
     reached = min((index for index, (name, _) in enumerate(calls) if name in chosen), default=0)
     shared = calls[random - 1][0] if random is not None and 0 < random <= reached else None
     return replace(split, shared=shared)
-
-
-def _structure(inputs: Any) -> tuple[KeyPath, ...]:
-    return tuple(path for path, _ in tensors_of(inputs))
 
 
 def _refuse_hidden_calls(network: nn.Module) -> None:

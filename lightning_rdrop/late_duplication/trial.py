@@ -64,6 +64,8 @@ class Trial:
                 raise ValueError(f"{', '.join(sorted(waiting))} is not called.")
             if not _same(found, self._expected):
                 raise ValueError("The prediction differs from that for duplicated inputs.")
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a network may raise anything when shapes do not match
             raise ValueError(
                 f"rdrop_duplicate_at: the batch cannot be duplicated before {', '.join(at)}. {_sentence(error)} Name "
@@ -102,6 +104,8 @@ class Trial:
             module.training = mode
         try:
             split.predict(self._network, watched, self._inputs, self._views)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # as above
             raise ValueError(
                 f"rdrop_duplicate_at: the batch can be duplicated before {', '.join(split.at)} in eval mode, but not "

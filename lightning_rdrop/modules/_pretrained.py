@@ -10,10 +10,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_rdrop._compat import has_sharded_weights
 from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.dropout import stochastic_layers, switch_on
 from lightning_rdrop.extras import from_pretrained, require
-from lightning_rdrop.guard.rows import has_sharded_weights
 from lightning_rdrop.modules._adapter import adapt, fill_in_frozen, leave_out_frozen, save_adapter
 from lightning_rdrop.modules._classes import ClassTask
 from lightning_rdrop.modules._frozen import freeze_below

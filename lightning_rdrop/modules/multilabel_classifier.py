@@ -64,7 +64,9 @@ class MultilabelClassifier(ClassTask):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | MCPrediction:
         """The probability of each label, (N, L); an ``MCPrediction`` with ``mc_passes``."""
         prediction: Tensor | MCPrediction = super().predict_step(batch, batch_idx)
-        return prediction if isinstance(prediction, MCPrediction) else prediction.float().sigmoid()
+        if isinstance(prediction, MCPrediction):
+            return prediction
+        return self.rdrop_distance.unwrapped.expectation(prediction)
 
     def readable(self, prediction: Tensor, *, all_probabilities: bool = False) -> list[dict[str, Any]]:
         """The classes with a probability above 0.5, and these probabilities."""

@@ -11,7 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
 
 from lightning_rdrop.distance import Categorical
-from lightning_rdrop.extras import require
+from lightning_rdrop.extras import from_pretrained, require
 from lightning_rdrop.modules._language_model import LanguageModel
 from lightning_rdrop.modules._pretrained import load
 from lightning_rdrop.transforms import RandomReplacement
@@ -112,7 +112,8 @@ class Seq2Seq(LanguageModel):
         super().__init__(
             network, metrics, rdrop_distance=distance, fused_head=fused_head, learning_rate=learning_rate, **kwargs
         )
-        self.tokenizer = require("transformers", "huggingface", "Seq2Seq").AutoTokenizer.from_pretrained(pretrained)
+        auto = require("transformers", "huggingface", "Seq2Seq").AutoTokenizer
+        self.tokenizer = from_pretrained(auto, "pretrained", pretrained)
         self.replace = RandomReplacement(random_replacement, special=self.tokenizer.all_special_ids)
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
 

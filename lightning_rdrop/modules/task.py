@@ -20,8 +20,8 @@ from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.modules._mean_loss import MeanLoss
 from lightning_rdrop.nesting import map_tensors
+from lightning_rdrop.optimizer_steps import planned_steps
 from lightning_rdrop.predict import mc_predict
-from lightning_rdrop.training_length import planned_steps
 
 
 class Task(RDropMixin, pl.LightningModule):

@@ -37,7 +37,7 @@ def paired_differences(
     right.axvline(0, color="black", linewidth=0.8)
     left.set(title=f"{metric}, each seed and the mean", yticks=range(len(values)), yticklabels=values)
     left.invert_yaxis()
-    right.set(title=f"difference to {reference}, 95 % interval")
+    right.set(title=f"difference to {reference}, 95% interval")
     for axes in (left, right):
         axes.grid(alpha=0.3, axis="x")
         axes.locator_params(axis="x", nbins=5)  # more numbers would overlap

@@ -1,12 +1,14 @@
-"""The number of optimizer steps of a training."""
+"""The numbers of optimizer steps of a training: planned, and made so far."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+from lightning_rdrop._lightning import is_dry_run
+
 if TYPE_CHECKING:
-    from lightning_rdrop._lightning import Trainer
+    from lightning_rdrop._lightning import LightningModule, Trainer
 
 
 def planned_steps(trainer: Trainer) -> int | None:
@@ -20,8 +22,8 @@ def planned_steps(trainer: Trainer) -> int | None:
 
     .. math:: \\sum_e \\lceil \\text{batches} / \\text{accumulate}(e) \\rceil
     """
-    dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by its connector; a dry run sets max_steps
-    if trainer.max_steps != -1 and not trainer.lightning_module.automatic_optimization and not dry:
+    limited = trainer.max_steps != -1 and not is_dry_run(trainer)  # a dry run sets max_steps
+    if limited and not trainer.lightning_module.automatic_optimization:
         return None
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by its connector
@@ -30,3 +32,14 @@ def planned_steps(trainer: Trainer) -> int | None:
             steps = sum(math.ceil(batches / accumulate(epoch)) for epoch in range(epochs))
             steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     return int(steps) if 0 <= steps < math.inf else None
+
+
+def steps_made(trainer: Trainer, pl_module: LightningModule) -> int:
+    """The optimizer steps so far, as the loggers count them.
+
+    In manual optimization ``global_step`` counts the steps of every optimizer, so batches are counted instead. The
+    loggers' own counter, ``_batches_that_stepped``, is one ahead after resuming from a step that failed.
+    """
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed

@@ -1,7 +1,9 @@
 """Two processes on the CPU, connected by gloo, which are started once for all tests that need them."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 
@@ -10,9 +12,12 @@ import torch
 
 
 def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
+    """Below the ports that the system gives to connections, which may take any other before it is used."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("no free port between 20000 and 32000")
 
 
 class Pair:

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,15 +37,17 @@ def test_two_nodes_by_torchrun(tmp_path):
             env=environment | {"NODE": str(node)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
             text=True,
         )
         for node in (0, 1)
     ]
     try:
         printed = [node.communicate(timeout=120)[0] for node in nodes]
-    finally:
+    except subprocess.TimeoutExpired:
         for node in nodes:
-            node.kill()
+            os.killpg(node.pid, signal.SIGKILL)
+        pytest.fail("".join(node.communicate()[0] for node in nodes), pytrace=False)
     assert [node.returncode for node in nodes] == [0, 0], "".join(printed)
     assert "test/accuracy" in printed[0]
     with next(tmp_path.glob("**/metrics.csv")).open() as file:

@@ -13,7 +13,7 @@ import torch
 
 def free_port():
     """Below the ports that the system gives to connections, which may take any other before it is used."""
-    for port in random.sample(range(20_000, 32_000), 100):
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as tried, contextlib.suppress(OSError):
             tried.bind(("127.0.0.1", port))
             return str(port)

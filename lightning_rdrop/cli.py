@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from pytorch_lightning.cli import ArgsType
+from torch import distributed
 
 from lightning_rdrop.compare import compare
 from lightning_rdrop.lightning_cli import RDropCLI, explain, is_message
@@ -49,3 +50,5 @@ def _lightning(args: ArgsType) -> None:
             "epilog": f"Other commands: {', '.join(COMMANDS)}.",
         },
     )
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads may abort the interpreter on exit, and the other nodes wait

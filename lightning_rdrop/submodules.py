@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -17,6 +18,16 @@ def named(network: nn.Module) -> dict[str, nn.Module]:
         ['0', '1']
     """
     return {name: part for name, part in network.named_modules() if name and not name.startswith("rdrop_")}
+
+
+def expression(name: str) -> str:
+    """The Python expression for a submodule in a method of its module.
+
+    Example:
+        >>> expression("network.0.drop")
+        'self.network[0].drop'
+    """
+    return re.sub(r"\.(\d+)", r"[\1]", f"self.{name}")
 
 
 def matching(argument: str, network: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from torch import nn
 
 from lightning_rdrop.dropout import StochasticLayer, dead_layers, stochastic_layers
-from lightning_rdrop.submodules import few
+from lightning_rdrop.submodules import expression, few
 
 ALIKE_IN_DATA = (
     "The Views that the batch was unpacked into have the same inputs, and nothing random makes them differ: use a "
@@ -139,7 +138,7 @@ def _may_drop(module: nn.Module) -> bool:
 
 def _train_call(path: str) -> str:
     """The expression that puts a submodule into training mode."""
-    return re.sub(r"\.(\d+)", r"[\1]", f"self.{path}.train()") if path else "model.train()"
+    return f"{expression(path)}.train()" if path else "model.train()"
 
 
 def _how_to_switch_on(network: nn.Module, layers: list[StochasticLayer]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_rdrop.description import describe, same_description, spell
 from lightning_rdrop.distance import Bernoulli, Categorical, Distance
-from lightning_rdrop.submodules import named
+from lightning_rdrop.submodules import expression, named
 
 _COUNTERPARTS: dict[type[nn.Module], tuple[type[Distance], dict[str, Any]]] = {
     nn.CrossEntropyLoss: (Categorical, {"weight": None, "label_smoothing": 0.0, "ignore_index": -100}),
@@ -38,7 +37,7 @@ def unused_criterion(network: nn.Module, distance: Distance) -> str | None:
             continue
         own = {key: getattr(criterion, key) for key in defaults}
         own = {key: value for key, value in own.items() if not _same(value, defaults[key])}
-        path = re.sub(r"\.(\d+)", r"[\1]", f"self.{name}")
+        path = expression(name)
         if all(_same(value, getattr(distance, key, None)) for key, value in own.items()):
             if type(distance) is kind and (reason := _not_in_a_distance(criterion, path, spell(describe(distance)))):
                 return reason

@@ -16,7 +16,9 @@ from lightning_rdrop.distance import Distance
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.regularizers import Regularizer, distinct, logged_names
 
-_NUMBERS = ("rdrop_alpha", "rdrop_views")
+WEIGHTS = ("rdrop_alpha", "rdrop_unlabeled_weight", "rdrop_labeled_weight")
+"""Attributes that callbacks may set during training."""
+_NUMBERS = (*WEIGHTS, "rdrop_views")
 """Compared but never replaced on load: hyperparameters come from the constructor or, if saved, from Lightning."""
 
 
@@ -30,14 +32,12 @@ class Checkpointed(Hooks):
     """Arguments that are modules and therefore not saved as hyperparameters."""
     rdrop_regularizers: nn.ModuleList
     """Further loss terms."""
-    rdrop_alpha: float
-    """Weight of the consistency term."""
     rdrop_views: int
     """The number of predictions per example."""
     _rdrop_defaults: dict[str, Any]
     """What the arguments of the loss are if neither passed nor assigned; a checkpoint replaces such modules."""
-    _rdrop_own_alpha: float
-    """The module's own alpha, while callbacks set ``rdrop_alpha``."""
+    _rdrop_own: dict[str, float]
+    """The module's own weights, while callbacks set the attributes of these names."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -65,7 +65,7 @@ class Checkpointed(Hooks):
 
     def _rdrop_load(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the saved modules that are not given here; warn about what differs or cannot be rebuilt."""
-        self._rdrop_own_alpha = self.rdrop_alpha  # no callback has changed it yet
+        self._rdrop_own = own_weights(self)  # no callback has changed them yet
         if "rdrop" not in checkpoint:
             rank_zero_info(
                 "The checkpoint does not say which rdrop_distance and rdrop_regularizers it was trained with. Keeping "
@@ -74,14 +74,14 @@ class Checkpointed(Hooks):
             )
         for name, saved in checkpoint.get("rdrop", {}).items():
             now = self._rdrop_described()[name]
-            given = self._rdrop_parts()[name] != self._rdrop_defaults.get(name)  # modules are equal if identical
+            given = loss_arguments(self)[name] != self._rdrop_defaults.get(name)  # modules are equal if identical
             if same_description(saved, now) or (given and name in _NUMBERS):
                 continue
             try:
                 if given or name in _NUMBERS:
                     raise ValueError(f"{spell(now)} {'was given here' if given else 'is the default'}")
                 if name == "rdrop_distance":
-                    self._rdrop_set_distance(rebuild(saved, Distance).to(self.device))
+                    self.rdrop_distance = rebuild(saved, Distance).to(self.device)
                 else:
                     made = [rebuild(one, Regularizer).to(self.device) for one in saved]
                     self.rdrop_regularizers = nn.ModuleList(distinct(made, logged_names(self.rdrop_distance)))
@@ -92,20 +92,19 @@ class Checkpointed(Hooks):
                     stacklevel=4,
                 )
             else:
-                self._rdrop_defaults[name] = self._rdrop_parts()[name]
+                self._rdrop_defaults[name] = loss_arguments(self)[name]
                 rank_zero_info(f"Rebuilt from the checkpoint: {name}={spell(saved)}.")
 
-    def _rdrop_set_distance(self, distance: Distance) -> None:
-        """Use this distance from now on."""
-        self.rdrop_distance = distance
-
-    def _rdrop_parts(self) -> dict[str, Any]:
-        return {
-            "rdrop_alpha": float(self._rdrop_own_alpha),
-            "rdrop_views": self.rdrop_views,
-            "rdrop_distance": self.rdrop_distance,
-            "rdrop_regularizers": [*self.rdrop_regularizers],
-        }
-
     def _rdrop_described(self) -> dict[str, Any]:
-        return {name: describe(part) for name, part in self._rdrop_parts().items()}
+        return {name: describe(value) for name, value in loss_arguments(self).items()}
+
+
+def own_weights(module: Checkpointed) -> dict[str, float]:
+    """The weights that the module has before callbacks set them."""
+    return {name: float(getattr(module, name)) for name in WEIGHTS}
+
+
+def loss_arguments(module: Checkpointed) -> dict[str, Any]:
+    """What a checkpoint describes, with the module's own weights."""
+    modules = {"rdrop_distance": module.rdrop_distance, "rdrop_regularizers": [*module.rdrop_regularizers]}
+    return {**module._rdrop_own, "rdrop_views": module.rdrop_views, **modules}

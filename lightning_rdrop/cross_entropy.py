@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lightning_rdrop import _compat, arguments
 from lightning_rdrop._fused import fused, traced, without_autocast
-from lightning_rdrop.labels import UNIT_WEIGHTS, Labels, RowWeights, composite
+from lightning_rdrop.composite import composite
+from lightning_rdrop.labels import UNIT_WEIGHTS, Labels, RowWeights
 from lightning_rdrop.terms import Terms
 
 

@@ -18,7 +18,7 @@ from lightning_rdrop._compat import passes_synchronize
 from lightning_rdrop._fused import compiled_loss
 from lightning_rdrop._lightning import extend_hook, on_all_ranks, rank_zero_info
 from lightning_rdrop.arguments import non_negative, one_of, whole
-from lightning_rdrop.checkpoint import Checkpointed
+from lightning_rdrop.checkpoint import WEIGHTS, Checkpointed, loss_arguments, own_weights
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.distance import Categorical, Distance, Together
 from lightning_rdrop.draw import draw
@@ -50,7 +50,8 @@ class RDropMixin(Checkpointed):
 
     Args:
         rdrop_alpha: weight of the consistency term, >= 0; a plain attribute that callbacks set. If a loaded checkpoint
-            was trained with another alpha or number of views, and these are the defaults here, a warning says so.
+            was trained with another alpha, another number of views or other weights of the labeled and unlabeled part,
+            and these are the defaults here, a warning says so.
         rdrop_views: K, the number of predictions per example; 1 is ordinary training. All use the same inputs,
             unless :meth:`rdrop_unpack` returns :class:`~lightning_rdrop.Views`, such as two augmentations.
         rdrop_distance: D of the general form; ``None`` is :class:`~lightning_rdrop.Categorical`. A dict of distances
@@ -121,8 +122,8 @@ class RDropMixin(Checkpointed):
             if (hint := _without_prefix(kwargs, str(error))) is None:
                 raise
             raise TypeError(f"{type(self).__name__}: {hint}") from error
-        self.rdrop_alpha = non_negative("rdrop_alpha", rdrop_alpha)
-        self.rdrop_views = whole("rdrop_views", rdrop_views)
+        self.rdrop_alpha = rdrop_alpha
+        self.rdrop_views = rdrop_views
         if isinstance(rdrop_distance, Mapping):
             rdrop_distance = Together(rdrop_distance)
         if not isinstance(rdrop_distance, (Distance, type(None))):
@@ -132,26 +133,23 @@ class RDropMixin(Checkpointed):
                 "defines to_target and between."
             )
         self.rdrop_distance = Categorical() if rdrop_distance is None else rdrop_distance
-        self.rdrop_passes = one_of("rdrop_passes", rdrop_passes, ("joint", "separate"))
+        self.rdrop_passes = rdrop_passes
         self.rdrop_duplicate_at = rdrop_duplicate_at
-        self.rdrop_unlabeled_weight = non_negative("rdrop_unlabeled_weight", rdrop_unlabeled_weight)
-        self.rdrop_labeled_weight = non_negative("rdrop_labeled_weight", rdrop_labeled_weight)
+        self.rdrop_unlabeled_weight = rdrop_unlabeled_weight
+        self.rdrop_labeled_weight = rdrop_labeled_weight
         self.rdrop_regularizers = nn.ModuleList(distinct(rdrop_regularizers or (), logged_names(self.rdrop_distance)))
         self.rdrop_compile_loss = rdrop_compile_loss
-        self.rdrop_guard = one_of("rdrop_guard", rdrop_guard, ("error", "warn", "off"))
+        self.rdrop_guard = rdrop_guard
+        self._rdrop_check_attributes()
         self.rdrop_denominators: dict[str, Tensor] = {}
         """Rows per view that each term of the last logged step averaged over, by name; empty if it has no such mean."""
         self.rdrop_kl: Tensor | None = None
         """kl of the last logged step, read by callbacks; None before the first one."""
-        self._rdrop_own_alpha = self.rdrop_alpha
-        arguments = {
-            "rdrop_alpha": (rdrop_alpha, self.rdrop_alpha),
-            "rdrop_views": (rdrop_views, self.rdrop_views),
-            "rdrop_distance": (rdrop_distance, self.rdrop_distance),
-            "rdrop_regularizers": (rdrop_regularizers, [*self.rdrop_regularizers]),
+        self._rdrop_own = own_weights(self)
+        passed, defaults = locals(), _arguments()
+        self._rdrop_defaults = {
+            name: used for name, used in loss_arguments(self).items() if passed[name] == defaults[name]
         }
-        defaults = _arguments()
-        self._rdrop_defaults = {name: used for name, (passed, used) in arguments.items() if passed == defaults[name]}
         self._rdrop_guard = Guard()
         self._rdrop_switches: Switches | None = None
 
@@ -175,7 +173,16 @@ class RDropMixin(Checkpointed):
                 f"rdrop_duplicate_at={at!r} needs one pass for all views, but rdrop_passes='separate' makes one for "
                 "each. Pass only one of them."
             )
-        self._rdrop_late = None if at is None else LateDuplication(at, self.rdrop_views)
+        self._rdrop_late = None if at is None else LateDuplication(at)
+
+    def _rdrop_check_attributes(self) -> None:
+        """Check the plain attributes, which may be set at any time."""
+        for name in WEIGHTS:
+            setattr(self, name, non_negative(name, getattr(self, name)))
+        self.rdrop_views = whole("rdrop_views", self.rdrop_views)
+        one_of("rdrop_passes", self.rdrop_passes, ("joint", "separate"))
+        one_of("rdrop_guard", self.rdrop_guard, ("error", "warn", "off"))
+        self.rdrop_duplicate_at = self.rdrop_duplicate_at  # not with separate passes; its splits are searched again
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Run one R-Drop step and log its terms."""
@@ -259,13 +266,12 @@ class RDropMixin(Checkpointed):
     def _rdrop_begin(self) -> None:
         """Forget at the start of a fit what an earlier one found out, which may no longer hold."""
         require_init(self)
-        self._rdrop_own_alpha = self.rdrop_alpha  # before a callback sets it
+        self._rdrop_check_attributes()
+        self._rdrop_own = own_weights(self)  # before a callback sets them
         self._rdrop_guard.begin()
         self._rdrop_switches = None
         with_losses = type(self).rdrop_predict_with_losses is not RDropMixin.rdrop_predict_with_losses
         self._rdrop_unchecked_output = self.rdrop_guard != "off" and not with_losses
-        if self._rdrop_late is not None:
-            self._rdrop_late.forget()
         steps = ("training_step", "rdrop_step", "rdrop_loss", "rdrop_predict_with_losses")
         own = any(getattr(type(self), step) is not getattr(RDropMixin, step) for step in steps)
         if not own and not self.rdrop_regularizers:  # where the module's own losses may be used
@@ -352,7 +358,7 @@ class RDropMixin(Checkpointed):
         """Draw K predictions (K, N, ...), or hidden states for a head, and let the guard check them."""
         predict = self.rdrop_predict_with_losses
         self._rdrop_check_inputs(predict, inputs, examples, part, rows=count > 1 and self.rdrop_passes == "joint")
-        late = self._rdrop_late if count > 1 and self._rdrop_splits(predict, inputs, part) else None
+        late = self._rdrop_late if count > 1 and self._rdrop_splits(predict, inputs, count, part) else None
         redraw = partial(draw, self, predict, inputs, count, examples, passes=self.rdrop_passes, late=late)
         predictions = redraw()
         self._rdrop_watch(predictions, redraw, inputs, target, part)
@@ -382,7 +388,7 @@ class RDropMixin(Checkpointed):
 
     def _rdrop_must_differ(self, count: int) -> bool:
         """Whether equal views are an error; if alpha is 0 on purpose, they only waste time."""
-        return count > 1 and bool(self.rdrop_alpha or self._rdrop_own_alpha)
+        return count > 1 and bool(self.rdrop_alpha or self._rdrop_own["rdrop_alpha"])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # keeps tensors of many steps
     def rdrop_note(self, kl: Tensor, ce: Tensor | None = None) -> None:
@@ -401,7 +407,7 @@ class RDropMixin(Checkpointed):
             self._rdrop_guard.check_rows(self, predict, inputs, examples, part=part)
             self._rdrop_guard.single_example(self, predict, inputs, examples, self._rdrop_own_switches(), part=part)
 
-    def _rdrop_splits(self, predict: Any, inputs: Any, part: str) -> bool:
+    def _rdrop_splits(self, predict: Any, inputs: Any, count: int, part: str) -> bool:
         """Whether the batch is duplicated inside the network."""
         if self._rdrop_late is None:
             return False
@@ -411,7 +417,7 @@ class RDropMixin(Checkpointed):
             alone = part != "labeled" and not passes_synchronize(self)
             return decision if alone else on_all_ranks(self, decision)
 
-        split, new = self._rdrop_late.split(self, predict, inputs, self._rdrop_own_switches().random(), decide)
+        split, new = self._rdrop_late.split(self, predict, inputs, count, self._rdrop_own_switches().random(), decide)
         if split is not None and new:
             rank_zero_info(f"rdrop_duplicate_at={self.rdrop_duplicate_at!r}: {split}")
             if split.shared and self.rdrop_guard != "off":

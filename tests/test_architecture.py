@@ -10,8 +10,8 @@ import lightning_rdrop
 
 PACKAGE = Path(lightning_rdrop.__file__).parent
 FLOORS = [
-    "_compat _lightning arguments extras description divergence labels nesting optimizer_steps plots probe schedule "
-    "submodules terms",
+    "_compat _lightning arguments composite extras description divergence labels nesting optimizer_steps plots probe "
+    "schedule submodules terms",
     "data_views own_losses transforms views",
     "_fused cross_entropy dropout",
     "distance",
@@ -27,7 +27,7 @@ FLOORS = [
     "callbacks",
     "data",
     "modules",
-    "predictions quickstart",
+    "quickstart",
     "lightning_cli",
     "compare",
     "cli",

@@ -25,7 +25,8 @@ from lightning_rdrop import (
     rdrop_cross_entropy,
 )
 from lightning_rdrop._fused import compiled, function, sweep
-from lightning_rdrop.labels import Labels, composite
+from lightning_rdrop.composite import composite
+from lightning_rdrop.labels import Labels
 from lightning_rdrop.modules import Classifier
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")

@@ -20,8 +20,8 @@ from lightning_rdrop import (
 )
 from lightning_rdrop._fused import compiled, compiled_loss, sweep
 from lightning_rdrop._fused.sweep import Sweep
+from lightning_rdrop.composite import composite as written_out
 from lightning_rdrop.labels import Labels
-from lightning_rdrop.labels import composite as written_out
 from tests import reference
 
 

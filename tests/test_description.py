@@ -11,6 +11,7 @@ import torch
 from conftest import Small
 
 from lightning_rdrop import FGM, VAT, AlphaScheduler, Bernoulli, Categorical, Distance, FromDistribution, JensenShannon
+from lightning_rdrop.callbacks import UnlabeledWeightScheduler
 from lightning_rdrop.description import describe, rebuild, same_description, spell
 
 
@@ -103,10 +104,13 @@ def test_numbers_that_fall_back_to_their_defaults_are_named(fit, rows, tmp_path)
             pass
 
     path = tmp_path / "last.ckpt"
-    module = Unsaved(rdrop_alpha=1, rdrop_views=3)
-    trainer = fit(module, rows, [AlphaScheduler(ramp=4), SaveAt(2, path)])
+    numbers = {"rdrop_alpha": 1, "rdrop_views": 3, "rdrop_unlabeled_weight": 2, "rdrop_labeled_weight": 0.5}
+    module = Unsaved(**numbers)
+    trainer = fit(module, rows, [AlphaScheduler(ramp=4), UnlabeledWeightScheduler(ramp=4), SaveAt(2, path)])
     assert module.rdrop_alpha == 1
     with (
+        pytest.warns(UserWarning, match=r"trained with rdrop_unlabeled_weight=2\.0, .*now: 1\.0 is the default\. Pass"),
+        pytest.warns(UserWarning, match=r"trained with rdrop_labeled_weight=0\.5, .*now: 1\.0 is the default\. Pass"),
         pytest.warns(
             UserWarning, match=r"trained with rdrop_alpha=1\.0, which Unsaved.*now: 4\.0 is the default\. Pass"
         ),
@@ -114,13 +118,13 @@ def test_numbers_that_fall_back_to_their_defaults_are_named(fit, rows, tmp_path)
     ):
         Unsaved.load_from_checkpoint(path)
     trainer.save_checkpoint(path)
-    assigned = Unsaved(rdrop_views=1)
-    assigned.rdrop_alpha = 2.0
+    assigned = Unsaved(rdrop_views=1, rdrop_labeled_weight=2)
+    assigned.rdrop_alpha = assigned.rdrop_unlabeled_weight = 3.0
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The checkpoint was trained with")
-        Unsaved.load_from_checkpoint(path, rdrop_alpha=1, rdrop_views=3)
+        Unsaved.load_from_checkpoint(path, **numbers)
         fit(assigned, rows, resume=path)
-    assert (assigned.rdrop_alpha, assigned.rdrop_views) == (2.0, 1)
+    assert (assigned.rdrop_alpha, assigned.rdrop_views) == (3.0, 1)
 
 
 def test_a_second_checkpoint_replaces_what_the_first_gave(fit, small, rows, tmp_path):

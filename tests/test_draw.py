@@ -53,8 +53,8 @@ def test_other_errors_are_left_as_they_are(error):
 
 def test_a_split_runs_once_what_lies_before_it():
     network, seen = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)), []
-    late = LateDuplication("auto", 2)
-    late.split(network, network, torch.ones(3, 4), (True,) * 4)
+    late = LateDuplication("auto")
+    late.split(network, network, torch.ones(3, 4), 2, (True,) * 4)
     network[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
     first, second = draw(network, network, torch.ones(3, 4), 2, 3, late=late)
     assert seen == [3]

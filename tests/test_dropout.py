@@ -225,7 +225,7 @@ def test_transformer_layers_through_their_parts(block):
 
 def test_what_is_no_dropout_is_not_found():
     network = nn.Sequential(Recurrent(1, 0.0), nn.Linear(4, 4), nn.Identity())
-    network.rdrop_alpha = network._rdrop_own_alpha = 0.5
+    network.rdrop_alpha = 0.5
     network.token_dropout = True
     network.dropped_batches = 0
     network.dropout = None

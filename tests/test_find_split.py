@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_rdrop.late_duplication import LateDuplication, find_split
+from lightning_rdrop.late_duplication import find_split
 
 
 def found(network, at="auto", x=None):
@@ -98,19 +98,30 @@ def test_it_may_be_set_between_two_steps():
         separate.rdrop_duplicate_at = "auto"
 
 
-def test_a_forgotten_split_is_looked_for_again():
-    network, late, x = sequential(0.0, 0.3), LateDuplication("auto", 2), torch.randn(4, 8)
+class Noise(nn.Module):
+    """Random if told so, which no probability and no mode shows."""
 
-    def split():
-        return late.split(network, network, x, tuple(module.training for module in network.modules()))
+    scale = 0.0
 
-    first, new = split()
-    assert (first.at, new) == (("5",), True)
-    network[2].p = 0.3  # nothing tells of it, so the split is kept
-    assert split() == (first, False)
-    late.forget()
-    again, new = split()
-    assert (again.at, new) == (("2",), True)
+    def forward(self, x):
+        return x + self.scale * torch.randn_like(x) if self.scale else x
+
+
+def test_each_fit_looks_for_the_split_again(fit, rows):
+    module = Net(nn.Sequential(nn.Linear(8, 4), Noise(), nn.Linear(4, 3), nn.Dropout(0.3)), rdrop_duplicate_at="auto")
+    seen = []
+    module.network[2].register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    for scale, views in ((0.0, 1), (1.0, 2)):
+        module.network[1].scale = scale
+        fit(module, rows, max_steps=2)
+        assert seen[-1] == views * rows.batch_size
+
+
+def test_a_split_is_that_of_the_views_of_the_step():
+    module = Net(sequential(0.0, 0.3), rdrop_views=1, rdrop_duplicate_at="network.5")
+    module.rdrop_views = 3
+    assert module.rdrop_draw(torch.randn(4, 8)).shape == (3, 4, 3)
+    assert Net(sequential(0.0, 0.3), rdrop_duplicate_at="auto").rdrop_draw(torch.randn(4, 8), count=3).shape[0] == 3
 
 
 def test_random_layers_before_the_split_are_named():

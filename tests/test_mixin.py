@@ -368,6 +368,29 @@ def test_bad_arguments(small, arguments, error, message):
         small(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rdrop_views", 0, "rdrop_views must be an int >= 1, got 0"),
+        ("rdrop_passes", "seperate", "rdrop_passes must be one of 'joint', 'separate', got 'seperate'"),
+        ("rdrop_guard", "none", "rdrop_guard must be one of 'error', 'warn', 'off', got 'none'"),
+        ("rdrop_labeled_weight", -1, "rdrop_labeled_weight must be a finite number >= 0, got -1"),
+    ],
+)
+def test_bad_attributes_are_reported_when_training_starts(fit, small, rows, name, value, message):
+    module = small()
+    setattr(module, name, value)
+    with pytest.raises(ValueError, match=message):
+        fit(module, rows)
+
+
+def test_separate_passes_that_are_set_after_a_split_are_reported(fit, small, rows):
+    module = small(rdrop_duplicate_at="auto")
+    module.rdrop_passes = "separate"
+    with pytest.raises(ValueError, match="rdrop_duplicate_at='auto' needs one pass for all views"):
+        fit(module, rows)
+
+
 def test_an_int_of_numpy_is_an_int(small):
     module = small(rdrop_views=np.int64(3))
     assert type(module.rdrop_views) is int

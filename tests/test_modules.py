@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rdrop import Bernoulli, Categorical, Focal, FromDistribution, Gaussian, Weighted
+from lightning_rdrop import Bernoulli, Categorical, Focal, FromDistribution, Gaussian, Together, Weighted
 from lightning_rdrop.callbacks import DropoutProbability
 from lightning_rdrop.data import TextDataModule
+from lightning_rdrop.lightning_cli.prediction_table import PredictionTable
 from lightning_rdrop.modules import (
     Classifier,
     MultilabelClassifier,
@@ -29,7 +30,6 @@ from lightning_rdrop.modules import (
 )
 from lightning_rdrop.modules._frozen import freeze_below
 from lightning_rdrop.modules.task import Task
-from lightning_rdrop.predictions import PredictionTable
 
 
 def network():
@@ -460,6 +460,21 @@ def test_a_distance_out_of_a_checkpoint_names_the_loss(fit, rows, tmp_path):
     module = Fixed.load_from_checkpoint(tmp_path / "focal.ckpt")
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     assert "val/focal" in trainer.validate(module, rows, verbose=False)[0]
+
+
+def test_a_distance_that_a_subclass_assigns_names_and_weighs_the_losses(trainer, rows):
+    class Assigned(Classifier):
+        def __init__(self):
+            super().__init__(network(), 3)
+            self.rdrop_distance = Focal()
+
+    assert "val/focal" in trainer().validate(Assigned(), rows, verbose=False)[0]
+    parts = {"a": Categorical(), "b": Categorical()}
+    module = Task(network(), None, rdrop_distance=Together(parts))
+    module.rdrop_distance = Together(parts, weights={"b": 3.0})
+    prediction, target = dict.fromkeys(parts, torch.zeros(2, 3)), dict.fromkeys(parts, torch.tensor([0, 1]))
+    module.val_loss.add_batch(module.rdrop_distance, prediction, target)
+    assert module.val_loss.compute()["val/ce"] == pytest.approx(4 * math.log(3))
 
 
 def test_a_frozen_part_that_shares_its_config_leaves_the_dropout_above(pretrained):

@@ -15,7 +15,8 @@ from lightning_rdrop import _compat
 from lightning_rdrop._fused.compiled import is_enabled
 from lightning_rdrop._fused.rows import Counted, counted
 from lightning_rdrop._fused.sweep import Sweep
-from lightning_rdrop.labels import Labels, RowWeights, composite
+from lightning_rdrop.composite import composite
+from lightning_rdrop.labels import Labels, RowWeights
 from lightning_rdrop.terms import Terms, combined, is_off
 
 Gradients = Sequence[Tensor | None]

@@ -29,38 +29,33 @@ class LateDuplication:
     Args:
         at: a submodule, by its dotted name or the end of it; several; or a glob. ``"auto"`` is the latest point before
             which nothing is random.
-        views: K.
 
     Raises:
         ValueError: ``at`` is empty or not made of names.
     """
 
-    def __init__(self, at: str | Sequence[str], views: int) -> None:
+    def __init__(self, at: str | Sequence[str]) -> None:
         if not at or not all(isinstance(name, str) for name in at):
             raise ValueError(
                 f"rdrop_duplicate_at must be the name of a submodule, a list of names, 'auto' or None, got {at!r}."
             )
         self.at = at
-        self.views = views
         self._splits: dict[tuple[tuple[bool, ...], tuple[KeyPath, ...]], Split | None] = {}
         self._modes: tuple[bool, ...] = ()
-
-    def forget(self) -> None:
-        """Drop all splits, so that each is searched again."""
-        self._splits.clear()
 
     def split(
         self,
         network: nn.Module,
         predict: Predict,
         inputs: Any,
+        views: int,
         modes: tuple[bool, ...],
         on_all_ranks: Callable[[bool], bool] = bool,
     ) -> tuple[Split | None, bool]:
         """The split for inputs of this structure, searched if it is not known yet.
 
         Args:
-            network, predict, inputs, on_all_ranks: see :func:`find_split`.
+            network, predict, inputs, views, on_all_ranks: see :func:`find_split`.
             modes: the state that switches randomness in the network, each with its own splits.
 
         Returns:
@@ -78,7 +73,7 @@ class LateDuplication:
         key = self._key(inputs)
         new = key not in self._splits
         if new:
-            self._splits[key] = find_split(network, predict, inputs, self.views, self.at, on_all_ranks)
+            self._splits[key] = find_split(network, predict, inputs, views, self.at, on_all_ranks)
         return self._splits[key], new
 
     def predict(self, network: nn.Module, predict: Predict, inputs: Any, views: int) -> Any:

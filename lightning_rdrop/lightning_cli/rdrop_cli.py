@@ -20,8 +20,8 @@ import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported clas
 from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.data import ChatDataModule, TextDataModule
 from lightning_rdrop.lightning_cli.parser import RDropParser
+from lightning_rdrop.lightning_cli.prediction_table import PredictionTable
 from lightning_rdrop.lightning_cli.progress_bar import NarrowProgressBar
-from lightning_rdrop.predictions import PredictionTable
 
 
 class NumberedConfig(SaveConfigCallback):
@@ -47,7 +47,7 @@ class RDropCLI(LightningCLI):
     ``callbacks`` is a mapping, so that a second config, or ``--callbacks.alpha.init_args.ramp=0.2``, can change one
     argument of one callback; the Trainer's own list can only be replaced as a whole. ``test_after_fit`` tests the best
     checkpoint after training, or the last weights if no checkpoint is chosen by a monitored metric. ``predict`` writes
-    a :class:`~lightning_rdrop.predictions.PredictionTable` to the file ``predictions``.
+    a :class:`~lightning_rdrop.lightning_cli.prediction_table.PredictionTable` to the file ``predictions``.
 
     Args:
         args, kwargs: those of ``LightningCLI``.

@@ -14,7 +14,6 @@ from torchmetrics import Metric, MetricCollection
 from lightning_rdrop import views
 from lightning_rdrop.arguments import duration
 from lightning_rdrop.data_views import first_view
-from lightning_rdrop.distance import Distance
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.hooks import TARGET_KEYS
 from lightning_rdrop.mixin import RDropMixin
@@ -84,12 +83,12 @@ class Task(RDropMixin, pl.LightningModule):
         self.warmup = None if warmup is None else duration("warmup", warmup)
         self.mc_passes = mc_passes
         self.set_metrics(MetricCollection({}) if metrics is None else metrics)
-        self._rdrop_set_distance(self.rdrop_distance)
 
-    def _rdrop_set_distance(self, distance: Distance) -> None:
-        super()._rdrop_set_distance(distance)
-        self.val_loss = MeanLoss(distance, prefix="val/").to(self.device)
-        self.test_loss = MeanLoss(distance, prefix="test/").to(self.device)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "rdrop_distance":  # passed, assigned by a subclass, or rebuilt from a checkpoint
+            self.val_loss = MeanLoss(value, prefix="val/").to(self.device)
+            self.test_loss = MeanLoss(value, prefix="test/").to(self.device)
 
     def set_metrics(self, metrics: MetricCollection) -> None:
         """Set the metrics of validation and test."""

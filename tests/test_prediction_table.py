@@ -16,6 +16,7 @@ from lightning_rdrop.data import (
     TextToTextDataModule,
     TokenDataModule,
 )
+from lightning_rdrop.lightning_cli.prediction_table import PredictionTable
 from lightning_rdrop.modules import (
     CausalLM,
     Classifier,
@@ -24,7 +25,6 @@ from lightning_rdrop.modules import (
     SequenceClassifier,
     TokenClassifier,
 )
-from lightning_rdrop.predictions import PredictionTable
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 

@@ -30,6 +30,22 @@ def non_negative(name: str, value: float) -> float:
     return value if type(value) is int else float(value)
 
 
+def positive(name: str, value: float, meaning: str = "") -> float:
+    """Return the value as an int or float if it is a finite number > 0, including numpy's.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> positive("temperature", 0, " (0.05 is the default)")
+        Traceback (most recent call last):
+        ValueError: temperature must be > 0 (0.05 is the default), got 0.
+    """
+    if not (number := non_negative(name, value)):
+        raise ValueError(f"{name} must be > 0{meaning}, got {value!r}.")
+    return number
+
+
 def whole(name: str, value: SupportsIndex, least: int = 1, meaning: str = "") -> int:
     """Return the value as an int if it is an integer >= ``least``, including numpy's.
 

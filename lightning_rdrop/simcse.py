@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rdrop._lightning import trainer_of
-from lightning_rdrop.arguments import non_negative
+from lightning_rdrop.arguments import positive
 from lightning_rdrop.data_views import Views
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.guard.first_batch import same_shapes
@@ -91,9 +91,7 @@ class SimCSEMixin(RDropMixin):
             rdrop_regularizers=None,
             **kwargs,
         )
-        self.simcse_temperature = non_negative("simcse_temperature", simcse_temperature)
-        if not simcse_temperature:
-            raise ValueError("simcse_temperature must be > 0 (0.05 is the default), got 0.")
+        self.simcse_temperature = positive("simcse_temperature", simcse_temperature, " (0.05 is the default)")
 
     def rdrop_step(self, batch: Any) -> Terms:
         """Run the whole computation without logging; ``ce`` is the loss, a cross-entropy, and ``kl`` is 0."""

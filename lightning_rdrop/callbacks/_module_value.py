@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from lightning_rdrop._lightning import Callback
-from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.callbacks._require import require_rdrop
 from lightning_rdrop.simcse import SimCSEMixin
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop._lightning import is_dry_run
-from lightning_rdrop.arguments import non_negative, whole
-from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.arguments import non_negative, positive, whole
 from lightning_rdrop.callbacks._module_value import ModuleValue
+from lightning_rdrop.callbacks._require import require_rdrop
 from lightning_rdrop.optimizer_steps import planned_steps, steps_made
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class AdaptiveAlpha(ModuleValue):
         maximum: float = 100.0,
     ) -> None:
         super().__init__()
-        self.target_kl = float(non_negative("target_kl", target_kl))
-        if not self.target_kl:
-            raise ValueError(f"target_kl must be > 0, got {target_kl!r}.")
+        self.target_kl = float(positive("target_kl", target_kl))
         steps = ", a number of optimizer steps"
         self.horizon = whole("horizon", horizon, meaning=steps)
         self.every = None if every is None else whole("every", every, meaning=steps)

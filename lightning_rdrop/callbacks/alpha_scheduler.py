@@ -89,12 +89,11 @@ class AlphaScheduler(ModuleValue):
                 f"shape {self.shape!r} returned {factor} at progress {progress}: a shape must map [0, 1] to [0, 1]. "
                 f"Set the maximum of {self.attribute} with peak."
             )
-        peak = self.own_value if self.peak is None else self.peak
-        if peak is None:
+        if self._peak is None:
             raise ValueError(
                 f"peak is None, but no module is being trained whose {self.attribute} could be the peak. Pass peak."
             )
-        return peak * factor
+        return self._peak * factor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the length of another Trainer's training, before a checkpoint is loaded."""
@@ -149,19 +148,24 @@ class AlphaScheduler(ModuleValue):
         """Restore the length of the resumed training."""
         self._training_steps = state_dict["training_steps"]
 
+    @property
+    def _peak(self) -> float | None:
+        return self.own_value if self.peak is None else self.peak
+
     def _end_of_rise(self) -> float:
         return self._in_steps("delay", self.delay) + self._in_steps("ramp", self.ramp)
 
     def _misses_its_peak(self, steps: int) -> bool:
         """Whether a training of this many steps ends during the rise."""
-        peak = self.own_value if self.peak is None else self.peak
+        if self._peak is None or self._end_of_rise() <= steps + 1e-6:
+            return False
         # a ramp over the whole training reaches its peak one step after the last
-        return peak is not None and self._end_of_rise() > steps + 1e-6 and self.value_at(steps) < peak * (1 - 1e-6)
+        return self.value_at(steps) < self._peak * (1 - 1e-6)
 
     def _warn(self, what: str, steps: int, remedy: str) -> None:
-        peak = self.own_value if self.peak is None else self.peak
         warnings.warn(
-            f"{self!r} {what}; in the last step it is {self.value_at(steps - 1):.3g} instead of {peak:g}. {remedy}",
+            f"{self!r} {what}; in the last step it is {self.value_at(steps - 1):.3g} instead of {self._peak:g}. "
+            f"{remedy}",
             stacklevel=3,
         )
 

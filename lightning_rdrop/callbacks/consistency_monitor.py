@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_rdrop._lightning import Callback, is_dry_run
 from lightning_rdrop.arguments import whole
-from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.callbacks._require import require_rdrop
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.distance import Distance, Together
 from lightning_rdrop.metrics.average_gap import gap_averages
@@ -168,7 +168,7 @@ def _averages(distance: Distance, predictions: Any, weight_average: Any, target:
             ).items()
         }
     found, unwrapped = kl_averages(predictions, target, distance), distance.unwrapped
-    if unwrapped.implements("log_probabilities", "target_class"):
+    if unwrapped.has_classes:
         found["dropout_disagreement"] = disagreement_average(predictions, target, distance)
     if unwrapped.implements("model_average"):
         found |= gap_averages(predictions, weight_average, target, distance)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_rdrop._lightning import Callback
 from lightning_rdrop.arguments import probability
-from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.callbacks._require import require_rdrop
 from lightning_rdrop.dropout import set_probability
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rdrop._lightning import Callback
-from lightning_rdrop.callbacks._module import require_rdrop
+from lightning_rdrop.callbacks._require import require_rdrop
 from lightning_rdrop.distance import Categorical
 from lightning_rdrop.mixin import RDropMixin
 from lightning_rdrop.unlabeled import parts

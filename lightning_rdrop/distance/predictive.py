@@ -51,5 +51,10 @@ class Predictive:
         """Whether the distance implements these methods."""
         return all(getattr(type(self), method) is not getattr(Predictive, method) for method in methods)
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether predictions and targets can be read as classes."""
+        return self.implements("log_probabilities", "target_class")
+
     def _unknown(self, method: str, what: str) -> TypeError:
         return TypeError(f"{type(self).__name__} has no {what}: implement {method}, or use another distance.")

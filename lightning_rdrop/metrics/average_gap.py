@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_rdrop.distance import Distance
 from lightning_rdrop.divergence import kl
-from lightning_rdrop.metrics.row_means import RowMeans, Rows, one_distance, several
+from lightning_rdrop.metrics.row_means import RowMeans, Rows, checked_passes, one_distance
 from lightning_rdrop.terms import Average
 
 
@@ -60,14 +60,14 @@ def gap_averages(
 ) -> dict[str, Average]:
     """The averages whose means :func:`average_gap` returns."""
     distance = one_distance(distance)
-    if several(predictions).shape[1:] != weight_average.shape:
+    if checked_passes(predictions).shape[1:] != weight_average.shape:
         raise ValueError(
             f"weight_average must have the shape of one pass, {tuple(predictions.shape[1:])}, got "
             f"{tuple(weight_average.shape)}."
         )
     unwrapped = distance.unwrapped
     average = unwrapped.model_average(predictions)
-    if not unwrapped.implements("log_probabilities", "target_class"):
+    if not unwrapped.has_classes:
         found = {"average_gap": distance.directed(average, weight_average, target)}
         if target is not None:
             task = distance.term_names[0]
@@ -120,7 +120,7 @@ class AverageGap(RowMeans):
         if not distance.unwrapped.implements("model_average"):
             raise TypeError(f"AverageGap needs a distance that can average predictions, got {distance!r}.")
         both, names = ("model_average", "weight_average"), ["average_gap"]
-        if distance.unwrapped.implements("log_probabilities", "target_class"):
+        if distance.unwrapped.has_classes:
             names += ["average_gain", *(f"{one}_{what}" for one in both for what in ("accuracy", "nll"))]
         else:
             names += [f"{one}_{distance.term_names[0]}" for one in both]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_rdrop.distance import Distance
-from lightning_rdrop.metrics.row_means import RowMeans, Rows, one_distance, several
+from lightning_rdrop.metrics.row_means import RowMeans, Rows, checked_passes, one_distance
 from lightning_rdrop.terms import Average
 
 
@@ -42,7 +42,7 @@ def dropout_disagreement(predictions: Tensor, target: Any = None, distance: Dist
 
 def disagreement_average(predictions: Tensor, target: Any = None, distance: Distance | None = None) -> Average:
     """The average whose mean :func:`dropout_disagreement` returns."""
-    rows = Rows.read(one_distance(distance), several(predictions), target)
+    rows = Rows.read(one_distance(distance), checked_passes(predictions), target)
     classes = rows.log_p.argmax(-1)
     count = len(classes)
     differ = (classes.unsqueeze(1) != classes).sum((0, 1)) / (count * (count - 1))

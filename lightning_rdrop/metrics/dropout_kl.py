@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_rdrop.distance import Distance
 from lightning_rdrop.divergence import dispersion
-from lightning_rdrop.metrics.row_means import RowMeans, Rows, one_distance, several
+from lightning_rdrop.metrics.row_means import RowMeans, Rows, checked_passes, one_distance
 from lightning_rdrop.terms import Average
 
 NAMES = ("dropout_kl", "dropout_kl_target", "dropout_kl_others")
@@ -55,10 +55,10 @@ def dropout_kl(predictions: Tensor, target: Any = None, distance: Distance | Non
 def kl_averages(predictions: Tensor, target: Any, distance: Distance | None = None) -> dict[str, Average]:
     """The averages whose means :func:`dropout_kl` returns."""
     distance = one_distance(distance)
-    if not distance.unwrapped.implements("log_probabilities", "target_class"):
-        between = distance.over_pairs(several(predictions), target)
+    if not distance.unwrapped.has_classes:
+        between = distance.over_pairs(checked_passes(predictions), target)
         return {"dropout_kl": Average(between.total / 2, between.weight)}
-    rows = Rows.read(distance, several(predictions), target)
+    rows = Rows.read(distance, checked_passes(predictions), target)
     terms = dispersion(rows.log_p) / 2
     found = {"dropout_kl": rows.mean(terms.sum(-1))}
     if rows.target is None:
@@ -96,7 +96,7 @@ class DropoutKL(RowMeans):
     plot_lower_bound = 0.0
 
     def __init__(self, distance: Distance | None = None, **kwargs: Any) -> None:
-        classes = one_distance(distance).unwrapped.implements("log_probabilities", "target_class")
+        classes = one_distance(distance).unwrapped.has_classes
         super().__init__(NAMES if classes else NAMES[:1], distance, **kwargs)
 
     def update(self, predictions: Tensor, target: Any = None) -> None:

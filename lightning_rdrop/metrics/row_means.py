@@ -110,7 +110,7 @@ def one_distance(distance: Distance | None) -> Distance:
     return distance
 
 
-def several(predictions: Tensor) -> Tensor:
+def checked_passes(predictions: Tensor) -> Tensor:
     """Check that the predictions are of at least two passes, and return them.
 
     Raises:

@@ -49,7 +49,7 @@ class Classifier(ClassTask):
 
     def measure(self, metrics: MetricCollection, batch: Any, prediction: Tensor, target: Tensor) -> None:
         distance = self.rdrop_distance.unwrapped
-        if distance.implements("log_probabilities", "target_class"):
+        if distance.has_classes:
             counted, target = distance.counted(prediction, target), distance.target_class(prediction, target)
             target = target if counted is None else target.where(counted, -100)
             prediction = distance.log_probabilities(prediction)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_rdrop import views
-from lightning_rdrop.arguments import duration
+from lightning_rdrop.arguments import duration, whole
 from lightning_rdrop.data_views import first_view
 from lightning_rdrop.divergence import at_least_float32
 from lightning_rdrop.hooks import TARGET_KEYS
@@ -70,8 +70,8 @@ class Task(RDropMixin, pl.LightningModule):
         super().__init__(**rdrop)
         later = [name for name, given in (("network", network), ("metrics", metrics)) if given is None]
         self.save_hyperparameters(ignore=later)  # a subclass that makes them has no such arguments
-        if isinstance(mc_passes, bool) or not isinstance(mc_passes, int) or mc_passes < 0 or mc_passes == 1:
-            raise ValueError(f"mc_passes must be an int >= 2, or 0 for a single pass, got {mc_passes!r}.")
+        if mc_passes != 0:
+            mc_passes = whole("mc_passes", mc_passes, 2, ", or 0 for a single pass")
         if mc_passes and self.not_averageable:
             raise ValueError(
                 f"mc_passes={mc_passes} averages predictions, but {type(self).__name__} predicts "

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_rdrop.arguments import non_negative, whole
+from lightning_rdrop.arguments import non_negative, positive, whole
 from lightning_rdrop.distance import measured
 from lightning_rdrop.hooks import Hooks
 from lightning_rdrop.regularizers.perturbation import Passes, unit
@@ -60,9 +60,9 @@ class VAT(Regularizer):
     ) -> None:
         super().__init__(weight=weight, at=at)
         self.epsilon = non_negative("epsilon", epsilon)
-        if xi is not None and not non_negative("xi", xi):
-            raise ValueError(f"xi must be > 0, or None for a value by precision, got {xi!r}: at 0 the gradient is 0.")
-        self.xi = xi
+        self.xi = (
+            None if xi is None else positive("xi", xi, ", or None for a value by precision: at 0 the gradient is 0")
+        )
         self.iterations = whole("iterations", iterations)
 
     def forward(self, module: Hooks, inputs: Any, target: Any = None) -> Average:

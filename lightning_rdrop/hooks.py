@@ -44,8 +44,8 @@ class Hooks(MixinBase):
         """Hook: split a batch into the inputs of the network and the target.
 
         Reads a pair ``(inputs, target)``, or a mapping with ``labels``, ``label`` or ``target``, whose other entries
-        are the inputs. If the data has K inputs for each example, such as two crops of an image, return
-        :class:`~lightning_rdrop.Views` of them.
+        are the inputs. A named tuple whose first field has one of these names is ``(target, inputs)``. If the data has
+        K inputs for each example, such as two crops of an image, return :class:`~lightning_rdrop.Views` of them.
 
         Raises:
             ValueError: the batch is neither.
@@ -57,7 +57,9 @@ class Hooks(MixinBase):
             found = f"a mapping with the keys {list(batch)}"
         elif isinstance(batch, (tuple, list)):
             if len(batch) == 2:
-                return batch[0], batch[1]
+                first, second = batch
+                swapped = getattr(batch, "_fields", ("",))[0] in TARGET_KEYS  # a NamedTuple (target, inputs)
+                return (second, first) if swapped else (first, second)
             found = f"a {type(batch).__name__} of {len(batch)} elements"
         else:
             found = f"a {type(batch).__name__}"

@@ -40,10 +40,11 @@ def is_empty(inputs: Any) -> bool:
     """Whether there are no examples, as may happen if a loader filters them.
 
     Example:
-        >>> is_empty({"x": torch.zeros(0, 8)}), is_empty(torch.zeros(3, 8))
+        >>> is_empty({"x": torch.zeros(0, 8)}), is_empty({"nodes": torch.zeros(3, 8), "edges": torch.zeros(0, 2)})
         (True, False)
     """
-    return any(tensor.dim() > 0 and tensor.size(0) == 0 for _, tensor in tensors_of(inputs))
+    tensors = [tensor for _, tensor in tensors_of(inputs) if tensor.dim()]
+    return bool(tensors) and not any(map(Tensor.numel, tensors))
 
 
 def counted(inputs: Any, target: Any, labeled: Terms, distance: Distance) -> Any:

@@ -26,6 +26,7 @@ def test_eval_mode_is_named_with_the_line_to_write():
     assert "network.blocks.0.1, network.blocks.1.1." in text
     assert "self.network.train()" in text
     assert "switch_on(model)" in text
+    assert "not trained, such as a teacher, freeze it: requires_grad_(False)" in text
     assert "p = 0" not in text
     assert "frozen part," not in text
     network.network.train()

@@ -3,6 +3,7 @@ import dataclasses
 import math
 import warnings
 from collections import UserDict
+from typing import NamedTuple
 
 import lightning.pytorch
 import numpy as np
@@ -190,6 +191,20 @@ def test_a_batch_of_an_own_kind_needs_one_hook(fit):
     assert trainer.callback_metrics["train/kl"] > 0
     with pytest.raises(ValueError, match=r"The batch is a Example, .* override rdrop_unpack"):
         Named().rdrop_step(batch)
+
+
+def test_the_target_of_a_named_tuple_is_read_by_name(small):
+    class Swapped(NamedTuple):
+        target: torch.Tensor
+        image: torch.Tensor
+
+    class Plain(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+
+    x, y = batch_of()
+    for batch in (Swapped(y, x), Plain(x, y)):
+        assert [each.data_ptr() for each in small().rdrop_unpack(batch)] == [x.data_ptr(), y.data_ptr()]
 
 
 def test_a_list_of_images_is_named(small):

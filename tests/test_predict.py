@@ -211,6 +211,8 @@ def test_the_ready_modules(make, shape):
     found = module.predict_step(x, 0)
     torch.manual_seed(3)
     torch.testing.assert_close(found.mean, mc_predict(module, x, 8).mean, rtol=0, atol=0)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found.mean, module.predict_step([x], 0).mean)  # of a TensorDataset without targets
     assert found.mean.shape == found.std.shape == shape
     assert (found.std > 0).all()
     once = make().eval().predict_step(x, 0)

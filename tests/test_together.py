@@ -5,7 +5,7 @@ import re
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ragged
+from conftest import Net, ragged
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -385,3 +385,21 @@ def test_unlabelled_parts_have_alphas_of_their_own_and_rows_that_do_not_count():
     tagged = symmetric_kl(*views["slots"])[slots != -100].mean() / 2
     terms = distance.consistency(views, 2.0, {"slots": slots})
     torch.testing.assert_close(terms.loss, 2.0 * (3.0 * intent + 0.5 * tagged))
+
+
+@pytest.mark.parametrize("passes", ["joint", "separate"])
+def test_parts_may_have_different_rows(passes):
+    class Graphs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.node, self.graph = nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = nn.functional.dropout(x, 0.5, self.training)
+            return {"node": self.node(x).flatten(0, 1), "graph": self.graph(x.mean(1))}
+
+    module = Net(Graphs(), rdrop_passes=passes, rdrop_distance={"node": Categorical(), "graph": Categorical()})
+    target = {"node": torch.zeros(20, dtype=torch.long), "graph": torch.zeros(4, dtype=torch.long)}
+    terms = module.rdrop_step((torch.randn(4, 5, 8), target))
+    assert terms.examples == 4
+    assert [terms.parts[name].rows for name in target] == [20, 4]

@@ -4,6 +4,7 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import Net
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
@@ -393,6 +394,25 @@ def test_an_empty_part_adds_nothing(small, passes):
     torch.testing.assert_close(*results)
     terms = module.rdrop_step(batch | {"unlabeled": torch.zeros(0, 8)})
     assert terms.extra["kl_unlabeled"] == terms.extra["vat_unlabeled"] == 0
+
+
+def test_a_graph_without_edges_is_not_an_empty_part():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+
+        def forward(self, x, edges):
+            x = nn.functional.dropout(x, 0.5, self.training)
+            return self.layer(x.index_add(0, edges[:, 1], x[edges[:, 0]]))
+
+    def graph(edges):
+        return {"x": torch.randn(16, 8), "edges": torch.zeros(edges, 2, dtype=torch.long)}
+
+    module = Net(Graph(), rdrop_passes="separate")
+    labeled = graph(4) | {"label": torch.zeros(16, dtype=torch.long)}
+    terms = module.rdrop_step({"labeled": labeled, "unlabeled": graph(0)})
+    assert terms.extra["kl_unlabeled"] > 0
 
 
 @pytest.mark.parametrize("distance", [Categorical(), Gaussian()])

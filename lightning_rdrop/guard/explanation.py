@@ -152,5 +152,5 @@ def _how_to_switch_on(network: nn.Module, layers: list[StochasticLayer]) -> str:
         f"In eval mode inside a trained part: {few(layer.name for layer in layers)}. "
         "Since Lightning 2.2, fit keeps the mode of each submodule, and from_pretrained returns models in eval mode. "
         f"Call {few(calls)} before training, or lightning_rdrop.dropout.switch_on(model), which does not change "
-        "BatchNorm and frozen parts."
+        "BatchNorm and frozen parts. If a part is not trained, such as a teacher, freeze it: requires_grad_(False)."
     )

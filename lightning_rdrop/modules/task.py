@@ -114,6 +114,8 @@ class Task(RDropMixin, pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The prediction for a batch with or without targets; an ``MCPrediction`` with ``mc_passes``."""
+        if isinstance(batch, (tuple, list)) and len(batch) == 1:  # of a TensorDataset
+            (batch,) = batch
         targetless = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
         bare = isinstance(batch, Tensor) or targetless
         inputs = batch if bare else first_view(self.rdrop_unpack(batch)[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rdrop.data import cells
-from lightning_rdrop.data.classes import check_classes, distinct
+from lightning_rdrop.data.classes import check_classes, class_name, distinct, fraction, in_order
 from lightning_rdrop.data.length_groups import LengthGroups
 from lightning_rdrop.data.read import read_table
 from lightning_rdrop.data.table import Row, Table
@@ -122,7 +122,7 @@ class TextDataModule(pl.LightningDataModule):
     def index(self, label: Any) -> int:
         """The index of a class."""
         assert self.labels is not None
-        return self.labels.index(cells.class_name(label))
+        return self.labels.index(class_name(label))
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -145,11 +145,11 @@ class TextDataModule(pl.LightningDataModule):
                     "The classes are not known. Pass the ckpt_path of a model that was trained on them, or labels."
                 )
             rows = self.table("train")
-            labels = cells.in_order({cells.class_name(one) for row in rows for one in self.classes(row)})
+            labels = in_order({class_name(one) for row in rows for one in self.classes(row)})
             if len(labels) < self.fewest_classes:
                 only = repr(labels[0]) if labels else "empty"
                 raise ValueError(f"All labels of the train table are {only}, so there is nothing to learn.")
-            if example := cells.fraction(labels):
+            if example := fraction(labels):
                 rank_zero_warn(
                     f"The train table has {len(labels)} different labels, numbers with fractions such as {example}; "
                     "each is treated as a class. For regression use TextRegressionDataModule and SequenceRegressor; if "
@@ -217,9 +217,9 @@ class TextDataModule(pl.LightningDataModule):
             if column is not None:
                 cells.text(row, column)
 
-    def align(self, rows: Sequence[Row], cells: Sequence[Row]) -> Sequence[Row]:
+    def align(self, rows: Sequence[Row], predicted: Sequence[Row]) -> Sequence[Row]:
         """Hook: align the predicted cells with the rows that they are written next to."""
-        return cells
+        return predicted
 
     @cached_property
     def tokens(self) -> CachedTokenizer:

@@ -44,7 +44,7 @@ class TextDataModule(pl.LightningDataModule):
         unlabeled_batch_size: B of the unlabeled part; ``None`` is ``batch_size``.
         max_length: in tokens; longer texts are truncated.
         group_by_length: group training texts of similar length, in characters, to reduce padding; the batches are in
-            random order.
+            random order. A table of fewer than eight batches is only shuffled.
         num_workers: worker processes of each data loader.
 
     Raises:

@@ -311,6 +311,20 @@ def test_hugging_face_tables_have_the_names_of_their_classes(saved):
     assert data.val_dataloader().dataset == expected
 
 
+def test_lists_of_classes_have_names_and_structs_keep_their_fields(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    text = datasets.Value("string")
+    label = datasets.ClassLabel(names=["no", "yes"])
+    struct = {"names": text, "feature": {"names": text}}
+    features = datasets.Features({"tags": datasets.List(label), "large": datasets.LargeList(label), "person": struct})
+    row = {"tags": [1, -1], "large": [0], "person": {"names": "Ann", "feature": {"names": "Bob"}}}
+    table = datasets.Dataset.from_list([row], features)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "t.parquet")
+    for name in ("saved", "t.parquet"):
+        assert read_table(tmp_path / name) == [row | {"tags": ["yes", None], "large": ["no"]}]
+
+
 def test_a_hugging_face_split_that_is_not_there(saved):
     with pytest.raises(ValueError, match=r"the splits train, validation, test, but none for 'predict'\. .*all.train"):
         read_table(saved / "all", "predict")

@@ -177,6 +177,15 @@ def test_a_test_after_fit_needs_its_table_before(chat, gpt2):
         )  # fmt: skip
 
 
+def test_conversations_from_elsewhere_are_not_checked_before_training():
+    class Own(ChatDataModule):
+        test_dataloader = ChatDataModule.val_dataloader
+
+    Own("none").check_test()
+    with pytest.raises(ValueError, match="There is no test table"):
+        ChatDataModule("none").check_test()
+
+
 def test_length_groups():
     lengths = torch.randint(1, 500, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
     groups = LengthGroups(lengths, 8, seed=3)

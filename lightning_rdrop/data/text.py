@@ -211,6 +211,11 @@ class TextDataModule(pl.LightningDataModule):
             self._checked[split] = table
         return self._checked[split]
 
+    def check_test(self) -> None:
+        """Raise now what a test would raise for its table, unless a subclass gets its rows elsewhere."""
+        if not any(is_overridden(hook, self, TextDataModule) for hook in ("prepare_data", "rows", "test_dataloader")):
+            self.table("test")
+
     def check(self, row: Row) -> None:
         """Hook: raise a ValueError for a row with an invalid text."""
         for column in (self.text, self.pair):

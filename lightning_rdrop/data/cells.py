@@ -37,7 +37,7 @@ def no_column(row: Row, column: str) -> str:
     near = [name for name in row if name.strip().casefold() == column.casefold()]
     near = near or difflib.get_close_matches(column, row, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"no column {column!r}, only {', '.join(map(repr, row))}.{hint}"
+    return f"no column {column!r}, only {', '.join(map(repr, row)) or 'an empty row'}.{hint}"
 
 
 def text(row: Row, column: str) -> str:
@@ -64,7 +64,7 @@ def number(row: Row, column: str) -> float:
     """
     value = cell(row, column)
     try:
-        found = math.nan if isinstance(value, bool) else float(value)
+        found = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)  # float takes 1_000
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):

@@ -22,15 +22,17 @@ class KnowsClasses(Protocol):
 
 
 def class_name(value: Any) -> str:
-    """The name of a class: a text without surrounding whitespace, or an integer, which pandas may write as 1.0.
+    """The name of a class: a text without surrounding whitespace, an integer, which pandas may write as 1.0, or a bool.
 
     Raises:
-        ValueError: the value is neither.
+        ValueError: the value is none of these.
 
     Example:
-        >>> class_name(" good"), class_name(3), class_name(3.0)
-        ('good', '3', '3')
+        >>> class_name(" good"), class_name(3), class_name(3.0), class_name(True)
+        ('good', '3', '3', 'true')
     """
+    if isinstance(value, bool):
+        return str(value).lower()  # as in JSON
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     name = str(value).strip()

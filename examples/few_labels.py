@@ -40,7 +40,8 @@ class FewLabels(pl.LightningDataModule):
         if not self.unlabeled_batch_size:
             return labeled
         unlabeled = DataLoader(self.unlabeled, self.unlabeled_batch_size, shuffle=True, collate_fn=without_labels)
-        return CombinedLoader({"labeled": labeled, "unlabeled": unlabeled}, "min_size")  # an epoch of the labeled ones
+        # an epoch of the labeled rows, or of the unlabeled ones if these are fewer batches
+        return CombinedLoader({"labeled": labeled, "unlabeled": unlabeled}, "min_size")
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, 500)

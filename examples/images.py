@@ -44,9 +44,10 @@ class FashionMNIST(FewLabels):
 
     def table(self, split: str) -> tuple[Tensor, Tensor]:
         """Images (N, 1, 28, 28), centered at 0, and classes (N,)."""
-        images, labels = (
-            torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8)
-            for header in (16, 8)
-            for path in [self.folder / f"{FILES[split]}-{'images-idx3' if header == 16 else 'labels-idx1'}-ubyte.gz"]
-        )
+
+        def read(kind: str, header: int) -> Tensor:
+            raw = gzip.decompress((self.folder / f"{FILES[split]}-{kind}-ubyte.gz").read_bytes())
+            return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
+
+        images, labels = read("images-idx3", header=16), read("labels-idx1", header=8)
         return (images.view(-1, 1, 28, 28).float() - 73) / 90, labels.long()  # mean and deviation of the pixels

@@ -17,7 +17,8 @@ def search(arguments, trials, metric, *, lowest=0.25, highest=16.0):
 
     def run(trial):
         alpha = trial.suggest_float("alpha", lowest, highest, log=True)
-        cli = RDropCLI(args=["fit", *arguments, f"--model.rdrop_alpha={alpha}"])
+        # a test after training would replace the validation metrics
+        cli = RDropCLI(args=["fit", *arguments, f"--model.rdrop_alpha={alpha}", "--test_after_fit=false"])
         return float(cli.trainer.callback_metrics[metric])
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))

@@ -1,6 +1,7 @@
 """Conversations: what is learned from, token by token, and how batches are made of them."""
 
 import json
+from itertools import combinations
 
 import pytest
 import torch
@@ -176,6 +177,15 @@ def test_a_test_after_fit_needs_its_table_before(chat, gpt2):
         )  # fmt: skip
 
 
+def test_conversations_from_elsewhere_are_not_checked_before_training():
+    class Own(ChatDataModule):
+        test_dataloader = ChatDataModule.val_dataloader
+
+    Own("none").check_test()
+    with pytest.raises(ValueError, match="There is no test table"):
+        ChatDataModule("none").check_test()
+
+
 def test_length_groups():
     lengths = torch.randint(1, 500, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
     groups = LengthGroups(lengths, 8, seed=3)
@@ -191,6 +201,28 @@ def test_length_groups():
     assert padded < 1.05 * sum(lengths)  # at random it is 1.8
     longest = [max(lengths[i] for i in batch) for batch in batches]
     assert longest != sorted(longest, reverse=True)
+
+
+def test_length_groups_of_a_small_table_change_with_each_pass():
+    def batches(groups):
+        return {frozenset(batch) for batch in BatchSampler(groups, 4, drop_last=False)}
+
+    groups = LengthGroups([*range(64)], 4)
+    passes = [batches(groups), batches(groups)]  # a loader that restarts within an epoch
+    groups.set_epoch(1)
+    passes += [batches(groups), batches(groups)]
+    assert all(len(one & other) <= 2 for one, other in combinations(passes, 2))  # of 16
+    groups.set_epoch(0)
+    first = batches(groups)
+    groups.set_epoch(0)  # as Lightning does again after the first pass
+    assert [first, batches(groups)] == passes[:2]
+    assert sum(max(batch) - min(batch) for batch in first) < 16 * 20  # at random it is 16 * 39
+
+
+def test_length_groups_of_two_ranks_stay_in_step():
+    ranks = [LengthGroups([*range(64)], 2, 2, rank) for rank in (0, 1)]
+    for _ in range(2):
+        assert sorted(index for rank in ranks for index in rank) == list(range(64))
 
 
 @pytest.mark.parametrize("examples", [1, 3, 8, 11])

@@ -399,6 +399,13 @@ def test_the_wheel_has_what_the_quickstart_writes():
     assert included == {f"examples/{name}": f"lightning_rdrop/quickstart_files/{name}" for name in sorted(FILES)}
 
 
+def test_windows_has_all_commands_but_compare(tmp_path):
+    script = "import sys; sys.modules['fcntl'] = None; from lightning_rdrop.cli import main; main(['quickstart'])"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "quickstart.yaml").exists()
+
+
 def test_an_optimizer_before_the_classes_are_known(here, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model=SequenceClassifier", "--model.pretrained=none", "--optimizer=SGD"])

@@ -92,6 +92,8 @@ def test_accumulated_batches_are_one_step(fit, rows, tmp_path, kept):
 def test_without_a_csv_logger_the_picture_is_in_the_folder_of_the_trainer(fit, small, rows, tmp_path):
     fit(small(), rows, [Curves()], log_every_n_steps=1)
     assert (tmp_path / "curves.png").exists()
+    fit(small(), rows, [Curves("plots/curves.png")], log_every_n_steps=1, default_root_dir=tmp_path / "new")
+    assert (tmp_path / "new/plots/curves.png").exists()
 
 
 def test_tensorboard_gets_a_figure(fit, small, rows, tmp_path):
@@ -157,7 +159,7 @@ def test_a_training_that_logs_is_no_warning(fit, small, rows, tmp_path, recwarn)
     [
         ({"panels": {"f1": ["val/f1"]}}, r"ValueError: .*nothing was logged as \['val/f1'\]"),
         ({"filename": "curves.doc"}, "ValueError: Format 'doc' is not supported"),
-        ({"filename": "nowhere/curves.png"}, "FileNotFoundError: .*nowhere"),
+        ({"filename": "metrics.csv/curves.png"}, "FileExistsError: .*metrics.csv"),
     ],
 )
 def test_a_picture_that_fails_is_a_warning_and_the_training_is_over(fit, small, rows, tmp_path, arguments, message):

@@ -71,7 +71,7 @@ def test_batches(table):
 
 @pytest.mark.parametrize("unlabeled", [False, True])
 def test_training_batches_of_about_one_length(table, unlabeled):
-    rows = [{"sentence": "a " * (1 + n % 8), "second": "b " * (1 + n % 8), "label": n % 2} for n in range(64)]
+    rows = [{"sentence": "a " * (1 + n % 8), "second": "b " * (1 + n % 8), "label": n % 2} for n in range(512)]
     file = table("train.json", rows)
     others = {"unlabeled": file, "unlabeled_batch_size": 4} if unlabeled else {}
     data = Words(train=file, val=file, pair="second", batch_size=8, group_by_length=True, **others)
@@ -82,11 +82,12 @@ def test_training_batches_of_about_one_length(table, unlabeled):
         first = [batch["input_ids"] for batch in loader]
         loader.sampler.set_epoch(1)
         second = [batch["input_ids"] for batch in loader]
-        assert all((ids > 0).all() for ids in first)  # nothing is padded
+        for epoch in (first, second):
+            padded = sum(int((ids == 0).sum()) for ids in epoch)
+            assert padded < 0.1 * sum(ids.numel() for ids in epoch)  # at random it is 0.43
         widths = [[ids.shape[1] for ids in epoch] for epoch in (first, second)]
-        assert sorted(widths[0]) == sorted(widths[1]) == sorted([*range(1, 9)] * (len(widths[0]) // 8))
         assert widths[0] != widths[1]
-    assert [ids.shape[1] for ids in (batch["input_ids"] for batch in data.val_dataloader())] == [8] * 8
+    assert [ids.shape[1] for ids in (batch["input_ids"] for batch in data.val_dataloader())] == [8] * 64
 
 
 def test_prediction_needs_no_labels(table):

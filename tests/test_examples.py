@@ -109,6 +109,7 @@ def test_a_sweep_over_alpha(tmp_path, monkeypatch):
         "--model.network.outputs=4", "--model.num_labels=4", "--data=examples.tables.DigitProperties",
         "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false",
+        "--test_after_fit=true",  # as in quickstart.yaml
     ]  # fmt: skip
     study = search(arguments, 2, "val/f1")
     first, second = (trial.params["alpha"] for trial in study.trials)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -73,6 +74,21 @@ def test_wrong_folders(folder):
         ImageFolderDataModule(str(folder / "other")).setup("fit")
     with pytest.raises(ValueError, match=r"test.green is not one of the 1 classes \(red\)"):
         ImageFolderDataModule(str(folder), labels=["red"]).test_dataloader()
+
+
+def test_a_test_folder_that_is_missing_is_found_before_training(folder, monkeypatch):
+    (folder / "test" / "red").rename(folder / "test" / "rde")
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *arguments, **more: pytest.fail("trained"))
+    arguments = [
+        "fit", "--model=ImageClassifier", f"--model.architecture={VIT}", f"--model.model_args={json.dumps(TINY)}",
+        "--data=ImageFolderDataModule", f"--data.folder={folder}", "--test_after_fit=true", "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"test.rde is not one of the 3 classes"):
+        RDropCLI(args=arguments)
+    (folder / "test").rename(folder / "tset")
+    with pytest.raises(ValueError, match=r"There is no folder .*test\."):
+        RDropCLI(args=arguments)
 
 
 def test_dropout_of_timm():

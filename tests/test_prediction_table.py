@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from datetime import date
 
 import pytest
 import pytorch_lightning as pl
@@ -96,6 +98,26 @@ def test_all_probabilities(tmp_path, name):
         found = json.loads((tmp_path / name).read_text().splitlines()[0])["probabilities"]
     expected = torch.tensor([2.0, 1.0, 0.0]).softmax(0).tolist()
     assert found == pytest.approx(dict(zip("ABC", expected, strict=True)))
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl"])
+def test_what_json_cannot_hold_is_no_hindrance(tmp_path, name):
+    class Own(Letters):
+        def rows(self, split):
+            cells = {"on": date(2024, 1, 2), "days": [date(2024, 1, 3)], "price": math.nan, "prices": [0.5, -math.inf]}
+            return [{"sentence": "a", "cut": "\ud83d"} | cells]  # half of an emoji, as in a text cut by UTF-16 units
+
+    predict(classifier(), Own("none"), tmp_path / name)
+    if name == "out.csv":
+        (row,) = read(tmp_path / name)
+        assert row["price"] == "nan"
+        row |= {"days": json.loads(row["days"]), "prices": json.loads(row["prices"])}
+    else:
+        row = json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+        assert row["price"] is None
+    assert (row["on"], row["days"], row["prices"]) == ("2024-01-02", ["2024-01-03"], [0.5, None])
+    assert row["cut"] == ("\\ud83d" if name == "out.csv" else "\ud83d")
+    assert row["prediction"] == "A"
 
 
 def test_several_labels(tmp_path):

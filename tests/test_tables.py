@@ -1,6 +1,7 @@
 """Tables as people have them: damaged ones are refused in one line, all others are read."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ DAMAGED = {
         lines({"sentence": "a", "label": 0.5}),
         "t.jsonl, line 1: a class must be a text or an integer, got 0.5 (float).",
     ),
+    "infinity as a label": (
+        "t.json",
+        '[{"sentence": "a", "label": -Infinity}]',
+        "t.json, row 1: a class must be a text or an integer, got -inf (float).",
+    ),
+    "an empty object": (
+        "t.json",
+        "[{}]",
+        "t.json: no column 'sentence', only an empty row. Name the column with text=...",
+    ),
     "a number as a text": (
         "t.jsonl",
         lines({"sentence": 5, "label": "x"}),
@@ -186,6 +197,8 @@ def test_a_damaged_table_is_refused_in_one_line(tmp_path, monkeypatch, name, con
         (TextRegressionDataModule, {"label": "high"}, "the column 'label' must be a finite number, got 'high' (str)"),
         (TextRegressionDataModule, {"label": True}, "the column 'label' must be a finite number, got True (bool)"),
         (TextRegressionDataModule, {"label": "inf"}, "the column 'label' must be a finite number, got 'inf' (str)"),
+        (TextRegressionDataModule, {"label": math.inf}, "the column 'label' must be a finite number, got inf (float)"),
+        (TextRegressionDataModule, {"label": "1_0"}, "the column 'label' must be a finite number, got '1_0' (str)"),
         (TextToTextDataModule, {"label": 3}, "the column 'label' must be a text, got 3 (int)"),
         (TokenDataModule, {"words": "a b", "tags": ["x"]}, "the column 'words' must be a list of words, got 'a b'"),
         (TokenDataModule, {"words": ["a", ""], "tags": ["x", "y"]}, "must be a list of words, got ['a', ''] (list)"),
@@ -269,6 +282,14 @@ def test_integers_sort_as_numbers_in_every_format(tmp_path, name, contents):
     assert [data.index(label) for label in (10, "9", -1.0)] == [2, 1, 0]
 
 
+def test_bools_have_the_same_names_in_every_format(tmp_path):
+    train = write(tmp_path, "train.jsonl", lines(*({"sentence": "a", "label": label} for label in (True, False))))
+    data = TextDataModule("none", train, write(tmp_path, "val.csv", "sentence,label\na,true\n"))
+    data.setup("fit")
+    assert data.labels == ["false", "true"]
+    assert [data.index(row["label"]) for row in data.table("val")] == [data.index(True)] == [1]
+
+
 def test_a_class_twice():
     with pytest.raises(ValueError, match="labels contains 'x' twice"):
         TextDataModule("none", labels=["x", "y", "x"])
@@ -309,6 +330,20 @@ def test_hugging_face_tables_have_the_names_of_their_classes(saved):
     data.setup("fit")
     assert data.labels == ["no", "yes"]
     assert data.val_dataloader().dataset == expected
+
+
+def test_lists_of_classes_have_names_and_structs_keep_their_fields(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    text = datasets.Value("string")
+    label = datasets.ClassLabel(names=["no", "yes"])
+    struct = {"names": text, "feature": {"names": text}}
+    features = datasets.Features({"tags": datasets.List(label), "large": datasets.LargeList(label), "person": struct})
+    row = {"tags": [1, -1], "large": [0], "person": {"names": "Ann", "feature": {"names": "Bob"}}}
+    table = datasets.Dataset.from_list([row], features)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "t.parquet")
+    for name in ("saved", "t.parquet"):
+        assert read_table(tmp_path / name) == [row | {"tags": ["yes", None], "large": ["no"]}]
 
 
 def test_a_hugging_face_split_that_is_not_there(saved):

@@ -29,7 +29,7 @@ class Curves(Callback):
     fails is only a warning, so that a finished training never fails because of it.
 
     Args:
-        filename: of the PNG, relative to that folder or absolute.
+        filename: of the PNG, relative to that folder or absolute; missing folders are created.
         panels: see :func:`lightning_rdrop.plots.curves`.
 
     Raises:
@@ -116,6 +116,7 @@ class Curves(Callback):
                 history = read_csv(Path(folder) / "metrics.csv")
             path = Path(folder) / self.filename
             figure = curves({"the training": history}, self.panels)
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
             tensorboard = _logger(trainer, "TensorBoardLogger")
             if tensorboard is not None:

@@ -66,10 +66,12 @@ def _named(rows: Sequence[Row], features: Mapping[str, Any], source: str) -> Tab
 
 
 def _class_names(feature: Any) -> list[str] | None:
-    if not isinstance(feature, Mapping):
-        return None
-    names: list[str] | None = feature.get("names")
-    return names or _class_names(feature.get("feature"))
+    """The names of a class label, or of a list of them. A struct is a mapping without a ``_type``, but any field."""
+    kind = feature.get("_type") if isinstance(feature, Mapping) else None
+    if kind == "ClassLabel":
+        names: list[str] | None = feature.get("names")
+        return names
+    return _class_names(feature["feature"]) if kind in ("List", "LargeList", "Sequence") else None
 
 
 def _name(value: Any, names: list[str]) -> Any:

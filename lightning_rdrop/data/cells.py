@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from lightning_rdrop.data.table import Row
@@ -38,7 +37,7 @@ def no_column(row: Row, column: str) -> str:
     near = [name for name in row if name.strip().casefold() == column.casefold()]
     near = near or difflib.get_close_matches(column, row, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"no column {column!r}, only {', '.join(map(repr, row))}.{hint}"
+    return f"no column {column!r}, only {', '.join(map(repr, row)) or 'an empty row'}.{hint}"
 
 
 def text(row: Row, column: str) -> str:
@@ -65,7 +64,7 @@ def number(row: Row, column: str) -> float:
     """
     value = cell(row, column)
     try:
-        found = math.nan if isinstance(value, bool) else float(value)
+        found = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)  # float takes 1_000
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):
@@ -83,53 +82,6 @@ def items(row: Row, column: str, what: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"the column {column!r} must be a list of {what}, got {spell(value)}. Use JSON for lists.")
     return value
-
-
-def class_name(value: Any) -> str:
-    """The name of a class: a text without surrounding whitespace, or an integer, which pandas may write as 1.0.
-
-    Raises:
-        ValueError: the value is neither.
-
-    Example:
-        >>> class_name(" good"), class_name(3), class_name(3.0)
-        ('good', '3', '3')
-    """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    name = str(value).strip()
-    if not isinstance(value, (str, int)) or not name:
-        raise ValueError(f"a class must be a text or an integer, got {spell(value)}.")
-    return name
-
-
-def fraction(names: Iterable[str]) -> str | None:
-    """The first fraction among names that are all numbers; None if one is not a number, or all are integers.
-
-    Example:
-        >>> fraction(["1", "4.5"]), fraction(["1.0", "2.0"]), fraction(["1.5", "none"])
-        ('4.5', None, None)
-    """
-    try:
-        numbers = {name: float(name) for name in names}
-    except ValueError:
-        return None
-    if not all(map(math.isfinite, numbers.values())):
-        return None
-    return next((name for name, number in numbers.items() if not number.is_integer()), None)
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Class names in index order: sorted as numbers if all are integers, else as texts.
-
-    Example:
-        >>> in_order({"10", "9"}), in_order({"10", "9", "none"})
-        (['9', '10'], ['10', '9', 'none'])
-    """
-    names = sorted(names)
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        names.sort(key=int)
-    return names
 
 
 def spell(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -118,6 +119,11 @@ class ChatDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Example]:
         return self._loader(self.examples("test"))
+
+    def check_test(self) -> None:
+        """Raise now what a test would raise for its table, unless a subclass gets its conversations elsewhere."""
+        if not any(is_overridden(hook, self, ChatDataModule) for hook in ("prepare_data", "test_dataloader")):
+            self.examples("test")
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Pad examples to a batch."""

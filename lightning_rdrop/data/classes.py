@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from lightning_rdrop.data.cells import class_name
+from lightning_rdrop.data.cells import spell
 from lightning_rdrop.data.table import Row, Table
 
 
@@ -18,6 +19,55 @@ class KnowsClasses(Protocol):
 
     def known_labels(self) -> list[str] | None:
         """The class names, read from the data if necessary; None if the labels are not classes."""
+
+
+def class_name(value: Any) -> str:
+    """The name of a class: a text without surrounding whitespace, an integer, which pandas may write as 1.0, or a bool.
+
+    Raises:
+        ValueError: the value is none of these.
+
+    Example:
+        >>> class_name(" good"), class_name(3), class_name(3.0), class_name(True)
+        ('good', '3', '3', 'true')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()  # as in JSON
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    name = str(value).strip()
+    if not isinstance(value, (str, int)) or not name:
+        raise ValueError(f"a class must be a text or an integer, got {spell(value)}.")
+    return name
+
+
+def fraction(names: Iterable[str]) -> str | None:
+    """The first fraction among names that are all numbers; None if one is not a number, or all are integers.
+
+    Example:
+        >>> fraction(["1", "4.5"]), fraction(["1.0", "2.0"]), fraction(["1.5", "none"])
+        ('4.5', None, None)
+    """
+    try:
+        numbers = {name: float(name) for name in names}
+    except ValueError:
+        return None
+    if not all(map(math.isfinite, numbers.values())):
+        return None
+    return next((name for name, number in numbers.items() if not number.is_integer()), None)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Class names in index order: sorted as numbers if all are integers, else as texts.
+
+    Example:
+        >>> in_order({"10", "9"}), in_order({"10", "9", "none"})
+        (['9', '10'], ['10', '9', 'none'])
+    """
+    names = sorted(names)
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        names.sort(key=int)
+    return names
 
 
 def check_classes(table: Table, classes: Callable[[Row], Sequence[Any]], known: Sequence[str] | None) -> None:

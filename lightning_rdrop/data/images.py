@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lightning_rdrop.data.classes import distinct, some
@@ -87,6 +88,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
+
+    def check_test(self) -> None:
+        """Raise now what a test would raise for its folder, unless a subclass gets its images elsewhere."""
+        if not any(is_overridden(hook, self, ImageFolderDataModule) for hook in ("prepare_data", "test_dataloader")):
+            self.test_dataloader()
 
     def transform(self, *, training: bool) -> Any:
         """Hook: the transform from an image to a tensor."""

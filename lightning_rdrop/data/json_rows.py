@@ -18,7 +18,7 @@ def read_json(path: Path) -> Table:
     """
     text = read_text(path)
     table = _array(path, text) if text.lstrip().startswith("[") else _lines(path, text)
-    if len(table) == 1 and all(isinstance(cell, dict) for cell in table[0].values()):
+    if len(table) == 1 and table[0] and all(isinstance(cell, dict) for cell in table[0].values()):
         raise ValueError(
             f"{path}: the table is written by columns. Write it by rows; in pandas, "
             "to_json(path, orient='records', lines=True)."
@@ -60,7 +60,11 @@ def _lines(path: Path, text: str) -> Table:
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=_object)
+    return json.loads(text, parse_constant=_constant, object_pairs_hook=_object)
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,11 +11,17 @@ import torch
 from torch.utils.data import DistributedSampler
 
 _POOL = 50
-"""Number of batches sorted at a time; more would reduce padding, but also randomness."""
+"""Maximum number of batches sorted at a time; more would reduce padding, but also randomness."""
+_FEWEST_POOLS = 4
+"""With a single pool, every epoch would have the same groups."""
 
 
 class LengthGroups(DistributedSampler[int]):
-    """Indices in groups of similar length; the groups and their order are redrawn in each epoch.
+    """Indices in groups of similar length; the groups and their order are redrawn in each pass.
+
+    Examples are shuffled, and then sorted by length within pools of up to 50 batches, at most a quarter of all. Fewer
+    than eight batches are therefore only shuffled. The orders of an epoch are reproducible; a loader that restarts
+    within an epoch gets a new one each time.
 
     It distributes indices among ranks itself, because a sampler that Lightning wraps around it would mix the groups.
 
@@ -27,9 +33,10 @@ class LengthGroups(DistributedSampler[int]):
         seed: of the order, the same on all ranks.
 
     Example:
-        >>> groups = LengthGroups([5, 1, 5, 1, 5, 1], batch_size=3)
-        >>> sorted(sorted(batch) for batch in torch.tensor([*groups]).view(2, 3).tolist())
-        [[0, 2, 4], [1, 3, 5]]
+        >>> lengths = torch.arange(100)
+        >>> batches = lengths[[*LengthGroups(lengths.tolist(), batch_size=2)]].view(50, 2)
+        >>> bool((batches.amax(1) - batches.amin(1)).float().mean() < 10)  # shuffled, it would be 33
+        True
     """
 
     def __init__(
@@ -38,6 +45,7 @@ class LengthGroups(DistributedSampler[int]):
         super().__init__(range(len(lengths)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]  # it has a length
         self.lengths = torch.tensor(lengths)
         self.group = batch_size * num_replicas
+        self.generator = torch.Generator().manual_seed(seed)
 
     @classmethod
     def of(cls, data: pl.LightningDataModule, lengths: Sequence[int], batch_size: int) -> LengthGroups:
@@ -45,14 +53,20 @@ class LengthGroups(DistributedSampler[int]):
         ranks = getattr(data.trainer and data.trainer.strategy, "distributed_sampler_kwargs", {})
         return cls(lengths, batch_size, **ranks, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)))
 
+    def set_epoch(self, epoch: int) -> None:
+        """Seed the orders of an epoch."""
+        if epoch != self.epoch:  # with workers, Lightning sets the first epoch when its first pass has already begun
+            super().set_epoch(epoch)
+            self.generator.manual_seed(self.seed + epoch)
+
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
+        order = torch.randperm(len(self.lengths), generator=self.generator)
+        batches = max(1, min(_POOL, len(order) // (_FEWEST_POOLS * self.group)))
         groups: list[torch.Tensor] = []
-        for pool in torch.split(order, _POOL * self.group):
+        for pool in torch.split(order, batches * self.group):
             groups += torch.split(pool[self.lengths[pool].argsort(descending=True)], self.group)
         last = [groups.pop()] if groups and len(groups[-1]) < self.group else []  # the incomplete group comes last
-        drawn = [groups[index] for index in torch.randperm(len(groups), generator=generator).tolist()]
+        drawn = [groups[index] for index in torch.randperm(len(groups), generator=self.generator).tolist()]
         indices: list[int] = list(chain.from_iterable(group.tolist() for group in (*drawn, *last)))
         even = (indices * self.num_replicas)[: self.total_size]  # the same number for each rank, so some come twice
         return iter(even[self.rank :: self.num_replicas])

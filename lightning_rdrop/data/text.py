@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rdrop.data import cells
-from lightning_rdrop.data.classes import check_classes, distinct
+from lightning_rdrop.data.classes import check_classes, class_name, distinct, fraction, in_order
 from lightning_rdrop.data.length_groups import LengthGroups
 from lightning_rdrop.data.read import read_table
 from lightning_rdrop.data.table import Row, Table
@@ -44,7 +44,7 @@ class TextDataModule(pl.LightningDataModule):
         unlabeled_batch_size: B of the unlabeled part; ``None`` is ``batch_size``.
         max_length: in tokens; longer texts are truncated.
         group_by_length: group training texts of similar length, in characters, to reduce padding; the batches are in
-            random order.
+            random order. A table of fewer than eight batches is only shuffled.
         num_workers: worker processes of each data loader.
 
     Raises:
@@ -122,7 +122,7 @@ class TextDataModule(pl.LightningDataModule):
     def index(self, label: Any) -> int:
         """The index of a class."""
         assert self.labels is not None
-        return self.labels.index(cells.class_name(label))
+        return self.labels.index(class_name(label))
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -145,11 +145,11 @@ class TextDataModule(pl.LightningDataModule):
                     "The classes are not known. Pass the ckpt_path of a model that was trained on them, or labels."
                 )
             rows = self.table("train")
-            labels = cells.in_order({cells.class_name(one) for row in rows for one in self.classes(row)})
+            labels = in_order({class_name(one) for row in rows for one in self.classes(row)})
             if len(labels) < self.fewest_classes:
                 only = repr(labels[0]) if labels else "empty"
                 raise ValueError(f"All labels of the train table are {only}, so there is nothing to learn.")
-            if example := cells.fraction(labels):
+            if example := fraction(labels):
                 rank_zero_warn(
                     f"The train table has {len(labels)} different labels, numbers with fractions such as {example}; "
                     "each is treated as a class. For regression use TextRegressionDataModule and SequenceRegressor; if "
@@ -211,15 +211,20 @@ class TextDataModule(pl.LightningDataModule):
             self._checked[split] = table
         return self._checked[split]
 
+    def check_test(self) -> None:
+        """Raise now what a test would raise for its table, unless a subclass gets its rows elsewhere."""
+        if not any(is_overridden(hook, self, TextDataModule) for hook in ("prepare_data", "rows", "test_dataloader")):
+            self.table("test")
+
     def check(self, row: Row) -> None:
         """Hook: raise a ValueError for a row with an invalid text."""
         for column in (self.text, self.pair):
             if column is not None:
                 cells.text(row, column)
 
-    def align(self, rows: Sequence[Row], cells: Sequence[Row]) -> Sequence[Row]:
+    def align(self, rows: Sequence[Row], predicted: Sequence[Row]) -> Sequence[Row]:
         """Hook: align the predicted cells with the rows that they are written next to."""
-        return cells
+        return predicted
 
     @cached_property
     def tokens(self) -> CachedTokenizer:

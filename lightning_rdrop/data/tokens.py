@@ -48,10 +48,10 @@ class TokenDataModule(TextDataModule):
                 targets[number, position] = self.index(row[self.label][word])
         return targets
 
-    def align(self, rows: Sequence[Row], cells: Sequence[Row]) -> Sequence[Row]:
+    def align(self, rows: Sequence[Row], predicted: Sequence[Row]) -> Sequence[Row]:
         """A prediction for each word, that of its first token; None for words beyond ``max_length``."""
         aligned = []
-        for row, new in zip(rows, cells, strict=True):
+        for row, new in zip(rows, predicted, strict=True):
             words = row[self.text]
             width = len(next(iter(new.values())))
             (starts,) = self.tokens.starts([words], width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ class PredictionTable(BasePredictionWriter):
     """Writes the predictions of ``Trainer.predict`` to a table, in input order, for any number of processes.
 
     A row has the columns of the input, ``prediction``, and for classes its ``probability``. With ``mc_passes`` it also
-    has ``entropy`` and ``mutual_information`` in nats, or the ``std`` of a number. The file appears when it is complete
-    and replaces an older one.
+    has ``entropy`` and ``mutual_information`` in nats, or the ``std`` of a number. In JSON, dates are texts and NaN is
+    null. The file appears when it is complete and replaces an older one.
 
     Args:
         path: a ``.csv`` or ``.jsonl`` file.
@@ -108,7 +109,7 @@ class PredictionTable(BasePredictionWriter):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            with unfinished.open("w", encoding="utf8", newline="") as file:
+            with unfinished.open("w", encoding="utf8", errors="backslashreplace", newline="") as file:
                 (_write_csv if self.path.suffix.lower() == ".csv" else _write_json)(file, rows)
             unfinished.replace(self.path)
         finally:
@@ -142,7 +143,7 @@ def _gathered(found: dict[int, Row]) -> dict[int, Row]:
 
 
 def _write_json(file: TextIO, rows: list[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.writelines(_json(row) + "\n" for row in rows)
 
 
 def _write_csv(file: TextIO, rows: list[dict[str, Any]]) -> None:
@@ -157,4 +158,17 @@ def _flat(column: str, cell: Any) -> Iterator[tuple[str, Any]]:
     if column == "probabilities" and isinstance(cell, dict):
         yield from ((f"probability of {name}", value) for name, value in cell.items())
     else:
-        yield column, json.dumps(cell, ensure_ascii=False) if isinstance(cell, (list, dict)) else cell
+        yield column, _json(cell) if isinstance(cell, (list, dict)) else cell
+
+
+def _json(cell: Any) -> str:
+    """Write null for NaN and infinity, which JSON does not have, and other values such as dates as text."""
+    return json.dumps(_finite(cell), ensure_ascii=False, default=str)
+
+
+def _finite(cell: Any) -> Any:
+    if isinstance(cell, dict):
+        return {name: _finite(value) for name, value in cell.items()}
+    if isinstance(cell, (list, tuple)):
+        return [_finite(value) for value in cell]
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell

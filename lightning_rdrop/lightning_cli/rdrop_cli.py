@@ -16,9 +16,9 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 import lightning_rdrop.callbacks
+import lightning_rdrop.data
 import lightning_rdrop.modules  # noqa: F401  # LightningCLI finds imported classes by their bare names
 from lightning_rdrop._lightning import monitored_checkpoint
-from lightning_rdrop.data import ChatDataModule, TextDataModule
 from lightning_rdrop.lightning_cli.parser import RDropParser
 from lightning_rdrop.lightning_cli.prediction_table import PredictionTable
 from lightning_rdrop.lightning_cli.progress_bar import NarrowProgressBar
@@ -126,7 +126,7 @@ class RDropCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs | {"callbacks": callbacks})
 
     def before_fit(self) -> None:
-        """Check before training that ``test_after_fit`` has something to test."""
+        """Check before training that ``test_after_fit`` has something to test, with the data's own check."""
         if not self._get(self.config_init, "test_after_fit"):
             return
         data, model = self.datamodule, self.model
@@ -136,11 +136,8 @@ class RDropCLI(LightningCLI):
                 raise ValueError(
                     f"test_after_fit is true, but there is no {hook} in {names}. Add one, or leave test_after_fit out."
                 )
-        own = ("prepare_data", "rows", "test_dataloader")
-        if isinstance(data, TextDataModule) and not any(is_overridden(hook, data, TextDataModule) for hook in own):
-            data.table("test")
-        if isinstance(data, ChatDataModule):
-            data.examples("test")
+        if hasattr(data, "check_test"):
+            data.check_test()
 
     def before_predict(self) -> None:
         self._log_untrained()

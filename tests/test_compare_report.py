@@ -230,6 +230,12 @@ def test_doubled_rows_have_no_alpha_from_anywhere(tmp_path):
     assert config["callbacks"]["alpha"]["init_args"]["peak"] == 5.0  # that of R-Drop is as it was
 
 
+def test_a_single_callback_of_the_trainer_sets_no_alpha_either():
+    before = plan("plain", "rdrop")
+    before.variants["rdrop"]["trainer"] = {"callbacks": {"class_path": "lightning_rdrop.AlphaScheduler"}}
+    assert add_equal_cost(before, HAND, "rdrop").variants["rdrop-alpha0"]["trainer"]["callbacks"] == []
+
+
 def test_no_equal_cost_without_seconds():
     with pytest.raises(ValueError, match="no seed is finished for both rdrop and plain"):
         add_equal_cost(plan("plain", "rdrop"), [failed("rdrop", 1), row("plain", 1, 0.5)], "rdrop")

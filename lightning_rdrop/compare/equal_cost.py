@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from lightning_rdrop.callbacks import AdaptiveAlpha, AlphaScheduler
-from lightning_rdrop.compare.config import Config, callbacks
+from lightning_rdrop.compare.config import Config, instances
 from lightning_rdrop.compare.plan import Plan
 from lightning_rdrop.compare.results import Row
 from lightning_rdrop.compare.summary import Summary
@@ -64,15 +64,14 @@ def _longer(config: Config, ratio: float) -> Config:
 def _without_kl(config: Config) -> Config:
     config = copy.deepcopy(config)
     config["model"].setdefault("init_args", {})["rdrop_alpha"] = 0.0
-    theirs = [one for one in callbacks(config) if _sets_alpha(resolve_name(one["class_path"]))]
+    listed = [one for one in instances(config, "trainer.callbacks") if not _sets_alpha(one)]
+    config.setdefault("trainer", {})["callbacks"] = listed
     named = config.get("callbacks") or {}
-    config["callbacks"] = {name: None if one in theirs else one for name, one in named.items()}
-    listed = config.get("trainer", {}).get("callbacks")
-    if isinstance(listed, list):
-        config["trainer"]["callbacks"] = [one for one in listed if one not in theirs]
+    config["callbacks"] = {name: None if one and _sets_alpha(one) else one for name, one in named.items()}
     return config
 
 
-def _sets_alpha(callback: Any) -> bool:
-    ours = isinstance(callback, type) and issubclass(callback, (AlphaScheduler, AdaptiveAlpha))
-    return ours and callback.attribute == "rdrop_alpha"
+def _sets_alpha(callback: Config) -> bool:
+    kind: Any = resolve_name(callback["class_path"])
+    ours = isinstance(kind, type) and issubclass(kind, (AlphaScheduler, AdaptiveAlpha))
+    return ours and kind.attribute == "rdrop_alpha"

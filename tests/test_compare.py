@@ -8,10 +8,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from lightning_rdrop.compare.engine import Engine
 from lightning_rdrop.compare.run import Run
 
 pytest.importorskip("submitit")
@@ -187,9 +189,28 @@ def test_validation_and_test_are_of_the_checkpoint_with_a_metric(folder, monkeyp
     monkeypatch.syspath_prepend(folder)
     first = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3}}
     run = Run("two", 1, CONFIG | {"callbacks": {"first": first, "best": CONFIG["callbacks"]["best"]}}, folder / "two")
-    run.folder.mkdir()
+    run.prepare()
     run()
     assert run.result["validation"] == {"val/accuracy": run.result["test"]["test/accuracy"]}  # the rows are the same
+
+
+def test_the_config_is_there_before_any_process_of_a_run_starts(tmp_path, monkeypatch):
+    run, configs = Run("plain", 1, CONFIG | {"trainer": {}}, tmp_path / "plain/1"), []
+
+    def submit(executor, run):
+        configs.append(yaml.safe_load((run.folder / "config.yaml").read_text()))
+        (run.folder / "result.json").write_text('{"status": "done"}')
+        return SimpleNamespace(done=lambda: True)
+
+    monkeypatch.setattr("submitit.LocalExecutor.submit", submit)
+    assert [*Engine().execute([run])] == [run]
+    assert configs[0]["test_after_fit"] is True
+
+
+def test_a_failure_ends_without_a_full_stop(tmp_path):
+    run = Run("plain", 1, CONFIG, tmp_path)
+    run.fail("ValueError: there is no train.csv.")  # the messages that contain it have their own
+    assert run.result == {"status": "failed: ValueError: there is no train.csv"}
 
 
 def test_interrupted_twice_it_goes_on_and_gives_the_same_table(folder, whole):

@@ -48,15 +48,18 @@ class Run:
         path = self.folder / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def write(self, result: dict[str, Any]) -> None:
-        """Write the result atomically."""
-        path = self.folder / "result.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1))
-        part.replace(path)
+    def prepare(self) -> None:
+        """Write the config of ``fit``, which every process of a distributed run reads."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = _isolated(self.config, self.folder / "train")
+        _write(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def fail(self, reason: str) -> None:
+        """Write that the run failed."""
+        self._write_result({"status": f"failed: {reason.removesuffix('.')}"})
 
     def __call__(self) -> None:
-        """Train and test once: a finished run is not repeated, and a running one is waited for."""
+        """Train and test a prepared run once: a finished run is not repeated, and a running one is waited for."""
         if _rank():  # another process of the same run
             self._fit()
             return
@@ -69,19 +72,19 @@ class Run:
             try:
                 result = self._fit()
             except Exception as error:
-                self.write({"status": f"failed: {_say(error)}"})
+                self.fail(_say(error))
                 raise
             if not self.keep_checkpoints:
                 for checkpoint in (self.folder / "train").rglob("*.ckpt"):
                     shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
-            self.write({"status": "done"} | result)
+            self._write_result({"status": "done"} | result)
 
     def _fit(self) -> dict[str, Any]:
-        config = self.folder / "config.yaml"
-        if not _rank():
-            config.write_text(yaml.safe_dump(_isolated(self.config, self.folder / "train"), sort_keys=False))
         seeds = [f"--{key}={self.seed}" for key in ("seed_everything", *self.seed_to)]
-        return Measured(args=["fit", "--config", str(config), *seeds]).measured()
+        return Measured(args=["fit", "--config", str(self.folder / "config.yaml"), *seeds]).measured()
+
+    def _write_result(self, result: dict[str, Any]) -> None:
+        _write(self.folder / "result.json", json.dumps(result, indent=1))
 
 
 class Measured(RDropCLI):
@@ -129,6 +132,13 @@ def _isolated(config: Config, folder: Path) -> Config:
     if not any("ProgressBar" in callback["class_path"] for callback in callbacks(config)):
         trainer["enable_progress_bar"] = False  # of no use in a log file
     return config
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _rank() -> int:

@@ -87,7 +87,10 @@ CONFIG = {
         "accelerator": "cpu",
         "max_epochs": 2,
         "log_every_n_steps": 1,
-        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": "run"}},
+        "logger": {
+            "class_path": "pytorch_lightning.loggers.CSVLogger",
+            "init_args": {"save_dir": "logs", "name": "run"},
+        },
     },
 }
 TWO = ["--config", "base.yaml", "--variant", "plain=plain.yaml", "--variant", "rdrop=", "--seed-to", "data.draw"]
@@ -207,6 +210,15 @@ def test_the_config_is_there_before_any_process_of_a_run_starts(tmp_path, monkey
     assert configs[0]["test_after_fit"] is True
 
 
+def test_a_logger_that_takes_no_folder_is_given_none(tmp_path):
+    file, server = CONFIG["trainer"]["logger"], {"class_path": "pytorch_lightning.loggers.CometLogger"}
+    run = Run("plain", 1, CONFIG | {"trainer": {"logger": [file, server]}}, tmp_path)
+    run.prepare()
+    loggers = yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["logger"]
+    assert loggers[0]["init_args"] == {"save_dir": str(tmp_path / "train"), "name": "run"}
+    assert loggers[1] == server
+
+
 def test_a_failure_ends_without_a_full_stop(tmp_path):
     run = Run("plain", 1, CONFIG, tmp_path)
     run.fail("ValueError: there is no train.csv.")  # the messages that contain it have their own
@@ -268,7 +280,7 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, whole):
     assert rows["crash", 1]["status"] == "failed: KeyError: 'nothing there'"
     assert rows["greed", 1]["status"].startswith("failed: out of memory (RuntimeError: ")
     for how in ("killed", "exit"):
-        assert rows[how, 1]["status"].startswith("failed: ended without a result (killed, or out of memory); ")
+        assert rows[how, 1]["status"].startswith("failed: ended without a result (exited, killed, or out of memory); ")
         assert f"; runs/{how}/1/log/" in rows[how, 1]["status"]  # where to look, on whatever machine
     assert "crash, seed 1: failed: KeyError" in printed
     report = (whole / "report.md").read_text()

@@ -79,7 +79,7 @@ class Engine:
             return executor.submit(run)
 
     def _how_it_ended(self, job: Job[None], run: Run) -> str:
-        state = job.state.lower() if self.name == "slurm" else "killed, or out of memory"
+        state = job.state.lower() if self.name == "slurm" else "exited, killed, or out of memory"
         log = job.paths.stdout
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         said = lines[-1][:200] if lines else "(empty)"

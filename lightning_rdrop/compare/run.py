@@ -12,10 +12,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 
 from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.compare.config import Config, callbacks, instances
@@ -125,7 +127,8 @@ def _isolated(config: Config, folder: Path) -> Config:
     trainer = config.setdefault("trainer", {})
     trainer["default_root_dir"] = str(folder)
     for logger in instances(config, "trainer.logger"):
-        logger.setdefault("init_args", {})["save_dir"] = str(folder)
+        if "save_dir" in ArgumentParser().add_function_arguments(resolve_name(logger["class_path"])):
+            logger["init_args"] = (logger.get("init_args") or {}) | {"save_dir": str(folder)}
     for callback in callbacks(config):
         if (callback.get("init_args") or {}).get("dirpath"):
             callback["init_args"]["dirpath"] = str(folder / "checkpoints")

@@ -24,8 +24,8 @@ def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
     """Add two variants to the plan, once the runs have shown what R-Drop costs.
 
     ``REFERENCE-time-of-NAME`` is the reference trained for the time of R-Drop: the Trainer's ``max_epochs``,
-    ``max_steps`` and ``max_time``, and the durations in ``lr_scheduler``, grow in proportion. ``NAME-alpha0`` is R-Drop with alpha 0, so that only the rows are doubled. They are
-    added once and stay the same for later seeds.
+    ``max_steps`` and ``max_time``, and the durations in ``lr_scheduler``, grow in proportion. ``NAME-alpha0`` is
+    R-Drop with alpha 0, so that only the rows are doubled. They are added once and stay the same for later seeds.
 
     Args:
         plan: contains the variant, or its grid, whose chosen variant is used.

@@ -1,4 +1,6 @@
+import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -124,6 +126,30 @@ def test_another_config_under_the_same_name_is_refused(folder):
     assert changed.continues(earlier, ["plain"]).variants["rdrop"] == changed.variants["rdrop"]  # all its runs failed
     with pytest.raises(ValueError, match="--seed-to was"):
         planned("rdrop=", seed_to=["model.num_classes"]).continues(earlier, earlier.variants)
+
+
+@pytest.mark.parametrize(
+    ("status", "is_planned", "message"),
+    [
+        (None, True, "has another config than its existing runs"),  # it is running
+        ("done", True, "has another config than its existing runs"),
+        ("done", False, "comparison.yaml with their configs is missing"),
+        ("failed: KeyError: 'x'", True, "accepted"),
+    ],
+)
+def test_a_run_that_outlived_its_command_keeps_its_config(folder, capsys, monkeypatch, status, is_planned, message):
+    grid = "trainer.default_root_dir=here/there"  # a slash makes a folder within a folder
+    monkeypatch.setattr("lightning_rdrop.compare.command.work", lambda *arguments: sys.exit("accepted"))
+    run = folder / "out/runs/default_root_dir=here/there/1"
+    run.mkdir(parents=True)
+    (run / "lock").touch()
+    if status:
+        (run / "result.json").write_text(json.dumps({"status": status}))
+    if is_planned:
+        planned(grids=[grid]).write(folder / "out")
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--config", "base.yaml", "--config", "many.yaml", "--grid", grid, "--out", "out"])
+    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
 
 
 def test_an_argument_that_a_newer_version_has_added_is_no_change(folder):

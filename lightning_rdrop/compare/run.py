@@ -47,8 +47,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         """The measurements, or why the run failed; None if it has not ended."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return result_in(self.folder)
 
     def prepare(self) -> None:
         """Write the config of ``fit``, which every process of a distributed run reads."""
@@ -117,6 +116,12 @@ class Measured(RDropCLI):
             "seconds": self._seconds,
             "peak_memory_mib": self._memory,
         }
+
+
+def result_in(folder: Path) -> dict[str, Any] | None:
+    """The result of the run in this folder."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _isolated(config: Config, folder: Path) -> Config:

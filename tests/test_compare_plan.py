@@ -163,13 +163,23 @@ def test_variants_are_added_to_those_of_an_earlier_command(folder):
     later = planned("more=many.yaml", grids=["model.rdrop_alpha=4,8"]).continues(earlier, earlier.variants)
     assert {*later.variants} == {"plain", "more", "rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
     assert {*later.families["grid"]} == {"rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
-    again = planned("plain=plain.yaml", "more=many.yaml").continues(earlier, earlier.variants)
-    assert next(iter(again.families)) == "plain"
+
+
+def test_the_reference_changes_only_if_a_command_has_it_after_another_variant(folder):
+    earlier = planned("plain=plain.yaml", "rdrop=")
+    for variants, order in (
+        (["plain=plain.yaml", "more=many.yaml"], ["plain", "more", "rdrop"]),
+        (["more=many.yaml"], ["plain", "rdrop", "more"]),
+        (["more=many.yaml", "rdrop="], ["plain", "rdrop", "more"]),
+        (["rdrop=", "plain=plain.yaml"], ["rdrop", "plain"]),
+    ):
+        later = planned(*variants).continues(earlier, earlier.variants)
+        assert [*later.families] == [*later.variants] == order
 
 
 def test_an_earlier_command_chose_by_another_metric(folder):
     earlier = planned("plain=plain.yaml")
-    with pytest.raises(ValueError, match=r"select checkpoints by different metrics: .*val/ce.*val/accuracy"):
+    with pytest.raises(ValueError, match=r"select checkpoints by different metrics: .*val/accuracy.*val/ce"):
         planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier, earlier.variants)
 
 

@@ -98,6 +98,8 @@ class Plan:
     def continues(self, earlier: Plan, begun: Collection[str]) -> Plan:
         """This plan, extended by the other variants of an earlier command.
 
+        The reference stays the same, unless this plan has it after another variant.
+
         Args:
             earlier: the plan of that command.
             begun: its variants with runs that have not failed, whose configs must not change.
@@ -117,11 +119,12 @@ class Plan:
             raise ValueError(
                 f"--seed-to was {earlier.seed_to} for the existing runs, but is {self.seed_to} now. Use another --out."
             )
+        first, second = (self, earlier) if next(iter(earlier.families)) in self.families else (earlier, self)
         families = {
-            name: list(dict.fromkeys([*self.families.get(name, []), *earlier.families.get(name, [])]))
-            for name in [*self.families, *earlier.families]
+            name: list(dict.fromkeys([*first.families.get(name, []), *second.families.get(name, [])]))
+            for name in first.families | second.families
         }
-        variants = self.variants | {name: c for name, c in earlier.variants.items() if name not in self.variants}
+        variants = first.variants | second.variants | self.variants
         merged = Plan(variants, families, self.seed_to, earlier.equal_cost)
         _same_monitor(merged)
         return merged

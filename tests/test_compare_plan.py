@@ -111,7 +111,7 @@ def test_a_mistake_is_found_before_anything_runs(folder, capsys, arguments, mess
     (folder / "wrong.yaml").write_text("model: {init_args: {rdrop_alhpa: 1}}")
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "--config", "base.yaml", *arguments, "--out", "out"])
-    assert stopped.value.code == 2
+    assert stopped.value.code == 1
     assert re.search(message.replace("?", r"\?"), capsys.readouterr().err)
     assert not (folder / "out").exists()
 
@@ -188,6 +188,13 @@ def test_a_part_of_a_grid_goes_on(folder):
     later = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=4"])
     assert [*later.variants] == ["plain", "rdrop:rdrop_alpha=4"]
     assert sorted(later.continues(earlier, earlier.variants).families["rdrop"]) == sorted(earlier.families["rdrop"])
+
+
+def test_an_error_that_is_no_message_has_its_traceback(folder):
+    planned("plain=plain.yaml").write(folder)
+    (folder / "results.csv").write_text("variant,seed,status\nplain,one,done\n")
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        main(["compare", "--report", "."])
 
 
 def test_a_report_needs_a_comparison(folder, capsys):

@@ -69,9 +69,6 @@ def compare(args: Sequence[str]) -> None:
             report_on(Path(given.report))
         else:
             compare_all(given)
-    except ValueError as error:
-        print(f"lightning-rdrop compare: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped. Run the same command to continue.", file=sys.stderr)
         sys.exit(130)

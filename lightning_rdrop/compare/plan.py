@@ -108,8 +108,7 @@ class Plan:
             ValueError: such a config differs, or ``seed_to``, or the metric that selects checkpoints.
         """
         for name in self.variants.keys() & earlier.variants.keys() & {*begun}:
-            different = changes(earlier.variants[name], self.variants[name])
-            if different and (different := changes(_with_new_defaults(earlier.variants[name]), self.variants[name])):
+            if different := changes(_with_new_defaults(earlier.variants[name]), self.variants[name]):
                 more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
                 raise ValueError(
                     f"variant {name} has another config than its existing runs: "

@@ -119,7 +119,7 @@ class Measured(RDropCLI):
 
 
 def result_in(folder: Path) -> dict[str, Any] | None:
-    """The result of the run in this folder."""
+    """The result of the run in this folder; None if it has not ended."""
     path = folder / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
 

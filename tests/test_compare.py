@@ -8,10 +8,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from lightning_rdrop.compare.engine import Engine
 from lightning_rdrop.compare.run import Run
 
 pytest.importorskip("submitit")
@@ -85,7 +87,10 @@ CONFIG = {
         "accelerator": "cpu",
         "max_epochs": 2,
         "log_every_n_steps": 1,
-        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "name": "run"}},
+        "logger": {
+            "class_path": "pytorch_lightning.loggers.CSVLogger",
+            "init_args": {"save_dir": "logs", "name": "run"},
+        },
     },
 }
 TWO = ["--config", "base.yaml", "--variant", "plain=plain.yaml", "--variant", "rdrop=", "--seed-to", "data.draw"]
@@ -187,9 +192,37 @@ def test_validation_and_test_are_of_the_checkpoint_with_a_metric(folder, monkeyp
     monkeypatch.syspath_prepend(folder)
     first = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 3}}
     run = Run("two", 1, CONFIG | {"callbacks": {"first": first, "best": CONFIG["callbacks"]["best"]}}, folder / "two")
-    run.folder.mkdir()
+    run.prepare()
     run()
     assert run.result["validation"] == {"val/accuracy": run.result["test"]["test/accuracy"]}  # the rows are the same
+
+
+def test_the_config_is_there_before_any_process_of_a_run_starts(tmp_path, monkeypatch):
+    run, configs = Run("plain", 1, CONFIG | {"trainer": {}}, tmp_path / "plain/1"), []
+
+    def submit(executor, run):
+        configs.append(yaml.safe_load((run.folder / "config.yaml").read_text()))
+        (run.folder / "result.json").write_text('{"status": "done"}')
+        return SimpleNamespace(done=lambda: True)
+
+    monkeypatch.setattr("submitit.LocalExecutor.submit", submit)
+    assert [*Engine().execute([run])] == [run]
+    assert configs[0]["test_after_fit"] is True
+
+
+def test_a_logger_that_takes_no_folder_is_given_none(tmp_path):
+    file, server = CONFIG["trainer"]["logger"], {"class_path": "pytorch_lightning.loggers.CometLogger"}
+    run = Run("plain", 1, CONFIG | {"trainer": {"logger": [file, server]}}, tmp_path)
+    run.prepare()
+    loggers = yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["logger"]
+    assert loggers[0]["init_args"] == {"save_dir": str(tmp_path / "train"), "name": "run"}
+    assert loggers[1] == server
+
+
+def test_a_failure_ends_without_a_full_stop(tmp_path):
+    run = Run("plain", 1, CONFIG, tmp_path)
+    run.fail("ValueError: there is no train.csv.")  # the messages that contain it have their own
+    assert run.result == {"status": "failed: ValueError: there is no train.csv"}
 
 
 def test_interrupted_twice_it_goes_on_and_gives_the_same_table(folder, whole):
@@ -217,7 +250,7 @@ def test_interrupted_twice_it_goes_on_and_gives_the_same_table(folder, whole):
     time.sleep(2)
     second = start(folder, *command)
     assert "another compare command is using it" in second.communicate(timeout=300)[0]
-    assert second.returncode == 2
+    assert second.returncode == 1
     (folder / "hold").unlink()
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
@@ -247,7 +280,7 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, whole):
     assert rows["crash", 1]["status"] == "failed: KeyError: 'nothing there'"
     assert rows["greed", 1]["status"].startswith("failed: out of memory (RuntimeError: ")
     for how in ("killed", "exit"):
-        assert rows[how, 1]["status"].startswith("failed: ended without a result (killed, or out of memory); ")
+        assert rows[how, 1]["status"].startswith("failed: ended without a result (exited, killed, or out of memory); ")
         assert f"; runs/{how}/1/log/" in rows[how, 1]["status"]  # where to look, on whatever machine
     assert "crash, seed 1: failed: KeyError" in printed
     report = (whole / "report.md").read_text()

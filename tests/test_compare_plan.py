@@ -1,4 +1,6 @@
+import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -109,7 +111,7 @@ def test_a_mistake_is_found_before_anything_runs(folder, capsys, arguments, mess
     (folder / "wrong.yaml").write_text("model: {init_args: {rdrop_alhpa: 1}}")
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "--config", "base.yaml", *arguments, "--out", "out"])
-    assert stopped.value.code == 2
+    assert stopped.value.code == 1
     assert re.search(message.replace("?", r"\?"), capsys.readouterr().err)
     assert not (folder / "out").exists()
 
@@ -126,6 +128,30 @@ def test_another_config_under_the_same_name_is_refused(folder):
         planned("rdrop=", seed_to=["model.num_classes"]).continues(earlier, earlier.variants)
 
 
+@pytest.mark.parametrize(
+    ("status", "is_planned", "message"),
+    [
+        (None, True, "has another config than its existing runs"),  # it is running
+        ("done", True, "has another config than its existing runs"),
+        ("done", False, "comparison.yaml with their configs is missing"),
+        ("failed: KeyError: 'x'", True, "accepted"),
+    ],
+)
+def test_a_run_that_outlived_its_command_keeps_its_config(folder, capsys, monkeypatch, status, is_planned, message):
+    grid = "trainer.default_root_dir=here/there"  # a slash makes a folder within a folder
+    monkeypatch.setattr("lightning_rdrop.compare.command.work", lambda *arguments: sys.exit("accepted"))
+    run = folder / "out/runs/default_root_dir=here/there/1"
+    run.mkdir(parents=True)
+    (run / "lock").touch()
+    if status:
+        (run / "result.json").write_text(json.dumps({"status": status}))
+    if is_planned:
+        planned(grids=[grid]).write(folder / "out")
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--config", "base.yaml", "--config", "many.yaml", "--grid", grid, "--out", "out"])
+    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
 def test_an_argument_that_a_newer_version_has_added_is_no_change(folder):
     earlier = planned("rdrop=")
     del earlier.variants["rdrop"]["callbacks"]["alpha"]["init_args"]["delay"]
@@ -137,13 +163,23 @@ def test_variants_are_added_to_those_of_an_earlier_command(folder):
     later = planned("more=many.yaml", grids=["model.rdrop_alpha=4,8"]).continues(earlier, earlier.variants)
     assert {*later.variants} == {"plain", "more", "rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
     assert {*later.families["grid"]} == {"rdrop_alpha=1", "rdrop_alpha=4", "rdrop_alpha=8"}
-    again = planned("plain=plain.yaml", "more=many.yaml").continues(earlier, earlier.variants)
-    assert next(iter(again.families)) == "plain"
+
+
+def test_the_reference_changes_only_if_a_command_has_it_after_another_variant(folder):
+    earlier = planned("plain=plain.yaml", "rdrop=")
+    for variants, order in (
+        (["plain=plain.yaml", "more=many.yaml"], ["plain", "more", "rdrop"]),
+        (["more=many.yaml"], ["plain", "rdrop", "more"]),
+        (["more=many.yaml", "rdrop="], ["plain", "rdrop", "more"]),
+        (["rdrop=", "plain=plain.yaml"], ["rdrop", "plain"]),
+    ):
+        later = planned(*variants).continues(earlier, earlier.variants)
+        assert [*later.families] == [*later.variants] == order
 
 
 def test_an_earlier_command_chose_by_another_metric(folder):
     earlier = planned("plain=plain.yaml")
-    with pytest.raises(ValueError, match=r"select checkpoints by different metrics: .*val/ce.*val/accuracy"):
+    with pytest.raises(ValueError, match=r"select checkpoints by different metrics: .*val/accuracy.*val/ce"):
         planned("rdrop=--callbacks.best.monitor=val/ce").continues(earlier, earlier.variants)
 
 
@@ -152,6 +188,13 @@ def test_a_part_of_a_grid_goes_on(folder):
     later = planned("plain=plain.yaml", "rdrop=", grids=["rdrop:model.rdrop_alpha=4"])
     assert [*later.variants] == ["plain", "rdrop:rdrop_alpha=4"]
     assert sorted(later.continues(earlier, earlier.variants).families["rdrop"]) == sorted(earlier.families["rdrop"])
+
+
+def test_an_error_that_is_no_message_has_its_traceback(folder):
+    planned("plain=plain.yaml").write(folder)
+    (folder / "results.csv").write_text("variant,seed,status\nplain,one,done\n")
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        main(["compare", "--report", "."])
 
 
 def test_a_report_needs_a_comparison(folder, capsys):

@@ -184,6 +184,8 @@ def test_a_report_of_nothing(tmp_path):
         ({"max_epochs": 3}, {"max_epochs": 5}),  # never less time than R-Drop has
         ({"max_epochs": -1, "max_steps": 100}, {"max_epochs": -1, "max_steps": 160}),
         ({}, {"max_epochs": 1600}),
+        ({"max_time": "00:00:00:10"}, {"max_time": {"seconds": 16}}),
+        ({"max_epochs": 10, "max_time": {"minutes": 1}}, {"max_epochs": 16, "max_time": {"seconds": 96}}),
     ],
 )
 def test_plain_training_with_the_seconds_of_rdrop(trainer, expected):
@@ -195,6 +197,22 @@ def test_plain_training_with_the_seconds_of_rdrop(trainer, expected):
     # it is made once: what later seeds take changes it no more
     slower = [*HAND, row("plain", 6, 0.5), row("rdrop", 6, 0.5, seconds=100.0)]
     assert add_equal_cost(after, slower, "rdrop") == after
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"T_max": 3, "eta_min": 0.001}, {"T_max": 5, "eta_min": 0.001}),
+        ({"max_lr": 0.1, "total_steps": 300}, {"max_lr": 0.1, "total_steps": 500}),  # 5 epochs have 500 steps, not 480
+        ({"milestones": [1, 2], "gamma": 0.1}, {"milestones": [2, 4], "gamma": 0.1}),
+        ({"start_factor": 0.5, "total_iters": 0}, {"start_factor": 0.5, "total_iters": 0}),
+    ],
+)
+def test_the_learning_rate_of_longer_training_falls_as_late(schedule, expected):
+    before = plan("plain", "rdrop")
+    before.variants["plain"] |= {"trainer": {"max_epochs": 3}, "lr_scheduler": {"init_args": schedule}}
+    after = add_equal_cost(before, HAND, "rdrop").variants["plain-time-of-rdrop"]
+    assert after["lr_scheduler"]["init_args"] == expected
 
 
 class Warm(AlphaScheduler):
@@ -228,6 +246,12 @@ def test_doubled_rows_have_no_alpha_from_anywhere(tmp_path):
         "LearningRateMonitor",
     ]
     assert config["callbacks"]["alpha"]["init_args"]["peak"] == 5.0  # that of R-Drop is as it was
+
+
+def test_a_single_callback_of_the_trainer_sets_no_alpha_either():
+    before = plan("plain", "rdrop")
+    before.variants["rdrop"]["trainer"] = {"callbacks": {"class_path": "lightning_rdrop.AlphaScheduler"}}
+    assert add_equal_cost(before, HAND, "rdrop").variants["rdrop-alpha0"]["trainer"]["callbacks"] == []
 
 
 def test_no_equal_cost_without_seconds():

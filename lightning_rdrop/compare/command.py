@@ -19,7 +19,7 @@ from lightning_rdrop.compare.plan import Plan
 from lightning_rdrop.compare.progress import Progress
 from lightning_rdrop.compare.report import Report
 from lightning_rdrop.compare.results import Results, Row, finished
-from lightning_rdrop.compare.run import Run
+from lightning_rdrop.compare.run import Run, result_in
 from lightning_rdrop.compare.summary import Summary
 
 
@@ -69,9 +69,6 @@ def compare(args: Sequence[str]) -> None:
             report_on(Path(given.report))
         else:
             compare_all(given)
-    except ValueError as error:
-        print(f"lightning-rdrop compare: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped. Run the same command to continue.", file=sys.stderr)
         sys.exit(130)
@@ -90,8 +87,7 @@ def compare_all(given: Namespace) -> None:
     matched = None if given.equal_cost is None else _equal_cost_variant(plan, given.equal_cost)
     folder = Path(given.out)
     with _locked(folder), _interruptible():
-        earlier = Plan.read(folder)
-        whole = plan.continues(earlier, _begun(folder)) if earlier else plan
+        whole = _continued(plan, folder)
         engine = Engine(given.executor, given.workers, given.slurm)
         names = [*plan.variants]
         rows = work(whole, names, seeds, folder, engine, given.keep_checkpoints)
@@ -163,11 +159,28 @@ def _equal_cost_variant(plan: Plan, name: str) -> str:
     return name
 
 
-def _begun(folder: Path) -> set[str]:
+def _continued(plan: Plan, folder: Path) -> Plan:
+    """The plan, extended by that of an earlier command with the same folder."""
+    earlier = Plan.read(folder)
+    begun = _begun(folder, earlier or plan)
+    if earlier is not None:
+        return plan.continues(earlier, begun)
+    if begun:
+        raise ValueError(
+            f"--out {folder}: there are runs of {', '.join(sorted(begun))}, but comparison.yaml with their configs is "
+            "missing. Use another --out."
+        )
+    return plan
+
+
+def _begun(folder: Path, plan: Plan) -> set[str]:
     """The variants with a run that is done, or may still be running."""
-    runs = [lock.parent for lock in folder.glob("runs/*/*/lock")]
-    going = {run.parent.name for run in runs if not (run / "result.json").exists()}
-    return going | {row["variant"] for row in finished(Results(folder / "results.csv").rows)}
+    begun = {row["variant"] for row in finished(Results(folder / "results.csv").rows)}
+    for name in plan.variants:
+        results = [result_in(lock.parent) for lock in (folder / "runs" / name).glob("*/lock")]
+        if any(result is None or result["status"] == "done" for result in results):
+            begun.add(name)
+    return begun
 
 
 @contextmanager

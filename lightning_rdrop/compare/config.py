@@ -44,12 +44,17 @@ def arguments_of(overlay: str) -> list[str]:
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """The differences between two configs, a line for each value."""
+    """The differences between two configs, a line for each value.
+
+    Example:
+        >>> changes({"model": {"p": 0.1, "views": 2}}, {"model": {"p": 0.3, "views": 2, "weight": None}})
+        ['model.p: 0.1 -> 0.3', 'model.weight: not there -> None']
+    """
     before, after = dict(_leaves(old)), dict(_leaves(new))
     return [
         f"{key}: {before.get(key, 'not there')} -> {after.get(key, 'not there')}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, _leaves) != after.get(key, _leaves)
+        for key in before | after
+        if key not in before or key not in after or before[key] != after[key]
     ]
 
 

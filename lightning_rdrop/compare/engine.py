@@ -52,7 +52,7 @@ class Engine:
                 for job, run, slot in ended:
                     free.append(slot)
                     if run.result is None:
-                        run.write({"status": f"failed: {self._how_it_ended(job, run)}"})
+                        run.fail(self._how_it_ended(job, run))
                     yield run
         finally:
             for job, *_ in running:
@@ -63,8 +63,9 @@ class Engine:
     def _submit(self, run: Run, slot: int) -> Job[None]:
         import submitit  # an extra
 
+        run.prepare()
         log = run.folder / "log"
-        log.mkdir(parents=True, exist_ok=True)
+        log.mkdir(exist_ok=True)
         executor: submitit.LocalExecutor | submitit.SlurmExecutor
         if self.name == "slurm":
             executor = submitit.SlurmExecutor(log)
@@ -78,7 +79,7 @@ class Engine:
             return executor.submit(run)
 
     def _how_it_ended(self, job: Job[None], run: Run) -> str:
-        state = job.state.lower() if self.name == "slurm" else "killed, or out of memory"
+        state = job.state.lower() if self.name == "slurm" else "exited, killed, or out of memory"
         log = job.paths.stdout
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         said = lines[-1][:200] if lines else "(empty)"

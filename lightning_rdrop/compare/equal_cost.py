@@ -8,19 +8,24 @@ from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any
 
+from pytorch_lightning.callbacks import Timer
+
 from lightning_rdrop.callbacks import AdaptiveAlpha, AlphaScheduler
-from lightning_rdrop.compare.config import Config, callbacks
+from lightning_rdrop.compare.config import Config, instances
 from lightning_rdrop.compare.plan import Plan
 from lightning_rdrop.compare.results import Row
 from lightning_rdrop.compare.summary import Summary
+
+_DURATIONS = {"T_max", "T_0", "total_steps", "total_iters", "epochs", "step_size", "milestones"}
+"""Arguments of learning rate schedules that are numbers of epochs or steps."""
 
 
 def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
     """Add two variants to the plan, once the runs have shown what R-Drop costs.
 
-    ``REFERENCE-time-of-NAME`` is the reference trained for the time of R-Drop, with proportionally more epochs (and
-    steps, if ``max_steps`` is set); ``NAME-alpha0`` is R-Drop with alpha 0, so that only the rows are doubled. They are
-    added once and stay the same for later seeds.
+    ``REFERENCE-time-of-NAME`` is the reference trained for the time of R-Drop: the Trainer's ``max_epochs``,
+    ``max_steps`` and ``max_time``, and the durations in ``lr_scheduler``, grow in proportion. ``NAME-alpha0`` is
+    R-Drop with alpha 0, so that only the rows are doubled. They are added once and stay the same for later seeds.
 
     Args:
         plan: contains the variant, or its grid, whose chosen variant is used.
@@ -44,7 +49,7 @@ def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
         f"{family}-alpha0": _without_kl(plan.variants[variant]),
     }
     reasons = (
-        f"{reference} trained for the time of {variant}, {ratio:.2f} times its own epochs or steps",
+        f"{reference} trained for the time of {variant}, {ratio:.2f} times its own",
         f"{variant} with alpha 0, which doubles the rows without the kl",
     )
     families = plan.families | {name: [name] for name in added}
@@ -55,24 +60,39 @@ def add_equal_cost(plan: Plan, rows: Sequence[Row], family: str) -> Plan:
 def _longer(config: Config, ratio: float) -> Config:
     config = copy.deepcopy(config)
     trainer = config.setdefault("trainer", {})
-    limits = {key: trainer.get(key) for key in ("max_epochs", "max_steps") if trainer.get(key) not in (None, -1)}
-    for key, limit in (limits or {"max_epochs": 1000}).items():  # Lightning's own default
-        trainer[key] = math.ceil(limit * ratio - 1e-6)
+    limits = {key: trainer[key] for key in ("max_epochs", "max_steps") if trainer.get(key) not in (None, -1)}
+    seconds = Timer(trainer.get("max_time")).time_remaining()
+    if seconds is not None:
+        trainer["max_time"] = {"seconds": _times(seconds, ratio)}
+    elif not limits:
+        limits = {"max_epochs": 1000}  # Lightning's own default
+    longer = {key: _times(limit, ratio) for key, limit in limits.items()}
+    trainer |= longer
+
+    ratio = max((longer[key] / limit for key, limit in limits.items()), default=ratio)  # epochs are rounded up
+    schedule = (config.get("lr_scheduler") or {}).get("init_args", {})
+    schedule |= {key: _times(schedule[key], ratio) for key in _DURATIONS & schedule.keys()}
     return config
+
+
+def _times(duration: Any, ratio: float) -> Any:
+    """A number of epochs or steps, or a list of such numbers, times a ratio."""
+    if isinstance(duration, list):
+        return [_times(one, ratio) for one in duration]
+    return duration and math.ceil(duration * ratio - 1e-6)
 
 
 def _without_kl(config: Config) -> Config:
     config = copy.deepcopy(config)
     config["model"].setdefault("init_args", {})["rdrop_alpha"] = 0.0
-    theirs = [one for one in callbacks(config) if _sets_alpha(resolve_name(one["class_path"]))]
+    listed = [one for one in instances(config, "trainer.callbacks") if not _sets_alpha(one)]
+    config.setdefault("trainer", {})["callbacks"] = listed
     named = config.get("callbacks") or {}
-    config["callbacks"] = {name: None if one in theirs else one for name, one in named.items()}
-    listed = config.get("trainer", {}).get("callbacks")
-    if isinstance(listed, list):
-        config["trainer"]["callbacks"] = [one for one in listed if one not in theirs]
+    config["callbacks"] = {name: None if one and _sets_alpha(one) else one for name, one in named.items()}
     return config
 
 
-def _sets_alpha(callback: Any) -> bool:
-    ours = isinstance(callback, type) and issubclass(callback, (AlphaScheduler, AdaptiveAlpha))
-    return ours and callback.attribute == "rdrop_alpha"
+def _sets_alpha(callback: Config) -> bool:
+    kind: Any = resolve_name(callback["class_path"])
+    ours = isinstance(kind, type) and issubclass(kind, (AlphaScheduler, AdaptiveAlpha))
+    return ours and kind.attribute == "rdrop_alpha"

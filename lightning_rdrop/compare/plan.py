@@ -98,6 +98,8 @@ class Plan:
     def continues(self, earlier: Plan, begun: Collection[str]) -> Plan:
         """This plan, extended by the other variants of an earlier command.
 
+        The reference stays the same, unless this plan has it after another variant.
+
         Args:
             earlier: the plan of that command.
             begun: its variants with runs that have not failed, whose configs must not change.
@@ -106,8 +108,7 @@ class Plan:
             ValueError: such a config differs, or ``seed_to``, or the metric that selects checkpoints.
         """
         for name in self.variants.keys() & earlier.variants.keys() & {*begun}:
-            different = changes(earlier.variants[name], self.variants[name])
-            if different and (different := changes(_with_new_defaults(earlier.variants[name]), self.variants[name])):
+            if different := changes(_with_new_defaults(earlier.variants[name]), self.variants[name]):
                 more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
                 raise ValueError(
                     f"variant {name} has another config than its existing runs: "
@@ -117,11 +118,12 @@ class Plan:
             raise ValueError(
                 f"--seed-to was {earlier.seed_to} for the existing runs, but is {self.seed_to} now. Use another --out."
             )
+        first, second = (self, earlier) if next(iter(earlier.families)) in self.families else (earlier, self)
         families = {
-            name: list(dict.fromkeys([*self.families.get(name, []), *earlier.families.get(name, [])]))
-            for name in [*self.families, *earlier.families]
+            name: list(dict.fromkeys([*first.families.get(name, []), *second.families.get(name, [])]))
+            for name in first.families | second.families
         }
-        variants = self.variants | {name: c for name, c in earlier.variants.items() if name not in self.variants}
+        variants = first.variants | second.variants | self.variants
         merged = Plan(variants, families, self.seed_to, earlier.equal_cost)
         _same_monitor(merged)
         return merged

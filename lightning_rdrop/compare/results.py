@@ -59,7 +59,7 @@ class Results:
 
 
 def metrics(rows: Iterable[Row]) -> list[str]:
-    """The columns of test metrics and, last, of the validation metric."""
+    """The columns of test and validation metrics."""
     return list(dict.fromkeys(name for row in rows for name in row if name not in _OTHERS))
 
 

@@ -12,10 +12,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 
 from lightning_rdrop._lightning import monitored_checkpoint
 from lightning_rdrop.compare.config import Config, callbacks, instances
@@ -45,18 +47,20 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         """The measurements, or why the run failed; None if it has not ended."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return result_in(self.folder)
 
-    def write(self, result: dict[str, Any]) -> None:
-        """Write the result atomically."""
-        path = self.folder / "result.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1))
-        part.replace(path)
+    def prepare(self) -> None:
+        """Write the config of ``fit``, which every process of a distributed run reads."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = _isolated(self.config, self.folder / "train")
+        _write(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def fail(self, reason: str) -> None:
+        """Write that the run failed."""
+        self._write_result({"status": f"failed: {reason.removesuffix('.')}"})
 
     def __call__(self) -> None:
-        """Train and test once: a finished run is not repeated, and a running one is waited for."""
+        """Train and test a prepared run once: a finished run is not repeated, and a running one is waited for."""
         if _rank():  # another process of the same run
             self._fit()
             return
@@ -69,19 +73,19 @@ class Run:
             try:
                 result = self._fit()
             except Exception as error:
-                self.write({"status": f"failed: {_say(error)}"})
+                self.fail(_say(error))
                 raise
             if not self.keep_checkpoints:
                 for checkpoint in (self.folder / "train").rglob("*.ckpt"):
                     shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
-            self.write({"status": "done"} | result)
+            self._write_result({"status": "done"} | result)
 
     def _fit(self) -> dict[str, Any]:
-        config = self.folder / "config.yaml"
-        if not _rank():
-            config.write_text(yaml.safe_dump(_isolated(self.config, self.folder / "train"), sort_keys=False))
         seeds = [f"--{key}={self.seed}" for key in ("seed_everything", *self.seed_to)]
-        return Measured(args=["fit", "--config", str(config), *seeds]).measured()
+        return Measured(args=["fit", "--config", str(self.folder / "config.yaml"), *seeds]).measured()
+
+    def _write_result(self, result: dict[str, Any]) -> None:
+        _write(self.folder / "result.json", json.dumps(result, indent=1))
 
 
 class Measured(RDropCLI):
@@ -114,6 +118,12 @@ class Measured(RDropCLI):
         }
 
 
+def result_in(folder: Path) -> dict[str, Any] | None:
+    """The result of the run in this folder; None if it has not ended."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def _isolated(config: Config, folder: Path) -> Config:
     """The config with a separate folder for everything that training writes, so that parallel runs do not conflict."""
     config = copy.deepcopy(config)
@@ -122,13 +132,21 @@ def _isolated(config: Config, folder: Path) -> Config:
     trainer = config.setdefault("trainer", {})
     trainer["default_root_dir"] = str(folder)
     for logger in instances(config, "trainer.logger"):
-        logger.setdefault("init_args", {})["save_dir"] = str(folder)
+        if "save_dir" in ArgumentParser().add_function_arguments(resolve_name(logger["class_path"])):
+            logger["init_args"] = (logger.get("init_args") or {}) | {"save_dir": str(folder)}
     for callback in callbacks(config):
         if (callback.get("init_args") or {}).get("dirpath"):
             callback["init_args"]["dirpath"] = str(folder / "checkpoints")
     if not any("ProgressBar" in callback["class_path"] for callback in callbacks(config)):
         trainer["enable_progress_bar"] = False  # of no use in a log file
     return config
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _rank() -> int:

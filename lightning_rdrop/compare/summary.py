@@ -21,7 +21,7 @@ class Line:
         variant: its name.
         chosen: whether it represents a grid.
         failed: the number of failed runs.
-        validation: the mean of the best validation metric.
+        validation: the mean over the seeds of the best validation metric.
         values: the metric of each finished seed.
         difference: to the reference; None for the reference itself, and without a seed in common.
         seconds, memory: relative to the reference.

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pkgutil import resolve_name
 
 from pytorch_lightning.cli import ArgsType
 from torch import distributed
 
 from lightning_rdrop.lightning_cli import RDropCLI, explain, is_message
+from lightning_rdrop.plots.command import plot
+from lightning_rdrop.quickstart import quickstart
 
 __all__ = ["RDropCLI", "main"]
 
-COMMANDS = {
-    "compare": "lightning_rdrop.compare:compare",
-    "plot": "lightning_rdrop.plots.command:plot",
-    "quickstart": "lightning_rdrop.quickstart:quickstart",
-}
-"""Functions of the commands besides the Trainer's methods, by name; each is imported when it is called, with the
-arguments after its name: compare needs modules that Windows lacks."""
+
+def _compare(args: Sequence[str]) -> None:
+    from lightning_rdrop.compare import compare  # needs a module that Windows lacks
+
+    compare(args)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"compare": _compare, "plot": plot, "quickstart": quickstart}
+"""Commands besides the Trainer's methods, by name; each is called with the arguments after its name."""
 
 
 def main(args: ArgsType = None) -> None:
@@ -30,7 +34,7 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     try:
         if isinstance(given, list) and given and given[0] in COMMANDS:
-            resolve_name(COMMANDS[given[0]])(given[1:])
+            COMMANDS[given[0]](given[1:])
         else:
             _lightning(args)
     except Exception as error:

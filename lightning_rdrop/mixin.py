@@ -25,7 +25,7 @@ from lightning_rdrop.draw import draw
 from lightning_rdrop.guard import Guard, Redraw, Switches
 from lightning_rdrop.inheritance import notice_replaced_step, require_first, require_init
 from lightning_rdrop.late_duplication import LateDuplication
-from lightning_rdrop.nesting import map_tensors, tensors_of
+from lightning_rdrop.nesting import map_tensors
 from lightning_rdrop.regularizers import Regularizer, distinct, logged_names
 from lightning_rdrop.terms import Terms
 
@@ -432,8 +432,9 @@ class RDropMixin(Checkpointed):
         """B; with separate passes, whose inputs may be of any type, that of the target, or 0 without one."""
         if self.rdrop_passes == "joint":
             return views.batch_size(inputs, target)
-        rows = [len(tensor) for _, tensor in tensors_of(target) if tensor.dim()]
-        return min(rows, default=0)  # several predictions may have different rows, such as nodes and graphs
+        named = isinstance(self.rdrop_distance, Together) and isinstance(target, Mapping)
+        parts = target.values() if named else () if target is None else (target,)
+        return min(map(views.batch_size, parts), default=0)  # parts may have different rows, such as nodes and graphs
 
     def _rdrop_own_switches(self) -> Switches:
         self._rdrop_switches = self._rdrop_switches or Switches(self)

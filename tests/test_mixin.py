@@ -215,7 +215,10 @@ def test_a_list_of_images_is_named(small):
     images, y = [torch.randn(4, 5, 5) for _ in range(3)], torch.tensor([0, 1, 2])
     with pytest.raises(TypeError, match=r"a list, cannot be duplicated: .* such as an image \(4, 5, 5\).*separate"):
         Detector().rdrop_step((images, y))
-    assert Detector(rdrop_passes="separate").rdrop_step((images, y)).examples == 3
+    separate = Detector(rdrop_passes="separate")
+    assert separate.rdrop_step((images, y)).examples == 3
+    with pytest.raises(ValueError, match="so it is unclear which rows belong together"):
+        separate.rdrop_step((images, [torch.zeros(2, 4), torch.zeros(0, 4), torch.zeros(1, 4)]))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lightning_rdrop.compare import atomic
 from lightning_rdrop.compare.config import Config, arguments_of, changes, checkpointed, resolve
 
 _GRID = "grid"
@@ -91,9 +92,8 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Write the plan atomically."""
-        part = folder / "comparison.part"
-        part.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
-        part.replace(folder / "comparison.yaml")
+        text = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        atomic.write(folder / "comparison.yaml", text)
 
     def continues(self, earlier: Plan, begun: Collection[str]) -> Plan:
         """This plan, extended by the other variants of an earlier command.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_rdrop.compare import atomic
 from lightning_rdrop.compare.run import Run
 
 Row = dict[str, Any]
@@ -48,14 +50,12 @@ class Results:
         return row
 
     def _write(self) -> None:
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            columns = ["variant", "seed", *metrics(self.rows), *_COSTS, "status"]
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            for row in self.rows:
-                writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
-        part.replace(self.path)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ["variant", "seed", *metrics(self.rows), *_COSTS, "status"], lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+        atomic.write(self.path, table.getvalue())
 
 
 def metrics(rows: Iterable[Row]) -> list[str]:

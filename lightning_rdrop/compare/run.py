@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_rdrop._lightning import monitored_checkpoint
+from lightning_rdrop.compare import atomic
 from lightning_rdrop.compare.config import Config, callbacks, instances
 from lightning_rdrop.lightning_cli import RDropCLI
 
@@ -53,7 +54,7 @@ class Run:
         """Write the config of ``fit``, which every process of a distributed run reads."""
         self.folder.mkdir(parents=True, exist_ok=True)
         config = _isolated(self.config, self.folder / "train")
-        _write(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        atomic.write(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def fail(self, reason: str) -> None:
         """Write that the run failed."""
@@ -85,7 +86,7 @@ class Run:
         return Measured(args=["fit", "--config", str(self.folder / "config.yaml"), *seeds]).measured()
 
     def _write_result(self, result: dict[str, Any]) -> None:
-        _write(self.folder / "result.json", json.dumps(result, indent=1))
+        atomic.write(self.folder / "result.json", json.dumps(result, indent=1))
 
 
 class Measured(RDropCLI):
@@ -140,13 +141,6 @@ def _isolated(config: Config, folder: Path) -> Config:
     if not any("ProgressBar" in callback["class_path"] for callback in callbacks(config)):
         trainer["enable_progress_bar"] = False  # of no use in a log file
     return config
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _rank() -> int:
